@@ -1,0 +1,303 @@
+"""From the best candidates of every feature to one n-best list and one answer per question (numpy only).
+
+The device hands over, per feature, its best valid spans and the null score. Here the windows of a question are
+joined: candidates are sorted by score, the same characters reached from two windows count once (the better one
+stays), blanks around a slice are trimmed, the `n_best_size` best are kept, and one softmax runs over them and, with
+unanswerable questions, the null entry. Many questions are decoded at once in chunks of bounded size, and answers are
+yielded as they are made, so memory does not grow with the number of questions.
+
+Rules that differ from other decoders, on purpose: an answer is never the literal "empty"; candidates are never fewer
+than exist; ties are settled by character start, then end, then feature id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any, Protocol
+
+import numpy as np
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.qa.examples import Example
+from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, write_predictions
+
+__all__ = ["Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
+
+# The null odds of a question for which there is no span to choose (an empty context): finite, so that every JSON
+# reader takes it, and far above any threshold that could be tuned.
+NO_SPAN_NULL_ODDS = 1e6
+
+ROWS_PER_CHUNK = 4096
+
+
+@dataclass
+class Candidates:
+    """The best valid spans of each feature. Arrays may be memory-mapped: they are read in order, a slice at a time."""
+
+    feature_id: np.ndarray  # int64 [features], sorted, unique
+    start: np.ndarray  # int32 [features, n] token positions in the unpadded row; -1: no candidate here
+    end: np.ndarray  # int32 [features, n]
+    start_logit: np.ndarray  # float32 [features, n], sorted by start_logit + end_logit, best first
+    end_logit: np.ndarray  # float32 [features, n]
+    null_score: np.ndarray  # float32 [features], start_logit[null] + end_logit[null]
+
+
+class FeatureSource(Protocol):
+    """What decoding needs of a feature store."""
+
+    example_index: np.ndarray  # int64 [features], never falling
+    examples: Any  # len() and [i] -> Example
+
+    def character_spans(
+        self, rows: np.ndarray, start_positions: np.ndarray, end_positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass
+class _Spans:
+    """Spans of a chunk, grouped by question and sorted best first within each question. All arrays are [spans]."""
+
+    question: np.ndarray  # index within the chunk
+    begin: np.ndarray  # characters, end excluded
+    end: np.ndarray
+    start_logit: np.ndarray
+    end_logit: np.ndarray
+    score: np.ndarray  # float32, as the device summed it
+
+    def take(self, index: np.ndarray) -> _Spans:
+        return _Spans(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+def decode(
+    candidates: Candidates, store: FeatureSource, settings: DecodeSettings, rows_per_chunk: int = ROWS_PER_CHUNK
+) -> Iterator[Prediction]:
+    """Yield a `Prediction` for every example of the store, in the store's order.
+
+    Examples without a feature or without a valid span are answered with "" and, for v2 data, null odds of
+    `NO_SPAN_NULL_ODDS`. Raises UserError if a logit is not a finite number.
+    """
+    example_count = len(store.examples)
+    rows = len(candidates.feature_id)
+    next_example = row = 0
+    while row < rows:
+        stop, example_of_row = _cut_chunk(candidates, store, row, rows_per_chunk)
+        examples = range(next_example, int(example_of_row[-1]) + 1)
+        yield from _decode_chunk(candidates, slice(row, stop), example_of_row, examples, store, settings)
+        next_example, row = examples.stop, stop
+    for index in range(next_example, example_count):
+        yield _without_span(store.examples[index].example_id, float("inf"), settings)
+
+
+def _cut_chunk(candidates: Candidates, store: FeatureSource, row: int, size: int) -> tuple[int, np.ndarray]:
+    """The end of the chunk that starts at `row` and the example of each of its rows; no example is cut in two."""
+    rows = len(candidates.feature_id)
+    while True:
+        stop = min(row + size, rows)
+        examples = np.asarray(store.example_index[np.asarray(candidates.feature_id[row:stop])])
+        assert (np.diff(examples) >= 0).all(), "features of one example must be adjacent and in example order"
+        if stop == rows:
+            return stop, examples
+        following = int(store.example_index[int(candidates.feature_id[stop])])
+        kept = int(np.searchsorted(examples, following, side="left"))
+        if kept:
+            return row + kept, examples[:kept]
+        size *= 2  # one example fills the whole chunk
+
+
+def _decode_chunk(
+    candidates: Candidates,
+    rows: slice,
+    example_of_row: np.ndarray,
+    examples: range,
+    store: FeatureSource,
+    settings: DecodeSettings,
+) -> Iterator[Prediction]:
+    question_of_row = example_of_row - examples.start
+    chunk = [store.examples[index] for index in examples]
+    _check_finite(candidates, rows, question_of_row, chunk)
+    spans = _gather_spans(candidates, rows, question_of_row, store, settings)
+    spans = _sorted_by_score(spans)
+    spans = spans.take(np.delete(np.arange(len(spans.question)), _repeats(spans)))
+    kept, texts = _best_spans(spans, [example.context for example in chunk], settings)
+    null_score = np.full(len(examples), np.inf, np.float32)
+    np.minimum.at(null_score, question_of_row, np.asarray(candidates.null_score[rows]))
+    return _predictions(kept, texts, null_score, chunk, settings)
+
+
+def _check_finite(candidates: Candidates, rows: slice, question_of_row: np.ndarray, chunk: list[Example]) -> None:
+    score = np.asarray(candidates.start_logit[rows]) + np.asarray(candidates.end_logit[rows])
+    bad = ~np.isfinite(score) & (np.asarray(candidates.start[rows]) >= 0)
+    bad_rows = np.flatnonzero(bad.any(axis=1) | ~np.isfinite(np.asarray(candidates.null_score[rows])))
+    if len(bad_rows):
+        example_id = chunk[question_of_row[bad_rows[0]]].example_id
+        raise UserError(
+            f"the model's logits for question {example_id} are not finite numbers: its weights have diverged "
+            "(lower the learning rate, or train with bf16 or fp32 instead of fp16) or are damaged"
+        )
+
+
+def _gather_spans(
+    candidates: Candidates, rows: slice, question_of_row: np.ndarray, store: FeatureSource, settings: DecodeSettings
+) -> _Spans:
+    """The chunk's candidates as flat arrays, in the order of the rows."""
+    start, end = np.asarray(candidates.start[rows]), np.asarray(candidates.end[rows])
+    start_logit, end_logit = np.asarray(candidates.start_logit[rows]), np.asarray(candidates.end_logit[rows])
+    row, column = np.nonzero(start >= 0)
+    start, end = start[row, column], end[row, column]
+    assert (start <= end).all() and (end - start < settings.max_answer_length).all(), "the device gave invalid spans"
+    begin, stop = store.character_spans(np.asarray(candidates.feature_id[rows])[row], start, end)
+    start_logit, end_logit = start_logit[row, column], end_logit[row, column]
+    return _Spans(
+        question_of_row[row], begin.astype(np.int64), stop.astype(np.int64), start_logit, end_logit,
+        start_logit + end_logit,
+    )  # fmt: skip
+
+
+def _sorted_by_score(spans: _Spans) -> _Spans:
+    """Sort by question, score (falling), begin, end. Questions of one window arrive sorted and are left alone."""
+    same = spans.question[1:] == spans.question[:-1]
+    worse = spans.score[:-1] < spans.score[1:]
+    tie = spans.score[:-1] == spans.score[1:]
+    later = (spans.begin[:-1] > spans.begin[1:]) | (
+        (spans.begin[:-1] == spans.begin[1:]) & (spans.end[:-1] > spans.end[1:])
+    )
+    disordered = np.unique(spans.question[1:][same & (worse | (tie & later))])
+    if not len(disordered):
+        return spans
+    index = np.flatnonzero(np.isin(spans.question, disordered))
+    part = spans.take(index)
+    # lexsort is stable, so what is still tied stays in the order of feature ids
+    order = np.arange(len(spans.question))
+    order[index] = index[np.lexsort((part.end, part.begin, -part.score, part.question))]
+    return spans.take(order)
+
+
+def _repeats(spans: _Spans) -> np.ndarray:
+    """Indices of spans whose characters an earlier, so better, span of the same question has."""
+    if not len(spans.question):
+        return np.zeros(0, np.int64)
+    length = int(spans.end.max()) + 1
+    assert (int(spans.question[-1]) + 1) * length * length < 2**63, "a context is too long for the span keys"
+    key = (spans.question * length + spans.begin) * length + spans.end
+    ordered = np.sort(key)
+    if not (ordered[1:] == ordered[:-1]).any():  # the usual case; a plain sort is many times faster than an argsort
+        return np.zeros(0, np.int64)
+    order = np.argsort(key, kind="stable")
+    return order[1:][key[order][1:] == key[order][:-1]]
+
+
+def _best_spans(spans: _Spans, contexts: list[str], settings: DecodeSettings) -> tuple[_Spans, list[str]]:
+    """The n_best_size best spans of each question, blanks trimmed, and their texts."""
+    kept = _head(spans, len(contexts), settings.n_best_size)
+    texts = _trimmed_texts(kept, contexts)
+    faulty = _questions_to_thin(kept, texts, settings)
+    if faulty:
+        useless = [i for question in faulty for i in _useless(spans, question, contexts[question], settings)]
+        thinned = spans.take(np.delete(np.arange(len(spans.question)), useless))
+        kept = _head(thinned, len(contexts), settings.n_best_size)
+        texts = _trimmed_texts(kept, contexts)
+    return kept, texts
+
+
+def _head(spans: _Spans, questions: int, size: int) -> _Spans:
+    first = np.searchsorted(spans.question, np.arange(questions))
+    rank = np.arange(len(spans.question)) - first[spans.question]
+    return spans.take(np.flatnonzero(rank < size))
+
+
+def _trimmed_texts(kept: _Spans, contexts: list[str]) -> list[str]:
+    """The text of each span without leading and trailing blanks; `kept.begin` and `kept.end` are moved along."""
+    lengths = np.fromiter(map(len, contexts), np.int64, len(contexts))
+    assert (kept.begin <= kept.end).all() and (kept.end <= lengths[kept.question]).all(), "span outside its context"
+    counts = np.bincount(kept.question, minlength=len(contexts)).tolist()
+    context_of_span = chain.from_iterable(map(repeat, contexts, counts))
+    raw = [c[begin:end] for c, begin, end in zip(context_of_span, kept.begin.tolist(), kept.end.tolist(), strict=True)]
+    texts = list(map(str.strip, raw))
+    if texts != raw:
+        leading = [len(text) - len(text.lstrip()) for text in raw]
+        kept.begin += np.array(leading)
+        kept.end = kept.begin + np.fromiter(map(len, texts), np.int64, len(texts))
+    return texts
+
+
+def _questions_to_thin(kept: _Spans, texts: list[str], settings: DecodeSettings) -> list[int]:
+    """Questions among whose spans are blank ones or, now that blanks are trimmed, equal ones."""
+    faulty = set(kept.question[kept.begin == kept.end].tolist())
+    repeated = _repeats(kept)
+    faulty.update(kept.question[repeated].tolist())
+    if settings.merge_duplicate_texts:
+        seen: set[tuple[int, str]] = set()
+        for pair in zip(kept.question.tolist(), texts, strict=True):
+            if pair in seen:
+                faulty.add(pair[0])
+            seen.add(pair)
+    return sorted(faulty)
+
+
+def _useless(spans: _Spans, question: int, context: str, settings: DecodeSettings) -> list[int]:
+    """Indices of one question's spans that are blank or repeat a better one."""
+    first, last = np.searchsorted(spans.question, [question, question + 1])
+    useless, seen = [], set()
+    for i in range(first, last):
+        begin, end = int(spans.begin[i]), int(spans.end[i])
+        text = context[begin:end].strip()
+        begin += len(context[begin:end]) - len(context[begin:end].lstrip())
+        identity = text if settings.merge_duplicate_texts else (begin, begin + len(text))
+        if not text or identity in seen:
+            useless.append(i)
+        seen.add(identity)
+    return useless
+
+
+def _predictions(
+    kept: _Spans, texts: list[str], null_score: np.ndarray, chunk: list[Example], settings: DecodeSettings
+) -> Iterator[Prediction]:
+    size = settings.n_best_size
+    first = np.searchsorted(kept.question, np.arange(len(chunk) + 1))
+    # [questions, n_best_size + 1]; the last column is the null entry's. The width is fixed so that sums always run
+    # over the same number of terms, and the last digits do not depend on the neighbours in a chunk.
+    score = np.full((len(chunk), size + 1), -np.inf)
+    rank = np.arange(len(kept.question)) - first[kept.question]
+    score[kept.question, rank] = kept.score
+    if settings.version_2_with_negative:
+        score[:, size] = np.where(np.isfinite(null_score), null_score, -np.inf)
+    answered = first[1:] > first[:-1]
+    exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
+    probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
+    probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
+    shares = probability[kept.question, rank].tolist()
+    logits = zip(kept.start_logit.tolist(), kept.end_logit.tolist(), strict=True)
+    columns = zip(texts, shares, logits, kept.begin.tolist(), kept.end.tolist(), strict=True)
+    entries = [
+        {"text": text, "probability": share, "start_logit": start, "end_logit": end, "start": begin, "end": stop}
+        for text, share, (start, end), begin, stop in columns
+    ]
+    null_odds = null_score.astype(np.float64) - score[:, 0]
+    null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
+    bounds = first.tolist()
+    for question, (example, odds, null) in enumerate(zip(chunk, null_odds.tolist(), null_score.tolist(), strict=True)):
+        begin, end = bounds[question], bounds[question + 1]
+        if begin == end:
+            yield _without_span(example.example_id, null, settings)
+            continue
+        nbest = entries[begin:end]
+        text = nbest[0]["text"]
+        if not settings.version_2_with_negative:
+            yield Prediction(example.example_id, text, nbest, None)
+            continue
+        nbest.insert(null_rank[question], _null_entry(float(probability[question, size]), null))
+        yield Prediction(example.example_id, "" if odds > settings.null_score_diff_threshold else text, nbest, odds)
+
+
+def _null_entry(probability: float, null_score: float) -> dict[str, Any]:
+    return {
+        "text": "", "probability": probability, "start_logit": null_score, "end_logit": 0.0, "start": 0, "end": 0,
+    }  # fmt: skip
+
+
+def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:
+    known = null_score if settings.version_2_with_negative and null_score != float("inf") else 0.0
+    odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
+    return Prediction(example_id, "", [_null_entry(1.0, known)], odds)

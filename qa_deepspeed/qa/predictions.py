@@ -1,0 +1,105 @@
+"""What decoding yields, and the three files it is written to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted  # the json module's own string encoder, quotes included
+from pathlib import Path
+from typing import Any, TextIO
+
+PREDICTIONS_FILE = "predictions.json"
+NBEST_FILE = "nbest_predictions.json"
+NULL_ODDS_FILE = "null_odds.json"
+
+# Nine significant digits name every float32 uniquely; '#' keeps the decimal point, so that readers see a float.
+_ENTRY = (
+    '{"text": %s, "probability": %#.9g, "start_logit": %#.9g, "end_logit": %#.9g, "start": %d, "end": %d}'  # fmt: skip
+)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How candidates become answers."""
+
+    n_best_size: int = 20
+    max_answer_length: int = 30  # tokens
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0  # the answer is "" where null odds exceed this
+    merge_duplicate_texts: bool = False  # keep only the best of several spans with the same text
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One question's outcome.
+
+    `nbest` is sorted best first and never empty. Each entry has text, probability, start_logit, end_logit, start and
+    end (characters of the context, end excluded). The null entry (text "") has start = end = 0 and, since only the
+    sum of its logits is kept, that sum as start_logit and 0 as end_logit.
+    `null_odds` is the null score less the best span's score (None for v1 data).
+    """
+
+    example_id: str
+    text: str
+    nbest: list[dict[str, Any]]
+    null_odds: float | None
+
+    @property
+    def best_span_text(self) -> str:
+        """The best answer if the question has one, whatever the null odds say; "" if there is no span at all."""
+        return next((entry["text"] for entry in self.nbest if entry["text"]), "")
+
+
+def write_predictions(predictions: Iterable[Prediction], output_dir: Path, settings: DecodeSettings) -> dict[str, Path]:
+    """Write predictions.json {id: text}, nbest_predictions.json {id: [entry, ...]} and, for v2 data, null_odds.json
+    {id: number}, one question a line, as the predictions come in; return the paths by file name.
+
+    Each file appears under its name only when all are complete. Answers and null odds read back exactly;
+    the numbers of the n-best lists read back exactly as float32.
+    """
+    names = [NBEST_FILE, PREDICTIONS_FILE]
+    if settings.version_2_with_negative:
+        names.insert(1, NULL_ODDS_FILE)
+    else:
+        (output_dir / NULL_ODDS_FILE).unlink(missing_ok=True)  # of an earlier evaluation, no longer true
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _replaced_when_complete([output_dir / name for name in names]) as files:
+        separator = "{\n"
+        for prediction in predictions:
+            key = f"{separator}{quoted(prediction.example_id)}: "
+            separator = ",\n"
+            files[NBEST_FILE].write(key + _nbest_json(prediction.nbest))
+            files[PREDICTIONS_FILE].write(key + quoted(prediction.text))
+            if settings.version_2_with_negative:
+                assert prediction.null_odds is not None, "v2 decoding gives null odds"
+                files[NULL_ODDS_FILE].write(key + repr(prediction.null_odds))
+        for file in files.values():
+            file.write("{}\n" if separator == "{\n" else "\n}\n")
+    return {name: output_dir / name for name in names}
+
+
+def _nbest_json(nbest: list[dict[str, Any]]) -> str:
+    entries = [
+        _ENTRY % (quoted(e["text"]), e["probability"], e["start_logit"], e["end_logit"], e["start"], e["end"])
+        for e in nbest
+    ]
+    return f"[{', '.join(entries)}]"
+
+
+@contextmanager
+def _replaced_when_complete(paths: list[Path]) -> Iterator[dict[str, TextIO]]:
+    """Text files by name, written beside their final places and moved there at the end, or removed on an error."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
+    try:
+        with ExitStack() as stack:
+            yield {
+                path.name: stack.enter_context(open(temporary[path], "w", encoding="ascii", newline="\n"))
+                for path in paths
+            }
+        for path in paths:
+            os.replace(temporary[path], path)
+    finally:
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
