@@ -1,0 +1,107 @@
+"""The content key of a cache entry: whatever could change a feature is in it, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.families import Family
+from qa_deepspeed.qa.arrow_files import write_atomically
+from qa_deepspeed.qa.features import FeatureSettings
+from qa_deepspeed.qa.pairing import Template
+from qa_deepspeed.qa.readers import DataSource
+
+DIGESTS = "digests.json"
+SETTLED_SECONDS = 2.0
+"""A file younger than this may change again within the resolution of its time: its digest is not remembered."""
+
+
+def cache_key(
+    digests: list[str], source: DataSource, tokenizer_state: str, template: Template, family: Family,
+    settings: FeatureSettings,
+) -> str:  # fmt: skip
+    """64 hexadecimal digits that stand for the content of the features."""
+    read = asdict(source)
+    del read["files"]
+    if source.max_examples is None or source.purpose == "evaluate":
+        del read["seed"]
+    shape = asdict(settings)
+    if source.purpose == "evaluate":
+        del shape["windows_without_answer"]
+    content = {
+        "code": code_version(),
+        "files": digests,
+        "read": read,
+        "settings": shape,
+        "tokenizer": hashlib.sha256(tokenizer_state.encode("utf-8", "surrogatepass")).hexdigest(),
+        "template": asdict(template),
+        "token_type_ids": family.sends_token_type_ids,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """A digest of the package's own data code: features of other code are never taken for features of this."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class InputDigests:
+    """SHA-256 of input files, remembered in the cache folder by path, size, time of change and inode."""
+
+    def __init__(self, cache_dir: Path):
+        self._path = cache_dir / DIGESTS
+
+    def of(self, files: tuple[str, ...]) -> list[str]:
+        """The digest of each file. Raises: UserError if one cannot be read."""
+        known = self._read()
+        fresh: dict[str, Any] = {}
+        digests = []
+        for name in files:
+            path = Path(name).absolute()
+            identity = file_identity(path)
+            entry = known.get(str(path))
+            if entry is None or entry[:-1] != identity:
+                entry = [*identity, _sha256(path)]
+                if time.time() - identity[1] / 1e9 > SETTLED_SECONDS:
+                    fresh[str(path)] = entry
+            digests.append(entry[-1])
+        if fresh:
+            # A folder that cannot be written only costs the digests again.
+            with contextlib.suppress(UserError):
+                write_atomically(self._path, json.dumps({**self._read(), **fresh}).encode())
+        return digests
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+
+def file_identity(path: Path) -> list[int]:
+    """Size, time of change in nanoseconds, and inode. Raises: UserError if there is no such file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return digest.hexdigest()

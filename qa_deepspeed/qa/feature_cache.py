@@ -1,0 +1,153 @@
+"""Features of a source, from the cache or built into it: the one way in which training and evaluation get theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.families import Family
+from qa_deepspeed.qa.arrow_files import Column, Columns
+from qa_deepspeed.qa.cache_entry import CacheEntry, Progress
+from qa_deepspeed.qa.cache_key import InputDigests, cache_key, file_identity
+from qa_deepspeed.qa.example_store import ExampleStore, shards_of
+from qa_deepspeed.qa.feature_store import FeatureShard, FeatureStore
+from qa_deepspeed.qa.features import FeatureSettings, build_features, check_settings
+from qa_deepspeed.qa.pairing import FastEncoder, Template, check_template, find_template, serialize
+from qa_deepspeed.qa.readers import DataSource, ReadReport, read_examples
+from qa_deepspeed.qa.windows import splits_of
+
+__all__ = ["FeatureSettings", "FeatureStore", "prepare_features"]
+
+STARTED = time.time()
+"""When this process began: an entry older than this is what `overwrite` replaces, a younger one a fellow's work."""
+
+
+def prepare_features(
+    source: DataSource,
+    tokenizer: Any,
+    family: Family,
+    settings: FeatureSettings,
+    cache_dir: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """The features of a source, built into `cache_dir` unless they are there.
+
+    Any number of processes, on one filesystem or several, may call this at once; they share the work through locks
+    and need no other communication.
+
+    Args:
+        overwrite: build anew what was built before this process started.
+        progress: called with the examples done and their number (None while it is not known).
+    Raises:
+        UserError: settings, tokenizer or input cannot be used, or the cache cannot be written.
+    """
+    template = find_template(tokenizer, family)
+    check_settings(settings, template.special_tokens)
+    work = _Work(source, tokenizer, template, settings)
+    digests = InputDigests(Path(cache_dir))
+    identities = [file_identity(Path(name)) for name in source.files]
+    fingerprint = cache_key(digests.of(source.files), source, work.tokenizer_state, template, family, settings)
+    work.identities = identities
+    entry = CacheEntry(Path(cache_dir) / f"{source.purpose}-{fingerprint[:24]}", fingerprint, work)
+    if overwrite:
+        entry.discard(older_than=STARTED)
+    manifest = entry.manifest()
+    built = manifest is None
+    if manifest is None:
+        work.check()
+        manifest = entry.build(progress)
+    entry.check_sizes(manifest)
+    return _open(entry, manifest, built, template, family, settings)
+
+
+class _Work:
+    """What the entry's content is made by."""
+
+    def __init__(self, source: DataSource, tokenizer: Any, template: Template, settings: FeatureSettings):
+        self.tokenizer_state = serialize(tokenizer)
+        self.identities: list[list[int]] = []
+        self._source = source
+        self._tokenizer = tokenizer
+        self._template = template
+        self._settings = settings
+        self._report: ReadReport | None = None
+        self._encoder: FastEncoder | None = None
+
+    def check(self) -> None:
+        """Raises UserError unless the tokenizer's own rows equal those assembled from parts."""
+        check_template(self._tokenizer, self._template, self._encoder_made())
+
+    def example_shards(self) -> Iterator[dict[str, Column]]:
+        report = ReadReport()
+        yield from shards_of(read_examples(self._source, report))
+        for name, identity in zip(self._source.files, self.identities, strict=True):
+            if file_identity(Path(name)) != identity:
+                raise UserError(f"{name}: changed while it was read; start again when it is complete")
+        self._report = report
+
+    def report(self) -> dict[str, Any]:
+        assert self._report is not None, "the report is complete after the last shard"
+        return self._report.to_dict()
+
+    def features(self, examples: Columns) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        drop = self._source.purpose == "train" and not self._source.version_2_with_negative
+        return build_features(examples, self._encoder_made(), self._template.special_tokens, self._settings, drop)
+
+    def index(self, shards: Iterator[tuple[int, Columns]]) -> dict[str, np.ndarray]:
+        lengths, examples = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int64)]
+        for before, columns in shards:
+            shard = FeatureShard(columns)
+            every = np.arange(len(shard.feature_example))
+            tokens = shard.question_lengths(every) + shard.window_length + self._template.special_tokens
+            lengths.append(tokens.astype(np.int32))
+            examples.append(shard.feature_example.astype(np.int64) + before)
+        return {"lengths": np.concatenate(lengths), "example_index": np.concatenate(examples)}
+
+    def _encoder_made(self) -> FastEncoder:
+        if self._encoder is None:
+            split = bool(getattr(self._tokenizer, "split_special_tokens", False))
+            self._encoder = FastEncoder(self.tokenizer_state, split)
+        return self._encoder
+
+
+def _open(
+    entry: CacheEntry,
+    manifest: dict[str, Any],
+    built: bool,
+    template: Template,
+    family: Family,
+    settings: FeatureSettings,
+) -> FeatureStore:
+    shards = manifest["shards"]
+    opened: dict[int, Columns] = {}
+
+    def examples(number: int) -> Columns:
+        if number not in opened:
+            opened[number] = entry.examples(number, shards[number]["examples"])
+        return opened[number]
+
+    def features(number: int) -> Columns:
+        return entry.features(number, shards[number]["examples"], shards[number]["features"])
+
+    return FeatureStore(
+        fingerprint=manifest["fingerprint"],
+        counts=manifest["counts"],
+        built=built,
+        report=lambda: ReadReport.from_dict({**manifest["report"], "rejected": entry.rejected()}),
+        template=template,
+        sends_token_type_ids=family.sends_token_type_ids,
+        all_answers=settings.answers == "all",
+        shard_splits=splits_of(np.array([shard["features"]["features"] for shard in shards], dtype=np.int64)),
+        index=entry.index(manifest),
+        open_shard=features,
+        examples=ExampleStore(
+            splits_of(np.array([shard["examples"]["examples"] for shard in shards], dtype=np.int64)), examples
+        ),
+    )

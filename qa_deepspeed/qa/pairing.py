@@ -1,0 +1,221 @@
+"""How a tokenizer joins a question and a context, found by asking it, and texts turned into arrays of tokens.
+
+A fast tokenizer encodes the two texts of a pair independently and puts fixed special tokens before, between and after
+them. So each text is encoded once, and rows are assembled from arrays. That this equals the tokenizer's own output is
+proved on probe texts before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.families import Family
+from qa_deepspeed.qa.windows import cut_windows, splits_of
+
+PROBES = (
+    ("Who wrote it, and when?", "It was written in 1874 by a lady of Weimar. Nobody knew her then; many did later on."),
+    ("what?", "Über naïve Öfen: 北京 is far, 😀 is near. One more sentence, so that several windows are cut of it."),
+    ("A b c 1 2", " Begins with a blank.\n\tAnd has\u00a0others  inside ... e\u0301 <unk> [MASK] </s> " + "x y z " * 9),
+)
+BATCH_CHARACTERS = 400_000
+"""Texts are encoded this many characters at a time: enough to keep the threads busy, little enough to stay small."""
+
+
+@dataclass(frozen=True)
+class Special:
+    """Special tokens that stand together: their ids and type ids."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around the two texts of a row: before, first text, between, second text, after.
+
+    null_from_start and null_offset place the null position: so many tokens from the first, or back from the last.
+    """
+
+    before: Special
+    between: Special
+    after: Special
+    question_type: int
+    context_type: int
+    context_first: bool
+    null_from_start: bool
+    null_offset: int
+
+    @property
+    def special_tokens(self) -> int:
+        """Special tokens of a row."""
+        return len(self.before.ids) + len(self.between.ids) + len(self.after.ids)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenized texts, ragged: ids and character offsets `[tokens]`, splits `[texts + 1]`.
+
+    The offsets are empty if they were not asked for.
+    """
+
+    ids: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    splits: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 `[texts]`."""
+        return np.diff(self.splits)
+
+
+class FastEncoder:
+    """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on."""
+
+    def __init__(self, serialized: str, split_special_tokens: bool):
+        self._tokenizer = Tokenizer.from_str(serialized)
+        self._tokenizer.encode_special_tokens = split_special_tokens
+
+    def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
+        """Encode texts without special tokens; lone texts of any length are fine."""
+        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
+        ids, places, lengths = [], [], []
+        for batch in _batches(texts):
+            encodings = encode(batch, add_special_tokens=False)
+            counts = [len(encoding) for encoding in encodings]
+            lengths += counts
+            total = sum(counts)
+            ids.append(np.fromiter(chain.from_iterable(one.ids for one in encodings), np.int32, total))
+            if offsets:
+                pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))
+                places.append(np.fromiter(pairs, np.int32, 2 * total).reshape(-1, 2))
+        place = _joined(places, (0, 2))
+        return Tokens(
+            _joined(ids, (0,)),
+            np.ascontiguousarray(place[:, 0]),
+            np.ascontiguousarray(place[:, 1]),
+            splits_of(np.array(lengths, dtype=np.int64)),
+        )
+
+
+def _joined(parts: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(empty, dtype=np.int32)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def serialize(tokenizer: Any) -> str:
+    """The whole state of a fast tokenizer as JSON, less truncation and padding, which calls leave behind in it."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def find_template(tokenizer: Any, family: Family) -> Template:
+    """Ask the tokenizer what it puts around a question and a context.
+
+    Raises: UserError if its rows are not two texts with fixed tokens around them.
+    """
+    first, second = (PROBES[0][1], PROBES[0][0]) if family.context_first else PROBES[0]
+    row = tokenizer(first, second, return_token_type_ids=True)
+    ids, types, sequence = row["input_ids"], row["token_type_ids"], row.sequence_ids(0)
+    places = [[position for position, text in enumerate(sequence) if text == which] for which in (0, 1)]
+    if not all(places) or any(place[-1] - place[0] + 1 != len(place) for place in places) or places[0] > places[1]:
+        raise _unsupported(tokenizer, "does not put the first text before the second one")
+    cuts = [0, places[0][0], places[0][-1] + 1, places[1][0], places[1][-1] + 1, len(ids)]
+    before, between, after = (
+        Special(tuple(ids[a:b]), tuple(types[a:b])) for a, b in zip(cuts[::2], cuts[1::2], strict=True)
+    )
+    text_types = [set(types[place[0] : place[-1] + 1]) for place in places]
+    if any(len(values) != 1 for values in text_types):
+        raise _unsupported(tokenizer, "gives tokens of one text different type ids")
+    (first_type,), (second_type,) = text_types
+    from_start, offset = _null_place(tokenizer.cls_token_id if family.null_rule == "cls" else None, before, after)
+    return Template(
+        before, between, after,
+        question_type=second_type if family.context_first else first_type,
+        context_type=first_type if family.context_first else second_type,
+        context_first=family.context_first, null_from_start=from_start, null_offset=offset,
+    )  # fmt: skip
+
+
+def _null_place(cls: int | None, before: Special, after: Special) -> tuple[bool, int]:
+    """Where the null position is: the CLS token where there is one, else the last real token."""
+    if cls is not None and cls in before.ids:
+        return True, before.ids.index(cls)
+    if cls is not None and cls in after.ids:
+        return False, len(after.ids) - 1 - after.ids.index(cls)
+    return False, 0
+
+
+def check_template(tokenizer: Any, template: Template, encoder: FastEncoder) -> None:
+    """Raises UserError unless rows assembled from the parts equal what the tokenizer gives for the probe texts."""
+    for question, context in PROBES:
+        parts = [encoder.encode([text], offsets=True) for text in (question, context)]
+        room = max(2, len(parts[1].ids) // 3)
+        length = len(parts[0].ids) + template.special_tokens + room
+        first, second = (context, question) if template.context_first else (question, context)
+        rows = tokenizer(
+            first, second, truncation="only_first" if template.context_first else "only_second", max_length=length,
+            stride=room // 2, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+        )  # fmt: skip
+        wanted = list(zip(rows["input_ids"], rows["token_type_ids"], rows["offset_mapping"], strict=True))
+        found = list(_assemble(template, parts[0], parts[1], room, room - room // 2))
+        if [row[:2] for row in wanted] != [row[:2] for row in found] or any(
+            [tuple(pair) for pair in row[2][at : at + len(places)]] != places
+            for row, (_, _, at, places) in zip(wanted, found, strict=True)
+        ):
+            raise _unsupported(tokenizer, "encodes a pair otherwise than its two texts alone, with fixed tokens around")
+
+
+def _assemble(template: Template, question: Tokens, context: Tokens, room: int, step: int) -> Iterator[tuple]:
+    """The rows of one question: ids, type ids, position of the first context token, offsets of the context tokens."""
+    _, begins, counts = cut_windows(np.array([len(context.ids)]), np.array([room]), np.array([step]))
+    for begin, count in zip(begins.tolist(), counts.tolist(), strict=True):
+        window = slice(begin, begin + count)
+        texts = [(question.ids.tolist(), template.question_type), (context.ids[window].tolist(), template.context_type)]
+        if template.context_first:
+            texts.reverse()
+        specials = (template.before, template.between, template.after)
+        ids: list[int] = []
+        types: list[int] = []
+        for place, special in enumerate(specials):
+            ids += special.ids
+            types += special.types
+            if place < 2:
+                ids += texts[place][0]
+                types += [texts[place][1]] * len(texts[place][0])
+        at = len(template.before.ids)
+        if not template.context_first:
+            at += len(question.ids) + len(template.between.ids)
+        yield ids, types, at, list(zip(context.begin[window].tolist(), context.end[window].tolist(), strict=True))
+
+
+def _unsupported(tokenizer: Any, reason: str) -> UserError:
+    return UserError(f"the tokenizer {type(tokenizer).__name__} {reason}, so its features cannot be built")
