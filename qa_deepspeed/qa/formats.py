@@ -1,0 +1,252 @@
+"""From files to rows: nested SQuAD JSON, and flat rows as JSON, JSON lines, CSV, TSV or Parquet; each also gzipped.
+
+Everything but a JSON document is read as a stream. A file that cannot be read is a `UserError` that names the place;
+what stands in a row is not looked at here (`validation.py` does that).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any, BinaryIO
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.qa.validation import Row, version_2_error
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PARQUET_ROWS_AT_ONCE = 1024
+_CSV_FIELD_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of flat rows are called. Nested SQuAD JSON always has its own names."""
+
+    id: str = "id"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    is_impossible: str = "is_impossible"
+
+
+def read_rows(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
+    """All rows of a file in its order. The ending of the name says the format; `.gz` after it may be there or not.
+
+    Raises:
+        UserError: the file is missing, truncated, not of its format, lacks a column, or calls itself SQuAD v2.0
+            without `version_2_with_negative`.
+    """
+    name = path.lower().removesuffix(".gz")
+    with _one_clear_error(path):
+        if name.endswith(".parquet"):
+            yield from _parquet_rows(path, columns)
+        elif name.endswith((".csv", ".tsv")):
+            yield from _csv_rows(path, columns, "\t" if name.endswith(".tsv") else ",")
+        else:
+            yield from _json_rows(path, columns, version_2_with_negative)
+
+
+@contextmanager
+def _one_clear_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert the file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip data are truncated or damaged ({error}); get the file again") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: JSON nested too deeply to be question-answering data") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked if they begin as gzip does, without a byte order mark."""
+    with open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        data: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        if data.read(3) != _BYTE_ORDER_MARK:
+            data.seek(0)
+        yield data
+
+
+def _decode(data: bytes, path: str, first_line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
+        raise UserError(
+            f"{path}: line {line}, byte {column}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert the file"
+        ) from error
+
+
+def _parse(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        ends = " (the file ends there: it is truncated)" if not text[error.pos :].strip() else ""
+        raise UserError(
+            f"{path}: line {first_line + error.lineno - 1}, column {error.colno}: not JSON: {error.msg}{ends}"
+        ) from error
+    except ValueError as error:
+        # A number of thousands of digits: Python refuses to convert it.
+        raise UserError(f"{path}: line {first_line} or after: not JSON: {error}") from error
+
+
+def _json_rows(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
+    """Rows of one JSON document, or of JSON lines, told apart by what follows the first line."""
+    with _open(path) as data:
+        number, first = _next_line(data, 0)
+        if not first:
+            raise UserError(f"{path}: the file is empty")
+        next_number, following = _next_line(data, number)
+        if following:
+            try:
+                value = json.loads(first)
+            except ValueError:
+                first = b"".join([first, b"\n" * (next_number - number - 1), following, data.read()])
+            else:
+                yield from _line_rows(value, path, number, columns, version_2_with_negative)
+                del value
+                while following:
+                    value = _parse(_decode(following, path, next_number), path, next_number)
+                    yield from _line_rows(value, path, next_number, columns, version_2_with_negative)
+                    next_number, following = _next_line(data, next_number)
+                return
+    text = _decode(first, path, number)
+    del first
+    document = _parse(text, path, number)
+    del text
+    yield from _document_rows(document, path, columns, version_2_with_negative)
+
+
+def _next_line(data: BinaryIO, number: int) -> tuple[int, bytes]:
+    """The next line that is not blank, and its number, the first being 1; an empty one at the end."""
+    for line in data:
+        number += 1
+        if not line.isspace():
+            return number, line
+    return number, b""
+
+
+def _line_rows(
+    value: Any, path: str, number: int, columns: Columns, version_2_with_negative: bool
+) -> Iterator[Row]:
+    where = f"{path}: line {number}"
+    if isinstance(value, dict) and "data" in value:
+        yield from _document_rows(value, where, columns, version_2_with_negative)
+    else:
+        yield from _entry_rows(value, where, columns)
+
+
+def _document_rows(document: Any, path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
+    if isinstance(document, dict) and "data" in document:
+        version = str(document.get("version", "")).strip().lower().removeprefix("v")
+        if version.split(".")[0] == "2" and not version_2_with_negative:
+            raise version_2_error(path)
+        entries, prefix = document["data"], "data"
+    elif isinstance(document, dict):
+        entries, prefix = [document], ""
+    else:
+        entries, prefix = document, ""
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not question-answering data: SQuAD JSON has a list of articles under 'data'")
+    for index, entry in enumerate(entries):
+        yield from _entry_rows(entry, f"{path}: {prefix}[{index}]", columns)
+
+
+def _entry_rows(entry: Any, where: str, columns: Columns) -> Iterator[Row]:
+    """Rows of an article, of a paragraph, or the one of a flat row; a row without fields for anything else."""
+    if not isinstance(entry, dict):
+        yield Row(where, None, None)
+    elif "paragraphs" in entry:
+        if not isinstance(entry["paragraphs"], list):
+            yield Row(f"{where}.paragraphs", None, None)
+            return
+        for index, paragraph in enumerate(entry["paragraphs"]):
+            yield from _paragraph_rows(paragraph, f"{where}.paragraphs[{index}]")
+    elif "qas" in entry:
+        yield from _paragraph_rows(entry, where)
+    else:
+        yield _flat_row(entry, where, columns)
+
+
+def _paragraph_rows(paragraph: Any, where: str) -> Iterator[Row]:
+    if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
+        yield Row(where, None, None)
+        return
+    context = paragraph.get("context")
+    for index, question in enumerate(paragraph["qas"]):
+        yield Row(f"{where}.qas[{index}]", context, question)
+
+
+def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Row:
+    fields = {
+        "id": row.get(columns.id),
+        "question": row.get(columns.question),
+        "answers": row.get(columns.answers),
+        "is_impossible": row.get(columns.is_impossible),
+    }
+    return Row(where, row.get(columns.context), fields)
+
+
+def _require_columns(path: str, present: list[str], columns: Columns) -> None:
+    for field, name in zip(("id", "question", "context"), astuple(columns)[:3], strict=True):
+        if name not in present:
+            raise UserError(
+                f"{path}: no column '{name}' for the {field} among {', '.join(present)}; name it with --{field}_column"
+            )
+
+
+def _csv_rows(path: str, columns: Columns, delimiter: str) -> Iterator[Row]:
+    # The limit belongs to the whole process; the default of 131,072 characters is too small for long contexts.
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            if not reader.fieldnames:
+                raise UserError(f"{path}: the file is empty")
+            _require_columns(path, list(reader.fieldnames), columns)
+            line = reader.line_num + 1
+            for row in reader:
+                yield _flat_row(row, f"{path}: line {line}", columns)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: after line {reader.line_num}: not UTF-8 text; convert the file") from error
+
+
+def _parquet_rows(path: str, columns: Columns) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _open(path) as data, tempfile.TemporaryFile() as unpacked:
+        if isinstance(data, gzip.GzipFile):
+            # Parquet is read from its end; unpacking to disk once keeps that cheap and the memory flat.
+            shutil.copyfileobj(data, unpacked)
+        source = unpacked if isinstance(data, gzip.GzipFile) else data
+        try:
+            table = pyarrow.parquet.ParquetFile(source)
+            present = table.schema_arrow.names
+            _require_columns(path, present, columns)
+            wanted = [name for name in astuple(columns) if name in present]
+            number = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _flat_row(row, f"{path}: row {number}", columns)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not Parquet, or damaged: {reason}") from error

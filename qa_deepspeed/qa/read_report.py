@@ -1,0 +1,103 @@
+"""What became of each question that was read: counts for the log, and a list of the rejected ones for the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Reason:
+    """Why a question, or one answer of it, cannot be used."""
+
+    NOT_SQUAD = "not an object of the SQuAD layout"
+    NO_ID = "id missing"
+    BAD_ID = "id neither text nor a whole number"
+    DUPLICATE_ID = "duplicate id"
+    NO_QUESTION = "question missing or not text"
+    EMPTY_QUESTION = "empty question"
+    NO_CONTEXT = "context missing or not text"
+    EMPTY_CONTEXT = "empty context"
+    BROKEN_UNICODE = "half a surrogate pair in the text"
+    NO_ANSWER_LIST = "answers missing"
+    BAD_ANSWER_LIST = "answers not in a known layout"
+    NO_ANSWERS = "no answers (unanswerable questions need --version_2_with_negative)"
+    NO_ANSWERS_BUT_POSSIBLE = "no answers although is_impossible is false"
+    IMPOSSIBLE_WITH_ANSWERS = "is_impossible with answers"
+    BAD_IS_IMPOSSIBLE = "is_impossible neither true nor false"
+    BAD_ANSWER_TEXT = "answer text missing or not text"
+    EMPTY_ANSWER = "empty answer text"
+    BAD_START = "answer_start missing or not a whole number"
+    NEGATIVE_START = "negative answer_start"
+    START_PAST_END = "answer_start past the end of the context"
+    TEXT_ABSENT = "answer text not in the context"
+    AMBIGUOUS = "answer not at answer_start and more than once nearby"
+    NOT_AT_START = "answer not at answer_start"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A question that was left out. `example_id` is None where the file gives none."""
+
+    example_id: str | None
+    where: str
+    reason: str
+
+
+@dataclass
+class ReadReport:
+    """Counts of questions by verdict; complete once the examples have been read to the end.
+
+    `mended` and `unanswerable` questions are among the `usable` ones. `answer_faults` counts the answers that had a
+    fault although their question is usable: another answer serves for training, and evaluation scores on the text.
+    """
+
+    usable: int = 0
+    mended: int = 0
+    unanswerable: int = 0
+    rejected_by_reason: dict[str, int] = field(default_factory=dict)
+    answer_faults: dict[str, int] = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def reject(self, example_id: str | None, where: str, reason: str) -> None:
+        """Count and list one question that cannot be used."""
+        self.rejected_by_reason[reason] = self.rejected_by_reason.get(reason, 0) + 1
+        self.rejected.append(Rejected(example_id, where, reason))
+
+    def count_answer_fault(self, reason: str) -> None:
+        """Count one faulty answer of a usable question."""
+        self.answer_faults[reason] = self.answer_faults.get(reason, 0) + 1
+
+    def summary(self) -> str:
+        """One line for the log, the commonest reasons first."""
+        mended = f" ({self.mended:,} of them mended)" if self.mended else ""
+        text = f"{self.usable:,} usable{mended}, {len(self.rejected):,} rejected"
+        if self.rejected_by_reason:
+            text += f" ({list_counts(self.rejected_by_reason)})"
+        if self.answer_faults:
+            text += f"; faulty answers of usable questions: {list_counts(self.answer_faults)}"
+        return text
+
+    def write_rejected(self, path: Path) -> None:
+        """Write the rejected questions as JSON lines with the keys id, where and reason."""
+        with open(path, "w", encoding="utf-8") as lines:
+            for one in self.rejected:
+                row = {"id": one.example_id, "where": one.where, "reason": one.reason}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
+        """The report that `to_dict` described."""
+        return cls(**{**values, "rejected": [Rejected(**one) for one in values["rejected"]]})
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """`7 this, 5 that`, the commonest first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {reason}" for reason, count in ordered)
