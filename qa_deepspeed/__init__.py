@@ -1,0 +1,1 @@
+"""Fine-tuning readers for extractive question answering with DeepSpeed."""

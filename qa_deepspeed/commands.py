@@ -1,0 +1,51 @@
+"""The sub-commands `train` and `evaluate`: options from flags and YAML, what retired flags are told, the call."""
+
+from __future__ import annotations
+
+import argparse
+
+from qa_deepspeed import options
+from qa_deepspeed.config import RunOptions
+
+RETIRED = {
+    "local_rank": "",  # launchers set it; nothing to tell
+    "fp16_opt_level": "apex levels are DeepSpeed precisions now: O0 float32, O1 torch_autocast, O2 fp16",
+    "threads": "--threads does nothing: tokenizers use RAYON_NUM_THREADS threads, and all cores without it",
+    "server_ip": "--server_ip does nothing: attach a debugger with python -m debugpy --listen PORT -m qa_deepspeed ...",
+    "server_port": "--server_port does nothing: see --server_ip",
+}
+"""What is said when a flag that has lost its meaning is given."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the sub-command that `parser` is for."""
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    group = parser.add_argument_group("DeepSpeed's own arguments")
+    group.add_argument("--deepspeed", action="store_true", help="accepted: this trainer always uses DeepSpeed")
+    options.add_arguments(parser, RunOptions, parser.get_default("command"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train or evaluate.
+
+    Raises:
+        UserError: as `train.train` and `evaluate.evaluate_run` say.
+    """
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "deepspeed")}
+    run_options = options.build(RunOptions, arguments.command, given, arguments.config)
+    from qa_deepspeed import dist
+
+    dist.describe_lone_process()
+    for name in sorted(run_options.given & RETIRED.keys()):
+        if RETIRED[name]:
+            dist.log0(f"note: {RETIRED[name]}")
+    if arguments.command == "train" and run_options.do_train:
+        from qa_deepspeed.train import train
+
+        train(run_options)
+    else:
+        from qa_deepspeed.evaluate import evaluate_run
+
+        evaluate_run(run_options)
+    dist.stop()
+    return 0

@@ -1,0 +1,155 @@
+"""What a run is asked to do: every option of `train` and `evaluate`, and the numbers derived from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.options import option
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of one run; the flags of the classic run_squad.py with their defaults, and what DeepSpeed adds."""
+
+    # what to read and where to write
+    model_type: str | None = option(None, "family of the model; may be left out, must not contradict the checkpoint")
+    model_name_or_path: str | None = option(None, "checkpoint folder or hub name to start from")
+    config_name: str | None = option(None, "model config folder or name, if not the model's own")
+    tokenizer_name: str | None = option(None, "tokenizer folder or name, if not the model's own")
+    cache_dir: str | None = option(None, "folder for caches, hub files in hub/ and features in features/; unset: "
+                                   "Hugging Face's own place, and a folder beside the data, or in ~/.cache")  # fmt: skip
+    output_dir: str | None = option(None, "folder for the model, checkpoints, predictions and TensorBoard")
+    data_dir: str | None = option(None, "folder with train-v1.1.json and dev-v1.1.json (v2.0 with version_2_with_"
+                                  "negative), for a train_file or predict_file that is not given")  # fmt: skip
+    train_file: str | None = option(None, "training questions, SQuAD format", only=TRAIN)
+    predict_file: str | None = option(None, "questions to evaluate on, SQuAD format")
+    overwrite_output_dir: bool = option(False, "start afresh in an output_dir that holds another run", only=TRAIN)
+    overwrite_cache: bool = option(False, "build the features again even if the cache has them")
+    # the questions
+    version_2_with_negative: bool = option(False, "some questions have no answer (SQuAD v2.0)")
+    null_score_diff_threshold: float = option(0.0, "answer nothing where null odds exceed this")
+    max_seq_length: int = option(384, "longest row (question and window of the context), in tokens")
+    doc_stride: int = option(128, "tokens from the start of one window of a long context to the start of the next; "
+                             "with doc_stride_is overlap, the tokens that neighbouring windows share")  # fmt: skip
+    doc_stride_is: str = option("step", "meaning of doc_stride: step (as run_squad.py) or overlap (as run_qa.py and "
+                                "tokenizers)", choices=("step", "overlap"))  # fmt: skip
+    max_query_length: int = option(64, "longest question, in tokens; the rest is cut off and counted")
+    max_train_examples: int | None = option(None, "train on this many questions, drawn at random by seed", only=TRAIN)
+    max_eval_examples: int | None = option(None, "evaluate on the first so many questions")
+    do_lower_case: bool = option(False, "lower-case the text; left out, the tokenizer does as it was saved")
+    lang_id: int = option(0, "language id of the text, for multilingual XLM models")
+    # what to do
+    do_train: bool = option(True, "train; false with do_eval: only evaluate", only=TRAIN)
+    do_eval: bool = option(False, "evaluate at the end", only=TRAIN)
+    evaluate_during_training: bool = option(False, "evaluate also every logging_steps", only=TRAIN)
+    eval_all_checkpoints: bool = option(False, "evaluate every checkpoint in output_dir, not only the final model")
+    resume_from_checkpoint: str = option("auto", "auto: go on from the newest checkpoint of this run in output_dir, if "
+                                         "there is one; never; or a checkpoint folder", only=TRAIN)  # fmt: skip
+    # batches and optimization
+    per_gpu_train_batch_size: int = option(8, "rows of one micro-batch on one rank", only=TRAIN)
+    per_gpu_eval_batch_size: int = option(8, "rows of one evaluation micro-batch on one rank")
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", only=TRAIN)
+    global_batch_size: int | None = option(None, "rows of one optimizer step over all ranks; accumulation follows "
+                                           "from it", only=TRAIN)  # fmt: skip
+    learning_rate: float = option(5e-5, "highest learning rate", only=TRAIN)
+    weight_decay: float = option(0.0, "decoupled weight decay (none on biases and norms)", only=TRAIN)
+    adam_epsilon: float = option(1e-8, "epsilon of Adam", only=TRAIN)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 for no clipping", only=TRAIN)
+    num_train_epochs: float = option(3.0, "passes over the training rows", only=TRAIN)
+    max_steps: int = option(-1, "optimizer steps; if positive, num_train_epochs does not count", only=TRAIN)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", only=TRAIN)
+    seed: int = option(42, "seed of everything random")
+    # decoding
+    n_best_size: int = option(20, "answers kept for each question")
+    max_answer_length: int = option(30, "longest answer, in tokens")
+    # how it runs
+    deepspeed_config: str | None = option(None, "a shipped config by name (zero0 ... zero3, zero2_offload, "
+                                          "zero3_offload) or a path to a DeepSpeed JSON file")  # fmt: skip
+    bf16: bool = option(False, "train and evaluate in bfloat16")
+    fp16: bool = option(False, "train and evaluate in float16 with loss scaling (GPU only)")
+    no_cuda: bool = option(False, "run on the CPU even if there is a GPU")
+    timeout: int = option(1800, "seconds after which a collective that some rank does not join is given up")
+    logging_steps: int = option(500, "optimizer steps between log lines and TensorBoard points", only=TRAIN)
+    save_steps: int = option(500, "optimizer steps between checkpoints; 0 for none", only=TRAIN)
+    verbose_logging: bool = option(False, "show what DeepSpeed and Transformers print while starting")
+    # accepted from run_squad.py command lines
+    local_rank: int = option(-1, "set by the launchers; the environment's LOCAL_RANK counts", retired=True)
+    fp16_opt_level: str | None = option(None, "apex levels of run_squad.py: O0 = float32, O1 = torch_autocast, "
+                                        "O2 = fp16; O3 is refused", retired=True)  # fmt: skip
+    threads: int | None = option(None, "retired: tokenizers use RAYON_NUM_THREADS threads", retired=True)
+    server_ip: str | None = option(None, "retired: attach a debugger with python -m debugpy", retired=True)
+    server_port: str | None = option(None, "retired: attach a debugger with python -m debugpy", retired=True)
+
+    given: frozenset[str] = field(default=frozenset())
+    """Names of the options that the command line or the YAML set; the others have their defaults."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name, as plain values."""
+        values = dataclasses.asdict(self)
+        del values["given"]
+        return values
+
+    def data_file(self, purpose: str) -> str | None:
+        """The file named for `purpose` ("train" or "evaluate"), or the classic name inside data_dir, or None."""
+        named = self.train_file if purpose == "train" else self.predict_file
+        if named or not self.data_dir:
+            return named
+        version = "v2.0" if self.version_2_with_negative else "v1.1"
+        return str(Path(self.data_dir) / f"{'train' if purpose == 'train' else 'dev'}-{version}.json")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the rows of one optimizer step are cut up: `accumulation` micro-batches of `rows` on each of `world_size`."""
+
+    rows: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of one optimizer step over all ranks and micro-batches."""
+        return self.rows * self.accumulation * self.world_size
+
+
+def plan_batches(rows: int, accumulation: int | None, global_rows: int | None, world_size: int) -> BatchPlan:
+    """Derive what is not given: accumulation = global / (rows per GPU x world size).
+
+    Raises:
+        UserError: the numbers do not come out; the nearest valid ones are named.
+    """
+    for name, number in (("rows per GPU", rows), ("accumulation", accumulation), ("global batch size", global_rows)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be at least 1, not {number}")
+    if global_rows is None:
+        return BatchPlan(rows, accumulation or 1, world_size)
+    at_once = rows * world_size
+    if accumulation is not None and accumulation * at_once != global_rows:
+        raise UserError(
+            f"global_batch_size {global_rows} is not {rows} rows per GPU x {accumulation} accumulation steps x "
+            f"{world_size} ranks = {accumulation * at_once}; leave one of them out"
+        )
+    if global_rows % at_once:
+        below, above = global_rows // at_once * at_once, math.ceil(global_rows / at_once) * at_once
+        choices = f"{below} or {above}" if below else str(above)
+        fitting = [n for n in range(1, global_rows + 1) if global_rows % (n * world_size) == 0]
+        advice = f" or per_gpu_train_batch_size {min(fitting, key=lambda n: abs(n - rows))}" if fitting else ""
+        raise UserError(
+            f"global_batch_size {global_rows} does not divide into {rows} rows per GPU x {world_size} ranks; "
+            f"take global_batch_size {choices}{advice}"
+        )
+    return BatchPlan(rows, global_rows // at_once, world_size)
+
+
+def total_steps(options: RunOptions, rows: int, plan: BatchPlan) -> int:
+    """Optimizer steps of the whole run over `rows` training rows; the last, partial batch of an epoch counts as one."""
+    if options.max_steps > 0:
+        return options.max_steps
+    return max(1, math.ceil(options.num_train_epochs * math.ceil(rows / plan.global_rows)))

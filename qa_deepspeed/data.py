@@ -1,0 +1,91 @@
+"""From options to features: which files, which tokenizer, which cache folder, and how the model wants its rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.families import Family, family_of
+from qa_deepspeed.models.loading import load_config, load_tokenizer
+from qa_deepspeed.qa.batching import Layout
+from qa_deepspeed.qa.feature_cache import prepare_features
+from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.qa.features import FeatureSettings
+from qa_deepspeed.qa.readers import DataSource
+
+Purpose = Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are loaded."""
+
+    config: PretrainedConfig
+    tokenizer: Any
+    family: Family
+
+    def layout(self, columns: frozenset[str], lang_id: int) -> Layout:
+        """How rows are padded for a model that takes `columns`."""
+        return Layout(
+            pad_token_id=self.family.pad_token_id,
+            pad_type_id=getattr(self.tokenizer, "pad_token_type_id", 0) or 0,
+            padding_side=self.family.padding_side,
+            columns=columns,
+            lang_id=lang_id,
+        )
+
+
+def model_facts(options: RunOptions) -> ModelFacts:
+    """Config, tokenizer and family; no weights are read. Raises UserError as `models.loading` does."""
+    config = load_config(options)
+    tokenizer = load_tokenizer(options)
+    family = family_of(config, tokenizer)
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < options.max_seq_length:
+        raise UserError(f"max_seq_length {options.max_seq_length} is more than the {longest} positions of "
+                        f"{options.model_name_or_path}; pass at most that")  # fmt: skip
+    return ModelFacts(config, tokenizer, family)
+
+
+def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> FeatureStore:
+    """The features of the run's training or evaluation file, from the cache or built now.
+
+    Every rank calls this, in no particular order and with no collective open.
+    """
+    named = options.data_file(purpose)
+    if not named:
+        flag = "train_file" if purpose == "train" else "predict_file"
+        raise UserError(f"which data? pass --{flag} (SQuAD JSON), or --data_dir with the classic file names")
+    files = DataSource.resolve([named])
+    source = DataSource(
+        files=files,
+        purpose=purpose,
+        version_2_with_negative=options.version_2_with_negative,
+        max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
+        seed=options.seed,
+    )
+    settings = FeatureSettings(
+        max_seq_length=options.max_seq_length,
+        doc_stride=options.doc_stride,
+        doc_stride_is="overlap" if options.doc_stride_is == "overlap" else "step",
+        max_query_length=options.max_query_length,
+    )
+    folder = cache_folder(options.cache_dir, Path(files[0]))
+    return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+
+
+def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
+    """Where features are kept: in cache_dir, else beside the data, else (read-only data) in the user's cache folder."""
+    if cache_dir:
+        return Path(cache_dir) / "features"
+    beside = data_file.resolve().parent
+    if os.access(beside, os.W_OK):
+        return beside / ".qa_deepspeed_features"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "qa_deepspeed" / "features"

@@ -1,0 +1,201 @@
+"""Ranks and the few collectives this project needs.
+
+The only file that names `torch.distributed`. Everything here works with one process and no process group. Rank and
+world size are read from the variables that every launcher sets (`deepspeed`, `torchrun`, Slurm scripts); what is
+exchanged between ranks travels over a host-side (gloo) group, as plain bytes: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_distributed
+
+GATHER_ROWS = 8192
+"""Rows of one exchange in `gather_rows`, so that its buffers stay small however many rows there are."""
+
+_host_group: Any = None
+
+
+def rank() -> int:
+    """This process's number among all processes of the run."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those on its node; also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this node (torchrun and deepspeed name the variable differently)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which prints, decodes and writes."""
+    return rank() == 0
+
+
+def log0(message: str) -> None:
+    """Print one line on rank 0, at once, whatever stdout is."""
+    if is_first():
+        print(message, file=sys.stdout, flush=True)
+
+
+def describe_lone_process() -> None:
+    """Give a process that no launcher started the variables of a run of one rank, so that nothing looks for MPI."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+
+
+def share_cores() -> None:
+    """Divide this node's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    Two ranks that each start a thread per core take each other's cores: steps become 4 to 40 times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size()))
+
+
+def start(device: torch.device, timeout_seconds: int) -> None:
+    """Join the process group; returns when all ranks have. Called after the features are built, never before."""
+    global _host_group
+    if torch_distributed.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch_distributed.init_process_group("nccl", timeout=timeout, device_id=device)
+        _host_group = torch_distributed.new_group(backend="gloo", timeout=timeout)
+    else:
+        torch_distributed.init_process_group("gloo", timeout=timeout)
+        _host_group = torch_distributed.group.WORLD
+
+
+def stop() -> None:
+    """Leave the process group after everyone has arrived here, so that no rank is ended in mid-work."""
+    global _host_group
+    if torch_distributed.is_initialized():
+        barrier()
+        torch_distributed.destroy_process_group()
+        _host_group = None
+
+
+def _alone() -> bool:
+    return world_size() == 1 or not torch_distributed.is_initialized()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if not _alone():
+        torch_distributed.barrier(group=_host_group)
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """Each value summed over the ranks, in float64; every rank gets the same."""
+    if _alone():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    torch_distributed.all_reduce(total, group=_host_group)
+    return total.tolist()
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's JSON-able value on every rank; the others' argument is not looked at."""
+    if _alone():
+        return value
+    payload = json.dumps(value).encode() if is_first() else b""
+    length = torch.tensor([len(payload)])
+    torch_distributed.broadcast(length, 0, group=_host_group)
+    buffer = torch.zeros(int(length), dtype=torch.uint8)
+    if is_first():
+        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    torch_distributed.broadcast(buffer, 0, group=_host_group)
+    return json.loads(buffer.numpy().tobytes())
+
+
+def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """All ranks' rows of the named arrays `[rows, ...]`, in rank order, on rank 0; None on the other ranks.
+
+    The number of rows may differ from rank to rank (0 included); names, dtypes and trailing shapes must not. Rows
+    travel as bytes, `GATHER_ROWS` at a time.
+    """
+    if _alone():
+        return dict(arrays)
+    rows = len(next(iter(arrays.values())))
+    assert all(len(array) == rows for array in arrays.values()), "arrays of one gather have the same rows"
+    records = np.concatenate(
+        [np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8).reshape(rows, _row_bytes(array))
+         for array in arrays.values()], axis=1)  # fmt: skip
+    rows_of_rank = _all_gather_counts(rows)
+    chunks: list[list[np.ndarray]] = [[] for _ in rows_of_rank]
+    for begin in range(0, max(rows_of_rank), GATHER_ROWS):
+        height = min(GATHER_ROWS, max(rows_of_rank) - begin)
+        mine = np.zeros((height, records.shape[1]), np.uint8)
+        part = records[begin : begin + height]
+        mine[: len(part)] = part
+        received = [torch.empty(mine.shape, dtype=torch.uint8) for _ in rows_of_rank] if is_first() else None
+        torch_distributed.gather(torch.from_numpy(mine), received, 0, group=_host_group)
+        for sender, block in enumerate(received or []):
+            chunks[sender].append(block.numpy()[: max(0, rows_of_rank[sender] - begin)])
+    if not is_first():
+        return None
+    gathered = np.concatenate([block for blocks in chunks for block in blocks])
+    result, column = {}, 0
+    for name, array in arrays.items():
+        width = _row_bytes(array)
+        columns = np.ascontiguousarray(gathered[:, column : column + width])
+        result[name] = columns.view(array.dtype).reshape(len(gathered), *array.shape[1:])
+        column += width
+    return result
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
+
+
+def _all_gather_counts(count: int) -> list[int]:
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    torch_distributed.all_gather(counts, torch.tensor([count]), group=_host_group)
+    return [int(value) for value in counts]
+
+
+def first_on_this_filesystem(folder: Path) -> bool:
+    """Whether this rank is the one that acts for its filesystem: one rank on a shared disk, one a node on local disks.
+
+    Found out, not configured: all ranks try to create the same new file in `folder` (which must exist); who succeeds
+    is first. Collective: every rank must call it.
+    """
+    if _alone():
+        return True
+    claim = folder / f".claim-{broadcast_json(secrets.token_hex(8))}"
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        first = True
+    except FileExistsError:
+        first = False
+    barrier()
+    if first:
+        claim.unlink()
+    return first

@@ -1,0 +1,1 @@
+"""DeepSpeed: its configs, its engine and its checkpoints. Nothing outside this package imports it."""

@@ -1,0 +1,35 @@
+"""Which device this rank works on. Decided before deepspeed is imported, which looks for accelerators at import."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from qa_deepspeed import dist
+from qa_deepspeed.errors import UserError
+
+
+def choose_device(no_cuda: bool) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or `no_cuda` asks for it. Tells DeepSpeed as well.
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
+    """
+    if no_cuda or not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        dist.share_cores()
+        return torch.device("cpu")
+    if dist.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {dist.rank()} has no GPU: {dist.local_world_size()} ranks were started here for "
+            f"{torch.cuda.device_count()} GPUs; start fewer, or pass --no_cuda"
+        )
+    device = torch.device("cuda", dist.local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def bf16_supported(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 (every CPU does, if slowly; GPUs since Ampere)."""
+    return device.type == "cpu" or torch.cuda.is_bf16_supported()

@@ -1,0 +1,235 @@
+"""DeepSpeed configs: found by name or path, checked against the options, and every "auto" filled.
+
+The dialect is that of transformers.Trainer: `"auto"` is a number that the command line owns. Where the config holds a
+number and the command line is silent, the config's number counts; where both say it and disagree, the run is refused
+before any model is loaded, with every conflict and both owners in one message.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.config import BatchPlan, RunOptions, plan_batches
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.options import nearest
+
+DEFAULT_CONFIG = "zero2"
+AUTO = "auto"
+
+OWNER_OF = {
+    "train_micro_batch_size_per_gpu": "per_gpu_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "global_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    "scheduler.params.total_num_steps": "max_steps",
+}
+"""The option that owns a config key, for the numbers that both can say."""
+
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
+"""The config sections whose `enabled` chooses a precision; none of them enabled is float32."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config without `"auto"` in what can be known before the data is read, and the options it agreed with."""
+
+    config: dict[str, Any]
+    options: RunOptions
+    plan: BatchPlan
+    name: str
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, or the name of the enabled section."""
+        return next((name for name in PRECISIONS if self.config.get(name, {}).get("enabled")), "fp32")
+
+
+def shipped() -> dict[str, Path]:
+    """The configs that come with the package, by name; from an installed wheel as well as a bare checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "ds_configs", package.parent / "ds_configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.json"))}
+    raise UserError(f"the shipped ds_configs are missing beside {package}; install qa_deepspeed again")
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read the config `name`, a shipped name or a path.
+
+    Raises:
+        UserError: no such config (the nearest shipped name is given), or not a JSON object.
+    """
+    known = shipped()
+    path = known.get(name.removesuffix(".json"), Path(name))
+    if not path.is_file():
+        raise UserError(
+            f"deepspeed_config '{name}' is neither a file nor a shipped config ({', '.join(known)})"
+            + nearest(name, known)
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed_config {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed_config {path} must hold a JSON object")
+    return config
+
+
+def resolve(
+    options: RunOptions, world_size: int, device_type: str, bf16_supported: bool = True, default: str = DEFAULT_CONFIG
+) -> Resolved:
+    """Agree config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
+
+    Raises:
+        UserError: everything on which config and command line disagree, in one message; batch sizes that do not come
+            out; a precision that the device cannot do.
+    """
+    name = options.deepspeed_config or default
+    config = copy.deepcopy(load(name))
+    conflicts: list[str] = []
+    precision = _precision_asked(options, config, device_type, bf16_supported)
+    _set_precision(config, precision, name, conflicts)
+    if config.get("torch_autocast", {}).get("enabled"):
+        config["torch_autocast"].setdefault("dtype", "bfloat16" if bf16_supported else "float16")
+    options = _agree_numbers(config, options, name, conflicts)
+    if conflicts:
+        raise UserError(f"{name} and the command line disagree: {'; '.join(conflicts)}. Say each in one place only, "
+                        'or put "auto" into the config')  # fmt: skip
+    resolved = Resolved(config, options, _plan(options, world_size), name)
+    if resolved.precision == "fp16" and device_type == "cpu":
+        raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
+    return resolved
+
+
+def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, Any]:
+    """The config that DeepSpeed gets: every remaining `"auto"` filled from the run and the model.
+
+    Bucket sizes follow the model's hidden size by the rules of transformers' DeepSpeed integration
+    (`trainer_config_finalize` in transformers/integrations/deepspeed.py).
+
+    Raises:
+        UserError: an `"auto"` that nobody owns.
+    """
+    config, options, plan = copy.deepcopy(resolved.config), resolved.options, resolved.plan
+    config["train_micro_batch_size_per_gpu"] = plan.rows
+    config["gradient_accumulation_steps"] = plan.accumulation
+    config["train_batch_size"] = plan.global_rows
+    config.setdefault("gradient_clipping", options.max_grad_norm)
+    config.setdefault("steps_per_print", sys.maxsize)
+    if "optimizer" not in config and "offload_optimizer" in config.get("zero_optimization", {}):
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    filled = {
+        "optimizer.params.betas": [0.9, 0.999],
+        "scheduler.params.warmup_min_lr": 0,
+        "scheduler.params.warmup_num_steps": max(1, options.warmup_steps),
+        "scheduler.params.total_num_steps": total_steps,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, parent, leaf in list(_leaves(config)):
+        if parent[leaf] == AUTO and key in filled:
+            parent[leaf] = filled[key]
+    left = [key for key, parent, leaf in _leaves(config) if parent[leaf] == AUTO]
+    if left:
+        raise UserError(f'{resolved.name}: nothing owns the "auto" of {", ".join(left)}; put a value there')
+    return config
+
+
+def hidden_size(model_config: Any) -> int:
+    """The width that bucket sizes follow, by whatever name the architecture has for it; 768 where it has none."""
+    for name in ("hidden_size", "d_model", "dim", "n_embd"):
+        if isinstance(getattr(model_config, name, None), int):
+            return getattr(model_config, name)
+    return 768
+
+
+def _agree_numbers(config: dict[str, Any], options: RunOptions, name: str, conflicts: list[str]) -> RunOptions:
+    """Fill the config's `"auto"`s from the options; take over the numbers that only the config says."""
+    adopted: dict[str, Any] = {}
+    for key, parent, leaf in list(_leaves(config)):
+        owner = OWNER_OF.get(key)
+        if owner is None:
+            continue
+        said, asked = parent[leaf], getattr(options, owner)
+        if said == AUTO:
+            if key not in ("train_batch_size", "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"):
+                parent[leaf] = asked
+        elif owner in options.given and said != asked:
+            conflicts.append(f"{key} is {said} in {name}, {owner} is {asked} on the command line")
+        elif owner in adopted and adopted[owner] != said:
+            conflicts.append(f"{key} is {said} in {name}, where another key says {owner} {adopted[owner]}")
+        else:
+            adopted[owner] = said
+    return dataclasses.replace(options, **adopted, given=options.given | adopted.keys())
+
+
+def _plan(options: RunOptions, world_size: int) -> BatchPlan:
+    def if_given(name: str) -> int | None:
+        return getattr(options, name) if name in options.given else None
+
+    return plan_batches(
+        options.per_gpu_train_batch_size, if_given("gradient_accumulation_steps"), options.global_batch_size, world_size
+    )
+
+
+def _precision_asked(options: RunOptions, config: dict[str, Any], device_type: str, bf16_supported: bool) -> str | None:
+    """The precision the command line asks for, or None if it is silent; apex levels in today's words."""
+    level = options.fp16_opt_level
+    if options.bf16 and (options.fp16 or level in ("O1", "O2")):
+        raise UserError("--bf16 and --fp16 exclude each other: take one")
+    if level not in (None, "O0", "O1", "O2"):
+        raise UserError(f"fp16_opt_level {level} is not offered: take O0 (float32), O1 (torch_autocast) or O2 (fp16)")
+    if level == "O1":
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if not bf16_supported and stage != 0:
+            raise UserError("fp16_opt_level O1 with float16 is right at ZeRO stage 0 only: take --deepspeed_config "
+                            "zero0, or --fp16 alone")  # fmt: skip
+        return "torch_autocast"
+    if level == "O0":
+        return "fp32"
+    if options.bf16:
+        return "bf16"
+    return "fp16" if options.fp16 or level == "O2" else None
+
+
+def _set_precision(config: dict[str, Any], asked: str | None, name: str, conflicts: list[str]) -> None:
+    """Write the asked precision into the config's sections; a section that says otherwise is a conflict."""
+    for section in PRECISIONS:
+        wanted = section == asked
+        if section not in config:
+            if wanted:
+                config[section] = {"enabled": True}
+            continue
+        settings = config[section]
+        said = settings.get("enabled", AUTO)
+        if said == AUTO:
+            settings["enabled"] = wanted
+        elif asked is not None and bool(said) != wanted:
+            conflicts.append(f"{section}.enabled is {str(said).lower()} in {name}, the command line asks for {asked}")
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every value of the nested config as (dotted key, the dict that holds it, its name there)."""
+    for leaf, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{leaf}.")
+        else:
+            yield f"{prefix}{leaf}", config, leaf

@@ -1,0 +1,169 @@
+"""The DeepSpeed engine, as the training loop and the evaluation use it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.engine.ds_config import Resolved
+from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
+
+
+def import_deepspeed(verbose: bool) -> Any:
+    """Import DeepSpeed (3 s), after the device is chosen, and keep its start-up quiet unless `verbose`.
+
+    Its shared-memory op, which only inference uses, would be compiled on CPUs at every start and leave files in
+    /dev/shm: it is switched off.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def partitioned_birth(config: dict[str, Any]) -> Any:
+    """Under ZeRO-3, the object that makes `from_pretrained` partition parameters while it loads; else None.
+
+    Transformers holds it by a weak reference: keep it until the model is loaded.
+    """
+    if config.get("zero_optimization", {}).get("stage", 0) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+class Reader:
+    """A model that answers: whole on this rank, or partitioned over the ranks under ZeRO-3.
+
+    `module` is the Transformers model itself.
+    """
+
+    def __init__(self, module: torch.nn.Module, resolved: Resolved, device: torch.device) -> None:
+        self.module = module
+        self.device = device
+        self.zero_stage = resolved.zero_stage
+        self.precision = resolved.precision
+        self._autocast_type = getattr(torch, resolved.config.get("torch_autocast", {}).get("dtype", "bfloat16"))
+
+    def eval_forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start and end logits `[rows, length]`, without dropout and gradients. Collective under ZeRO-3.
+
+        ZeRO-3 moves parameters in and out in place, which inference mode forbids.
+        """
+        no_grad = torch.no_grad if self.zero_stage == 3 else torch.inference_mode
+        autocast = torch.autocast(self.device.type, self._autocast_type, enabled=self.precision == "torch_autocast")
+        with no_grad(), autocast:
+            outputs = self.module(**inputs)
+        return outputs.start_logits, outputs.end_logits
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout inside; the mode there was is put back afterwards."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(training)
+
+
+class Engine(Reader):
+    """A model in training under DeepSpeed."""
+
+    def __init__(self, deepspeed_engine: Any, resolved: Resolved, device: torch.device) -> None:
+        super().__init__(deepspeed_engine.module, resolved, device)
+        self._engine = deepspeed_engine
+        self.grad_norm: float | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next optimizer step will use."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """The fp16 loss scale; 1 in other precisions."""
+        return float(self._engine.optimizer.cur_scale) if self.precision == "fp16" else 1.0
+
+    def train_forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start and end logits `[rows, length]`, with dropout and gradients."""
+        outputs = self._engine(**inputs)
+        return outputs.start_logits, outputs.end_logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro-batch's loss. DeepSpeed divides it by the accumulation steps; we never do."""
+        self._engine.backward(loss)
+
+    def step(self, want_norm: bool) -> None:
+        """End a micro-batch; after the last one of an optimizer step, clip, update and advance the schedule.
+
+        `grad_norm` is then the norm before clipping, if `want_norm` (in float32 at ZeRO-0 DeepSpeed keeps none: it is
+        taken here).
+        """
+        want_norm = want_norm and self._engine.is_gradient_accumulation_boundary()
+        norm: Any = None
+        if want_norm and self.zero_stage == 0 and self.precision in ("fp32", "torch_autocast"):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._engine.step()
+        if want_norm:
+            norm = norm if norm is not None else self._engine.get_global_grad_norm()
+            self.grad_norm = float(norm) if norm is not None else None
+
+    def whole_state(self) -> dict[str, torch.Tensor] | None:
+        """The model's whole state dict on the CPU of rank 0, None elsewhere. Collective."""
+        if self.zero_stage == 3:
+            return self._engine._zero3_consolidated_16bit_state_dict()
+        if not dist.is_first():
+            return None
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+
+    def save_shards(self, folder: Path, tag: str) -> None:
+        """Write DeepSpeed's checkpoint files to folder/tag. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load_shards(self, folder: Path, tag: str) -> None:
+        """Read back what `save_shards` wrote at the same world size. Collective."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
+
+
+def training_engine(
+    model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, total_steps: int, device: torch.device
+) -> Engine:
+    """`deepspeed.initialize` with the default optimizer and schedule, or those that the config's sections name."""
+    deepspeed = import_deepspeed(resolved.options.verbose_logging)
+    options: RunOptions = resolved.options
+    optimizer = None if "optimizer" in config else default_optimizer(model, options)
+    schedule = None
+    if "scheduler" not in config:
+        schedule = functools.partial(default_schedule, options=options, total_steps=total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=parameter_groups(model, options.weight_decay) if optimizer is None else None,
+        lr_scheduler=schedule,
+        config=config,
+    )
+    return Engine(engine, resolved, device)
+
+
+def evaluation_reader(
+    model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, device: torch.device
+) -> Reader:
+    """The model for forward passes only: partitioned over the ranks under ZeRO-3, whole on each rank otherwise."""
+    if resolved.zero_stage == 3:
+        deepspeed = import_deepspeed(resolved.options.verbose_logging)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        return Engine(engine, resolved, device)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32)
+    return Reader(model.to(device=device, dtype=kind), resolved, device)

@@ -1,0 +1,73 @@
+"""The span head's mathematics: the loss of a row, and the best valid spans of a row. All in float32.
+
+Shapes: `[rows, length]` for logits over a padded micro-batch; positions are tokens of the padded row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
+
+    Args:
+        start_logits, end_logits: `[rows, length]`, any float type.
+        start, end: `[rows]` token positions; the null position for a row without an answer.
+
+    Returns:
+        `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
+    """
+    start_loss = functional.cross_entropy(start_logits.float(), start, reduction="none")
+    end_loss = functional.cross_entropy(end_logits.float(), end, reduction="none")
+    return (start_loss + end_loss) / 2
+
+
+def best_spans(
+    start_logits: Tensor, end_logits: Tensor, context_begin: Tensor, context_end: Tensor, count: int, max_length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `count` best spans of each row, exactly: all starts in the context, all ends up to max_length - 1 further.
+
+    Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads.
+
+    Args:
+        start_logits, end_logits: `[rows, length]`.
+        context_begin, context_end: `[rows]`; tokens [begin, end) of the row are context.
+        count: spans to keep for each row.
+        max_length: longest span in tokens.
+
+    Returns:
+        start, end (int64), start logit, end logit (float32), each `[rows, kept]` with kept = min(count, length *
+        band width), best first; start and end are -1 and the logits 0 where a row has fewer valid spans.
+    """
+    rows, length = start_logits.shape
+    width = min(max_length, length)
+    starts = start_logits.float()
+    ends = functional.pad(end_logits.float(), (0, width - 1), value=float("-inf"))
+    band = starts.unsqueeze(2) + ends.unfold(1, width, 1)  # [rows, length, width]: start s, end s + offset
+    token = torch.arange(length, device=starts.device)
+    offset = torch.arange(width, device=starts.device)
+    inside = (token >= context_begin.unsqueeze(1)) & (token < context_end.unsqueeze(1))
+    valid = inside.unsqueeze(2) & (token.unsqueeze(1) + offset < context_end.view(-1, 1, 1))
+    scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
+    order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices
+    found = scores.gather(1, order) > float("-inf")
+    start = order.div(width, rounding_mode="floor")
+    end = (start + order % width).clamp(max=length - 1)
+    start_logit = starts.gather(1, start).masked_fill(~found, 0)
+    end_logit = end_logits.float().gather(1, end).masked_fill(~found, 0)
+    return start.masked_fill(~found, -1), end.masked_fill(~found, -1), start_logit, end_logit
+
+
+def _descending_key(scores: Tensor) -> Tensor:
+    """int64 keys `[rows, spans]` without ties: ordered by score, equal scores by position (the first is greatest).
+
+    The bits of a float32, read as an integer, have the floats' order for positive numbers and the reverse of it for
+    negative ones; the low 32 bits hold the position.
+    """
+    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0, which must tie with it
+    ordered = torch.where(bits < 0, -(bits + 2**31) - 1, bits)
+    position = torch.arange(scores.shape[1], device=scores.device)
+    return ordered * 2**32 + (2**32 - 1 - position)

@@ -1,0 +1,75 @@
+"""Config, tokenizer and model with a question-answering head, from a folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PretrainedConfig
+
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
+
+
+def quiet_transformers(verbose: bool) -> None:
+    """Keep Transformers' load reports and progress bars away unless `verbose`."""
+    if not verbose:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+
+def load_config(options: RunOptions) -> PretrainedConfig:
+    """The model's config.
+
+    Raises:
+        UserError: no model named, none found, or `model_type` contradicts it.
+    """
+    if not options.model_name_or_path:
+        raise UserError("which model? pass --model_name_or_path (a checkpoint folder or a hub name)")
+    config = _from_pretrained(AutoConfig, options.config_name or options.model_name_or_path, options)
+    if options.model_type and options.model_type.lower() != config.model_type:
+        raise UserError(
+            f"model_type {options.model_type} contradicts {options.model_name_or_path}, which is a "
+            f"{config.model_type}; leave --model_type out"
+        )
+    return config
+
+
+def load_tokenizer(options: RunOptions) -> Any:
+    """The model's tokenizer; `do_lower_case` overrides what was saved with it.
+
+    Raises:
+        UserError: none found.
+    """
+    extra = {"do_lower_case": True} if options.do_lower_case else {}
+    name = options.tokenizer_name or options.model_name_or_path
+    return _from_pretrained(AutoTokenizer, name, options, **extra)
+
+
+def load_model(options: RunOptions, config: PretrainedConfig) -> tuple[torch.nn.Module, list[str]]:
+    """The model in float32, and the names of weights that the checkpoint lacks and that were drawn at random.
+
+    Raises:
+        UserError: no weights found, or no question-answering head exists for this architecture.
+    """
+    model, report = _from_pretrained(
+        AutoModelForQuestionAnswering, options.model_name_or_path, options, config=config, dtype=torch.float32,
+        output_loading_info=True,
+    )  # fmt: skip
+    return model, sorted(report["missing_keys"])
+
+
+def model_from_config(config: PretrainedConfig) -> torch.nn.Module:
+    """The model with weights drawn at random, to be filled from a checkpoint."""
+    return AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
+
+
+def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **extra: Any) -> Any:
+    hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
+    try:
+        return auto_class.from_pretrained(name, cache_dir=hub, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {auto_class.__name__} from '{name}': {first_line}") from None

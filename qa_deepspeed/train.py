@@ -1,0 +1,247 @@
+"""Training: build the parts, run the loop, leave a finished model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions, total_steps
+from qa_deepspeed.data import ModelFacts, load_features, model_facts
+from qa_deepspeed.engine import checkpoint, ds_config
+from qa_deepspeed.engine.device import bf16_supported, choose_device
+from qa_deepspeed.engine.ds_config import Resolved
+from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engine
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
+from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.models.heads import span_loss
+from qa_deepspeed.models.loading import load_model, quiet_transformers
+from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches
+from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.report import Meter, NullReporter, make_reporter
+from qa_deepspeed.run_folder import LoopState, read_loop_state, save_model, where_to_begin, writable_folder, write_run
+
+
+@dataclass
+class Run:
+    """The parts of a run, and what is known about it while it lasts."""
+
+    options: RunOptions
+    resolved: Resolved
+    output_dir: Path
+    identity: dict[str, Any]
+    store: FeatureStore
+    layout: Layout
+    evaluation: EvaluationData | None
+    steps: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def train(options: RunOptions) -> dict[str, Any]:
+    """Train, evaluate and save as the options say. Every rank calls it; every rank returns the metrics.
+
+    Raises:
+        UserError: options, data, folder or device do not allow it; raised before any weights are loaded where possible.
+    """
+    began = time.perf_counter()
+    device = choose_device(options.no_cuda)
+    resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
+    options = resolved.options
+    quiet_transformers(options.verbose_logging)
+    output_dir = writable_folder(options.output_dir)
+    facts = model_facts(options)
+    store, evaluation_store = _features(options, facts, output_dir)
+    steps = total_steps(options, len(store), resolved.plan)
+    identity = _identity(resolved, store, steps)
+    seconds = {"features": time.perf_counter() - began}
+
+    dist.start(device, options.timeout)
+    what, resume_from = dist.broadcast_json(_begin(output_dir, options, identity))
+    if what == "finished":
+        dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts afresh)")
+        return {}
+    began = time.perf_counter()
+    engine = _make_engine(resolved, facts, steps, device)
+    layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
+    evaluation = EvaluationData(evaluation_store, layout) if evaluation_store is not None else None
+    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, seconds)
+    first_step = _resume(engine, run, Path(resume_from)) if resume_from else 0
+    seconds["loading"] = time.perf_counter() - began
+    return _fit_and_finish(engine, run, facts, first_step)
+
+
+def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int) -> dict[str, Any]:
+    reporter = make_reporter(run.output_dir, run.steps, first_step)
+    try:
+        began = time.perf_counter()
+        _fit(engine, run, reporter, first_step)
+        run.seconds["training"] = time.perf_counter() - began
+        state = engine.whole_state()
+        if state is not None:
+            save_model(run.output_dir, engine.module, state, facts.tokenizer, run.options)
+        metrics: dict[str, Any] = {}
+        if run.evaluation is not None:
+            metrics = _evaluate(engine, run, run.evaluation, reporter, run.steps)
+        if run.evaluation is not None and run.options.eval_all_checkpoints:
+            evaluate_checkpoints(run.options, run.resolved, facts, run.evaluation, run.output_dir, engine.device)
+    finally:
+        reporter.close()
+    if dist.is_first():
+        details = {"metrics": metrics, "seconds": run.seconds, "options": run.options.to_dict()}
+        write_run(run.output_dir, "finished", run.identity, **details)
+    dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
+    return metrics
+
+
+def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> None:
+    """The loop, from optimizer step `first_step` (counted from 0) to the last."""
+    options, plan = run.options, run.resolved.plan
+    rank, world_size = dist.rank(), dist.world_size()
+    meter = Meter(engine.device)
+    engine.module.train()
+    for step, epoch, step_rows in _steps(run, first_step):
+        number = step + 1
+        logs = number % options.logging_steps == 0 or number == run.steps
+        rate = engine.learning_rate
+        for micro, rows in enumerate(micro_batches(step_rows, rank, world_size, plan.accumulation)):
+            batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
+            _seed_dropout(options.seed, step, micro, rank)
+            start_logits, end_logits = engine.train_forward(batch.inputs)
+            losses = span_loss(start_logits, end_logits, batch.start, batch.end)
+            share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
+            # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
+            engine.backward(share * (world_size * plan.accumulation))
+            meter.add(share.detach(), batch.tokens, len(rows), batch.inputs["input_ids"].shape[1])
+            engine.step(want_norm=logs)
+        meter.end_step()
+        reporter.advance()
+        if logs:  # every rank takes part in the sums, rank 0 writes
+            _log(engine, meter, reporter, number, run.steps, epoch, rate)
+        with meter.paused():
+            if logs and options.evaluate_during_training and run.evaluation is not None and number < run.steps:
+                _evaluate(engine, run, run.evaluation, reporter, number)
+            if options.save_steps > 0 and number % options.save_steps == 0:  # every rank writes its shards
+                state = LoopState(number, world_size, engine.zero_stage, run.identity)
+                dist.log0(f"saved {checkpoint.save(engine, run.output_dir, state)}")
+
+
+def _steps(run: Run, first_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(step, epoch, rows of the global batch), by counting: any step of any epoch is found without replaying."""
+    per_epoch = -(-len(run.store) // run.resolved.plan.global_rows)
+    epoch, order = -1, []
+    for step in range(first_step, run.steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(run.store.lengths, run.resolved.plan.global_rows, run.options.seed, epoch)
+        yield step, epoch, order[step % per_epoch]
+
+
+def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
+    """Dropout masks are a function of where we are, not of what came before: resuming need not restore anything."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _log(
+    engine: Engine, meter: Meter, reporter: NullReporter, number: int, steps: int, epoch: int, rate: float
+) -> None:
+    """Read the meter on all ranks, tell on rank 0, and stop a run whose loss is no number any more."""
+    values = meter.read()
+    values |= {"train/learning_rate": rate, "train/epoch": float(epoch)}
+    if engine.grad_norm is not None:
+        values["train/grad_norm"] = engine.grad_norm
+    if engine.precision == "fp16":
+        values["train/loss_scale"] = engine.loss_scale
+    norm = "" if engine.grad_norm is None else f"grad norm {engine.grad_norm:.3f}  "
+    reporter.log(
+        number,
+        values,
+        f"step {number}/{steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
+        f"{values['speed/questions_per_second']:.1f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
+        f"padding {values['speed/padding_share']:.1%}",
+    )
+    if not math.isfinite(values["train/loss"]):
+        raise UserError(
+            f"the loss is {values['train/loss']} at step {number} (learning rate {rate:.3e}): lower --learning_rate, "
+            "or go on from an earlier checkpoint with another precision"
+        )
+
+
+def _evaluate(
+    engine: Engine, run: Run, data: EvaluationData, reporter: NullReporter, number: int
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    metrics = evaluate(engine, data, run.options, run.output_dir)
+    run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
+    numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
+    return metrics
+
+
+def _features(
+    options: RunOptions, facts: ModelFacts, output_dir: Path
+) -> tuple[FeatureStore, FeatureStore | None]:
+    """Training features, and those to evaluate on if the run evaluates. No collective is open meanwhile."""
+    store = load_features(options, "train", facts)
+    wanted = options.do_eval or options.evaluate_during_training
+    evaluation = load_features(options, "evaluate", facts) if wanted else None
+    for purpose, built in (("train", store), ("evaluate", evaluation)):
+        if built is not None:
+            tell_features(built, purpose, output_dir)
+    return store, evaluation
+
+
+def _identity(resolved: Resolved, store: FeatureStore, steps: int) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with; everything else may change between two starts."""
+    options = resolved.options
+    numbers = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "seed")
+    return {name: getattr(options, name) for name in ("model_name_or_path", *numbers)} | {
+        "features": store.fingerprint,
+        "steps": steps,
+        "global_batch_size": resolved.plan.global_rows,
+        "precision": resolved.precision,
+    }
+
+
+def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> tuple[str, str | None]:
+    """On rank 0, decide whether to start, go on or be done, and mark the folder as this run's."""
+    if not dist.is_first():
+        return "", None
+    what, resume_from = where_to_begin(output_dir, options, identity)
+    if what != "finished":
+        write_run(output_dir, "running", identity, options=options.to_dict())
+    return what, str(resume_from) if resume_from else None
+
+
+def _make_engine(resolved: Resolved, facts: ModelFacts, steps: int, device: torch.device) -> Engine:
+    options = resolved.options
+    config = ds_config.finish(resolved, steps, ds_config.hidden_size(facts.config))
+    transformers.set_seed(options.seed)  # a fresh head is the same on all ranks, and in every run of this seed
+    birth = partitioned_birth(config)  # must outlive the loading
+    model, fresh = load_model(options, facts.config)
+    del birth
+    if fresh:
+        dist.log0(f"fresh weights, not in {options.model_name_or_path}: {', '.join(fresh)}")
+    engine = training_engine(model, config, resolved, steps, device)
+    plan = resolved.plan
+    dist.log0(
+        f"{resolved.name} (ZeRO stage {resolved.zero_stage}, {resolved.precision}): {steps} optimizer steps of "
+        f"{plan.global_rows} rows = {plan.rows} rows x {plan.accumulation} accumulation x {plan.world_size} ranks"
+    )
+    return engine
+
+
+def _resume(engine: Engine, run: Run, folder: Path) -> int:
+    """Put the engine where `folder` left it; returns the steps already done."""
+    state = read_loop_state(folder)
+    checkpoint.load(engine, folder, state)
+    dist.log0(f"going on from {folder}, step {state.step} of {run.steps}")
+    return state.step
