@@ -1,12 +1,13 @@
-"""From files to rows: nested SQuAD JSON, and flat rows as JSON, JSON lines, CSV, TSV or Parquet; each also gzipped.
+"""From files to passages: nested SQuAD JSON, and flat rows as JSON, JSON lines, CSV, TSV or Parquet; each also gzipped.
 
 Everything but a JSON document is read as a stream. A file that cannot be read is a `UserError` that names the place;
-what stands in a row is not looked at here (`validation.py` does that).
+what stands in a question is not looked at here (`validation.py` does that).
 """
 
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, BinaryIO
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.validation import Row, version_2_error
+from qa_deepspeed.qa.validation import Passage, version_2_error
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_ROWS_AT_ONCE = 1024
@@ -37,8 +38,10 @@ class Columns:
     is_impossible: str = "is_impossible"
 
 
-def read_rows(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
-    """All rows of a file in its order. The ending of the name says the format; `.gz` after it may be there or not.
+def read_passages(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
+    """All passages of a file in its order; a flat row is a passage with one question.
+
+    The ending of the name says the format; `.gz` after it may be there or not.
 
     Raises:
         UserError: the file is missing, truncated, not of its format, lacks a column, or calls itself SQuAD v2.0
@@ -47,11 +50,11 @@ def read_rows(path: str, columns: Columns, version_2_with_negative: bool) -> Ite
     name = path.lower().removesuffix(".gz")
     with _one_clear_error(path):
         if name.endswith(".parquet"):
-            yield from _parquet_rows(path, columns)
+            yield from _parquet_passages(path, columns)
         elif name.endswith((".csv", ".tsv")):
-            yield from _csv_rows(path, columns, "\t" if name.endswith(".tsv") else ",")
+            yield from _csv_passages(path, columns, "\t" if name.endswith(".tsv") else ",")
         else:
-            yield from _json_rows(path, columns, version_2_with_negative)
+            yield from _json_passages(path, columns, version_2_with_negative)
 
 
 @contextmanager
@@ -104,8 +107,8 @@ def _parse(text: str, path: str, first_line: int) -> Any:
         raise UserError(f"{path}: line {first_line} or after: not JSON: {error}") from error
 
 
-def _json_rows(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
-    """Rows of one JSON document, or of JSON lines, told apart by what follows the first line."""
+def _json_passages(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
+    """Passages of one JSON document, or of JSON lines, told apart by what follows the first line."""
     with _open(path) as data:
         number, first = _next_line(data, 0)
         if not first:
@@ -117,18 +120,31 @@ def _json_rows(path: str, columns: Columns, version_2_with_negative: bool) -> It
             except ValueError:
                 first = b"".join([first, b"\n" * (next_number - number - 1), following, data.read()])
             else:
-                yield from _line_rows(value, path, number, columns, version_2_with_negative)
+                yield from _line_passages(value, path, number, columns, version_2_with_negative)
                 del value
                 while following:
                     value = _parse(_decode(following, path, next_number), path, next_number)
-                    yield from _line_rows(value, path, next_number, columns, version_2_with_negative)
+                    yield from _line_passages(value, path, next_number, columns, version_2_with_negative)
                     next_number, following = _next_line(data, next_number)
                 return
     text = _decode(first, path, number)
     del first
-    document = _parse(text, path, number)
+    with _no_garbage_collection():
+        document = _parse(text, path, number)
     del text
-    yield from _document_rows(document, path, columns, version_2_with_negative)
+    yield from _document_passages(document, path, columns, version_2_with_negative)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python looks for cycles again and again while a document grows, which takes as long as parsing it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _next_line(data: BinaryIO, number: int) -> tuple[int, bytes]:
@@ -140,17 +156,17 @@ def _next_line(data: BinaryIO, number: int) -> tuple[int, bytes]:
     return number, b""
 
 
-def _line_rows(
+def _line_passages(
     value: Any, path: str, number: int, columns: Columns, version_2_with_negative: bool
-) -> Iterator[Row]:
+) -> Iterator[Passage]:
     where = f"{path}: line {number}"
     if isinstance(value, dict) and "data" in value:
-        yield from _document_rows(value, where, columns, version_2_with_negative)
+        yield from _document_passages(value, where, columns, version_2_with_negative)
     else:
-        yield from _entry_rows(value, where, columns)
+        yield from _entry_passages(value, where, columns)
 
 
-def _document_rows(document: Any, path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Row]:
+def _document_passages(document: Any, path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
     if isinstance(document, dict) and "data" in document:
         version = str(document.get("version", "")).strip().lower().removeprefix("v")
         if version.split(".")[0] == "2" and not version_2_with_negative:
@@ -163,42 +179,44 @@ def _document_rows(document: Any, path: str, columns: Columns, version_2_with_ne
     if not isinstance(entries, list):
         raise UserError(f"{path}: not question-answering data: SQuAD JSON has a list of articles under 'data'")
     for index, entry in enumerate(entries):
-        yield from _entry_rows(entry, f"{path}: {prefix}[{index}]", columns)
+        yield from _entry_passages(entry, f"{path}: {prefix}[{index}]", columns)
 
 
-def _entry_rows(entry: Any, where: str, columns: Columns) -> Iterator[Row]:
-    """Rows of an article, of a paragraph, or the one of a flat row; a row without fields for anything else."""
+def _entry_passages(entry: Any, where: str, columns: Columns) -> Iterator[Passage]:
+    """The passages of an article, or the one of a paragraph or a flat row."""
     if not isinstance(entry, dict):
-        yield Row(where, None, None)
+        yield _not_squad(where)
     elif "paragraphs" in entry:
         if not isinstance(entry["paragraphs"], list):
-            yield Row(f"{where}.paragraphs", None, None)
+            yield _not_squad(f"{where}.paragraphs")
             return
         for index, paragraph in enumerate(entry["paragraphs"]):
-            yield from _paragraph_rows(paragraph, f"{where}.paragraphs[{index}]")
+            yield _paragraph(paragraph, f"{where}.paragraphs[{index}]")
     elif "qas" in entry:
-        yield from _paragraph_rows(entry, where)
+        yield _paragraph(entry, where)
     else:
         yield _flat_row(entry, where, columns)
 
 
-def _paragraph_rows(paragraph: Any, where: str) -> Iterator[Row]:
+def _paragraph(paragraph: Any, where: str) -> Passage:
     if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
-        yield Row(where, None, None)
-        return
-    context = paragraph.get("context")
-    for index, question in enumerate(paragraph["qas"]):
-        yield Row(f"{where}.qas[{index}]", context, question)
+        return _not_squad(where)
+    return Passage(where, paragraph.get("context"), paragraph["qas"])
 
 
-def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Row:
+def _not_squad(where: str) -> Passage:
+    """What stands for a thing of unknown layout: one question that will be rejected."""
+    return Passage(where, None, [None], numbered=False)
+
+
+def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Passage:
     fields = {
         "id": row.get(columns.id),
         "question": row.get(columns.question),
         "answers": row.get(columns.answers),
         "is_impossible": row.get(columns.is_impossible),
     }
-    return Row(where, row.get(columns.context), fields)
+    return Passage(where, row.get(columns.context), [fields], numbered=False)
 
 
 def _require_columns(path: str, present: list[str], columns: Columns) -> None:
@@ -209,7 +227,7 @@ def _require_columns(path: str, present: list[str], columns: Columns) -> None:
             )
 
 
-def _csv_rows(path: str, columns: Columns, delimiter: str) -> Iterator[Row]:
+def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passage]:
     # The limit belongs to the whole process; the default of 131,072 characters is too small for long contexts.
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
@@ -228,7 +246,7 @@ def _csv_rows(path: str, columns: Columns, delimiter: str) -> Iterator[Row]:
             raise UserError(f"{path}: after line {reader.line_num}: not UTF-8 text; convert the file") from error
 
 
-def _parquet_rows(path: str, columns: Columns) -> Iterator[Row]:
+def _parquet_passages(path: str, columns: Columns) -> Iterator[Passage]:
     import pyarrow
     import pyarrow.parquet
 

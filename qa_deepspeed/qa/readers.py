@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.examples import Example
-from qa_deepspeed.qa.formats import Columns, read_rows
+from qa_deepspeed.qa.formats import Columns, read_passages
 from qa_deepspeed.qa.read_report import ReadReport, Rejected, list_counts
 from qa_deepspeed.qa.validation import Purpose, Validator
 
@@ -108,10 +108,8 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
     for path in source.files:
         usable_before = report.usable
         rejected_before = dict(report.rejected_by_reason)
-        for row in read_rows(path, source.columns, source.version_2_with_negative):
-            example = validator.example(row)
-            if example is not None:
-                yield example
+        for passage in read_passages(path, source.columns, source.version_2_with_negative):
+            yield from validator.examples(passage)
         if report.usable == usable_before:
             rejected = {
                 reason: count - rejected_before.get(reason, 0)

@@ -20,27 +20,28 @@ class SeenIds:
         """Remember an id; False if it was there already."""
         # Zero marks an empty slot, so a hash never is zero.
         code = (hash(example_id) & 0xFFFFFFFFFFFFFFFF) or 1
-        if not self._insert(self._slots, code):
+        slots = self._slots
+        slot = _slot_of(slots, code)
+        if slots[slot]:
             return False
+        slots[slot] = code
         self._count += 1
-        if 2 * self._count > len(self._slots):
+        if 2 * self._count > len(slots):
             self._double()
-        return True
-
-    @staticmethod
-    def _insert(slots: array[int], code: int) -> bool:
-        mask = len(slots) - 1
-        index = code & mask
-        while found := slots[index]:
-            if found == code:
-                return False
-            index = (index + 1) & mask
-        slots[index] = code
         return True
 
     def _double(self) -> None:
         larger = array("Q", bytes(16 * len(self._slots)))
         for code in self._slots:
             if code:
-                self._insert(larger, code)
+                larger[_slot_of(larger, code)] = code
         self._slots = larger
+
+
+def _slot_of(slots: array[int], code: int) -> int:
+    """The slot that holds a hash, or the empty one where it belongs."""
+    mask = len(slots) - 1
+    slot = code & mask
+    while (found := slots[slot]) and found != code:
+        slot = (slot + 1) & mask
+    return slot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from qa_deepspeed.errors import UserError
@@ -20,15 +21,21 @@ Purpose = Literal["train", "evaluate"]
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Row(NamedTuple):
-    """One question as the file has it: nothing about the types of its values is known yet.
+class Passage(NamedTuple):
+    """A context and its questions as the file has them: nothing about the types of the values is known yet.
 
-    `fields` holds id, question, answers and is_impossible; it is no dict where the file has something else there.
+    Each question is a dict of id, question, answers and is_impossible, if it is what it should be.
     """
 
     where: str
     context: Any
-    fields: Any
+    questions: list[Any]
+    numbered: bool = True
+    """Whether a question's place is its number in the passage; else the passage's place is that of its one question."""
+
+    def where_is(self, index: int) -> str:
+        """The place of a question, as the user can look it up."""
+        return f"{self.where}.qas[{index}]" if self.numbered else self.where
 
 
 class Fault(Exception):
@@ -39,9 +46,18 @@ class Fault(Exception):
         self.reason = reason
 
 
+class _Version2Marker(Exception):
+    """A question says is_impossible in data that are read as SQuAD v1.1."""
+
+
 def version_2_error(where: str) -> UserError:
     """The error for a SQuAD v2.0 file that is read as v1.1."""
     return UserError(f"{where}: SQuAD v2.0 data with unanswerable questions; pass --version_2_with_negative to read it")
+
+
+def stands_at(context: str, text: str, start: int) -> bool:
+    """Whether a text that is not blank stands at a place of the context."""
+    return start >= 0 and text != "" and context.startswith(text, start) and not text.isspace()
 
 
 def locate(context: str, text: str, start: int) -> tuple[str, int]:
@@ -55,7 +71,7 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     Raises:
         Fault: the answer is not there and cannot be mended.
     """
-    if start >= 0 and text and context.startswith(text, start) and not text.isspace():
+    if stands_at(context, text, start):
         return text, start
     bare = text.strip()
     if not bare:
@@ -97,67 +113,77 @@ def _joins(character: str) -> bool:
 
 
 class Validator:
-    """Judges rows one after another and keeps the report. It remembers the ids, so one validator sees all files."""
+    """Judges passages one after another and keeps the report. It remembers the ids, so one validator sees all files."""
 
     def __init__(self, purpose: Purpose, version_2_with_negative: bool, report: ReadReport) -> None:
         self._training = purpose == "train"
         self._version_2 = version_2_with_negative
         self._report = report
         self._seen = SeenIds()
-        self._raw_context: Any = None
-        self._context = ""
+        self._last_context = ""
 
-    def example(self, row: Row) -> Example | None:
-        """The example of a row, or None if the row was rejected.
+    def examples(self, passage: Passage) -> Iterator[Example]:
+        """The questions of a passage that can be used; the others go into the report.
 
         Raises:
-            UserError: the row says is_impossible, but the data is read as SQuAD v1.1.
+            UserError: a question says is_impossible, but the data are read as SQuAD v1.1.
         """
-        fields = row.fields
+        context, context_fault = "", None
         try:
-            if not isinstance(fields, dict):
-                raise Fault(Reason.NOT_SQUAD)
-            example_id = _checked_id(fields.get("id"))
-            question = _checked_text(fields.get("question"), Reason.NO_QUESTION)
-            if not question or question.isspace():
-                raise Fault(Reason.EMPTY_QUESTION)
-            context = self._checked_context(row.context)
-            answers, mended, faults = self._answers(row.where, context, fields)
-            if not self._seen.add(example_id):
-                raise Fault(Reason.DUPLICATE_ID)
+            context = self._checked_context(passage.context)
         except Fault as fault:
-            self._report.reject(_id_to_show(fields), row.where, fault.reason)
-            return None
-        self._report.usable += 1
-        self._report.mended += mended
-        self._report.unanswerable += not answers
+            context_fault = fault
+        for index, fields in enumerate(passage.questions):
+            try:
+                if not isinstance(fields, dict):
+                    raise Fault(Reason.NOT_SQUAD)
+                if context_fault is not None:
+                    raise context_fault
+                yield self._example(context, fields)
+            except Fault as fault:
+                self._report.reject(_id_to_show(fields), passage.where_is(index), fault.reason)
+            except _Version2Marker:
+                raise version_2_error(passage.where_is(index)) from None
+
+    def _example(self, context: str, fields: dict[str, Any]) -> Example:
+        example_id = _checked_id(fields.get("id"))
+        question = _checked_text(fields.get("question"), Reason.NO_QUESTION)
+        if not question or question.isspace():
+            raise Fault(Reason.EMPTY_QUESTION)
+        answers, mended, faults = self._answers(context, fields)
+        if not self._seen.add(example_id):
+            raise Fault(Reason.DUPLICATE_ID)
+        report = self._report
+        report.usable += 1
+        report.mended += mended
+        report.unanswerable += not answers
         for reason in faults:
-            self._report.count_answer_fault(reason)
+            report.count_answer_fault(reason)
         return Example(example_id, question, context, answers)
 
     def _checked_context(self, raw: Any) -> str:
-        # Rows of one paragraph bring one context object, and rows of a flat file often equal ones: those become one.
-        if raw is self._raw_context and raw is not None:
-            context = self._context
-        else:
-            context = _checked_text(raw, Reason.NO_CONTEXT)
-            if context.isspace():
-                context = ""
-            if context == self._context:
-                context = self._context
-            self._raw_context, self._context = raw, context
+        context = _checked_text(raw, Reason.NO_CONTEXT)
+        if context.isspace():
+            context = ""
         if not context and self._training:
             raise Fault(Reason.EMPTY_CONTEXT)
+        # Flat rows about one context bring equal strings: they become one object.
+        if context == self._last_context:
+            return self._last_context
+        self._last_context = context
         return context
 
-    def _answers(self, where: str, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, list[str]]:
+    def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, Sequence[str]]:
         """The answers to use, whether one was mended, and the faults of answers that do not reject the question."""
+        impossible = None
         faults: list[str] = []
         pairs: list[tuple[Any, Any]] = []
         try:
             impossible = _checked_is_impossible(fields.get("is_impossible"))
             if impossible and not self._version_2:
-                raise version_2_error(where)
+                raise _Version2Marker
+            if not impossible and (answers := _faultless_answers(context, fields.get("answers"))):
+                return answers, False, ()
             pairs = answer_pairs(fields.get("answers"))
             if self._training:
                 pairs = self._consistent(fields, impossible, pairs)
@@ -165,6 +191,11 @@ class Validator:
             if self._training:
                 raise
             faults.append(fault.reason)
+        return self._located_answers(context, pairs, faults)
+
+    def _located_answers(
+        self, context: str, pairs: list[tuple[Any, Any]], faults: list[str]
+    ) -> tuple[tuple[Answer, ...], bool, list[str]]:
         answers: list[Answer] = []
         mended = False
         for text, start in pairs:
@@ -176,10 +207,8 @@ class Validator:
                     answers.append(Answer(_HALF_SURROGATE.sub("\ufffd", text), -1))
                 continue
             mended = mended or place != start or found != text
-            if self._training or found == text:
-                answers.append(Answer(found, place))
-            else:
-                answers.append(Answer(text, -1))
+            # Scores are taken on the text as it was given.
+            answers.append(Answer(found, place) if self._training or found == text else Answer(text, -1))
         if self._training and pairs and not answers:
             raise Fault(faults[0])
         return tuple(answers), mended, faults
@@ -200,6 +229,25 @@ class Validator:
         if not pairs and impossible is False:
             raise Fault(Reason.NO_ANSWERS_BUT_POSSIBLE)
         return pairs
+
+
+def _faultless_answers(context: str, answers: Any) -> tuple[Answer, ...]:
+    """All answers of a list of dicts, if there are some and each stands where it says; else none.
+
+    Nearly all questions are such, and this is several times as fast as judging each answer.
+    """
+    if type(answers) is not list:
+        return ()
+    located = []
+    try:
+        for answer in answers:
+            text, start = answer["text"], answer["answer_start"]
+            if not (type(start) is int and type(text) is str and stands_at(context, text, start)):
+                return ()
+            located.append(Answer(text, start))
+    except (KeyError, TypeError):
+        return ()
+    return tuple(located)
 
 
 def answer_pairs(answers: Any) -> list[tuple[Any, Any]]:
