@@ -51,13 +51,13 @@ _ENCODER = _Facts()
 _NO_TYPES = _Facts(token_type_ids=False)
 _DECODER = _Facts(token_type_ids=False, causal=True)
 
-# XLNet embeds type ids relative to each other and so has no type_vocab_size; XLM would look them up among its words.
+# XLNet and Funnel compare type ids with each other and so have no type_vocab_size; XLM would look them up as words.
 FAMILIES: dict[str, _Facts] = {
-    **dict.fromkeys(["bert", "albert", "electra", "funnel", "big_bird", "mobilebert", "rembert"], _ENCODER),
+    **dict.fromkeys(["bert", "albert", "electra", "big_bird", "mobilebert", "rembert"], _ENCODER),
     **dict.fromkeys(["roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "longformer"], _ENCODER),
     **dict.fromkeys(["deberta", "deberta-v2", "convbert", "ernie", "nystromformer", "squeezebert", "yoso"], _ENCODER),
     **dict.fromkeys(["distilbert", "mpnet", "modernbert", "flaubert", "bart", "mbart", "t5", "mt5", "umt5"], _NO_TYPES),
-    "xlnet": _Facts(token_type_ids=True),
+    **dict.fromkeys(["xlnet", "funnel"], _Facts(token_type_ids=True)),
     "xlm": _Facts(token_type_ids=False, language_ids=True),
     **dict.fromkeys(["gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "llama", "mistral"], _DECODER),
     **dict.fromkeys(["mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "nemotron"], _DECODER),
@@ -85,7 +85,7 @@ def family_of(model_config: Any, tokenizer: Any) -> Family:
         context_first=left and not facts.causal,
         null_rule="last" if facts.causal or cls is None else "cls",
         padding_side="left" if left else "right",
-        sends_token_type_ids=_sends_types(facts, model_config),
+        sends_token_type_ids=_sends_types(facts, model_config, "token_type_ids" in tokenizer.model_input_names),
         causal=facts.causal,
         pad_token_id=_pad_token_id(tokenizer),
         pad_type_id=int(getattr(tokenizer, "pad_token_type_id", 0) or 0),
@@ -105,17 +105,19 @@ def model_columns(model_or_forward: Any, model_config: Any) -> frozenset[str]:
     known = {"input_ids", "attention_mask", "token_type_ids", "langs", "cls_index", "p_mask", "is_impossible"}
     names = known.union({"start_positions", "end_positions"}).intersection(inspect.signature(forward).parameters)
     facts = FAMILIES.get(str(getattr(model_config, "model_type", "")), _ENCODER)
-    if not _sends_types(facts, model_config):
+    if not _sends_types(facts, model_config, otherwise=True):
         names = names - {"token_type_ids"}
     if getattr(model_config, "n_langs", 1) <= 1:
         names = names - {"langs"}
     return frozenset(names)
 
 
-def _sends_types(facts: _Facts, model_config: Any) -> bool:
+def _sends_types(facts: _Facts, model_config: Any, otherwise: bool) -> bool:
+    """Whether type ids are of use to the model; `otherwise` where neither the table nor the config says."""
     if facts.token_type_ids is not None:
         return facts.token_type_ids
-    return int(getattr(model_config, "type_vocab_size", 0) or 0) > 1
+    kinds = getattr(model_config, "type_vocab_size", None)
+    return otherwise if kinds is None else int(kinds) > 1
 
 
 def _pad_token_id(tokenizer: Any) -> int:

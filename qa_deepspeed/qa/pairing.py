@@ -175,7 +175,11 @@ def _null_place(cls: int | None, before: Special, after: Special) -> tuple[bool,
 
 
 def check_template(tokenizer: Any, template: Template, encoder: FastEncoder) -> None:
-    """Raises UserError unless rows assembled from the parts equal what the tokenizer gives for the probe texts."""
+    """Raises UserError unless rows assembled from the parts equal what the tokenizer gives for the probe texts.
+
+    Two slips of the tokenizers library (0.23) in rows after the first are not followed: type ids that its template
+    sets for the first row only, and blanks left in the offsets of the first token although offsets are trimmed.
+    """
     for question, context in PROBES:
         parts = [encoder.encode([text], offsets=True) for text in (question, context)]
         room = max(2, len(parts[1].ids) // 3)
@@ -185,13 +189,19 @@ def check_template(tokenizer: Any, template: Template, encoder: FastEncoder) -> 
             first, second, truncation="only_first" if template.context_first else "only_second", max_length=length,
             stride=room // 2, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
         )  # fmt: skip
-        wanted = list(zip(rows["input_ids"], rows["token_type_ids"], rows["offset_mapping"], strict=True))
         found = list(_assemble(template, parts[0], parts[1], room, room - room // 2))
-        if [row[:2] for row in wanted] != [row[:2] for row in found] or any(
-            [tuple(pair) for pair in row[2][at : at + len(places)]] != places
-            for row, (_, _, at, places) in zip(wanted, found, strict=True)
-        ):
+        if rows["input_ids"] != [ids for ids, _, _, _ in found]:
             raise _unsupported(tokenizer, "encodes a pair otherwise than its two texts alone, with fixed tokens around")
+        if rows["token_type_ids"][0] != found[0][1]:
+            raise _unsupported(tokenizer, "gives type ids that depend on more than the text a token is of")
+        for given, (_, _, at, places) in zip(rows["offset_mapping"], found, strict=True):
+            theirs = [tuple(pair) for pair in given[at : at + len(places)]]
+            if theirs[1:] != places[1:] or not _same_but_blanks(context, theirs[0], places[0]):
+                raise _unsupported(tokenizer, "gives offsets of a pair that are not those of its texts alone")
+
+
+def _same_but_blanks(text: str, one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return all(not text[min(edge) : max(edge)].strip() for edge in zip(one, other, strict=True))
 
 
 def _assemble(template: Template, question: Tokens, context: Tokens, room: int, step: int) -> Iterator[tuple]:
