@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from qa_deepspeed.errors import UserError
@@ -173,25 +173,32 @@ class Validator:
         self._last_context = context
         return context
 
-    def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, Sequence[str]]:
+    def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, list[str]]:
         """The answers to use, whether one was mended, and the faults of answers that do not reject the question."""
-        impossible = None
         faults: list[str] = []
+        impossible = None
         pairs: list[tuple[Any, Any]] = []
         try:
             impossible = _checked_is_impossible(fields.get("is_impossible"))
-            if impossible and not self._version_2:
-                raise _Version2Marker
-            if not impossible and (answers := _faultless_answers(context, fields.get("answers"))):
-                return answers, False, ()
+        except Fault as fault:
+            self._note(fault, faults)
+        if impossible and not self._version_2:
+            raise _Version2Marker
+        if not impossible and (answers := _faultless_answers(context, fields.get("answers"))):
+            return answers, False, faults
+        try:
             pairs = answer_pairs(fields.get("answers"))
             if self._training:
                 pairs = self._consistent(fields, impossible, pairs)
         except Fault as fault:
-            if self._training:
-                raise
-            faults.append(fault.reason)
+            self._note(fault, faults)
         return self._located_answers(context, pairs, faults)
+
+    def _note(self, fault: Fault, faults: list[str]) -> None:
+        """Faults of the answers reject a question for training only."""
+        if self._training:
+            raise fault
+        faults.append(fault.reason)
 
     def _located_answers(
         self, context: str, pairs: list[tuple[Any, Any]], faults: list[str]
