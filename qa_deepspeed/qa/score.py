@@ -8,18 +8,26 @@ import math
 import sys
 from typing import Any
 
+import numpy as np
+
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.metrics import score
+from qa_deepspeed.qa.explain import explain, explanation_lines, paragraph_numbers
+from qa_deepspeed.qa.metrics import score, score_answer
 from qa_deepspeed.qa.normalization import METRIC_LANGUAGES
-from qa_deepspeed.qa.scoring_files import read_gold, read_null_odds, read_predictions
+from qa_deepspeed.qa.scoring_files import GoldFile, read_gold, read_null_odds, read_predictions
+from qa_deepspeed.qa.significance import confidence_interval
 
 NAMES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `score`."""
-    parser.add_argument("gold", metavar="GOLD", help="SQuAD v1.1 or v2.0 JSON; the file says which rules apply")
-    parser.add_argument("predictions", metavar="PREDICTIONS", help='JSON {question id: answer text, "" for none}')
+    parser.add_argument(
+        "gold", metavar="GOLD", nargs="?", help="SQuAD v1.1 or v2.0 JSON; the file says which rules apply"
+    )
+    parser.add_argument(
+        "predictions", metavar="PREDICTIONS", nargs="?", help='JSON {question id: answer text, "" for none}'
+    )
     parser.add_argument("--null_odds", metavar="FILE", help="JSON {question id: number}, high if there is no answer")
     parser.add_argument(
         "--null_odds_threshold",
@@ -35,20 +43,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="en",
         help="normalisation and word cutting: en is the official one; zh, ja and th count characters",
     )
+    parser.add_argument(
+        "--confidence", action="store_true", help="add 95%% bootstrap intervals of exact and f1 (paragraphs are drawn)"
+    )
+    parser.add_argument(
+        "--explain",
+        nargs=3,
+        metavar=("A", "B", "GOLD"),
+        help="instead of scoring one file: where predictions A and B differ, what it costs, and a paired test",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line and nothing else")
 
 
 def _threshold(text: str) -> float | None:
     if text == "none":
         return None
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if math.isnan(value):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor 'none'")
     return value
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the metrics of the predictions; remarks go to the standard error."""
+    """Print the metrics of the predictions, or compare two files; remarks go to the standard error.
+
+    Raises:
+        UserError: a file that cannot be read or is not what it should be, or arguments that do not go together.
+    """
+    if arguments.explain:
+        return _explain(arguments)
+    if arguments.gold is None or arguments.predictions is None:
+        raise UserError("score takes a gold file and a predictions file: qa-deepspeed score GOLD PREDICTIONS")
     gold = read_gold(arguments.gold)
     predictions = read_predictions(arguments.predictions)
     null_odds = read_null_odds(arguments.null_odds) if arguments.null_odds else None
@@ -67,14 +95,46 @@ def run(arguments: argparse.Namespace) -> int:
         "missing_ids": list(dict.fromkeys(q.example_id for q in gold.questions if q.example_id not in predictions)),
         "extra_ids": [example_id for example_id in predictions if example_id not in ids],
     }
-    _remark(metrics, names, gold.version_2)
     if null_odds is not None and arguments.null_odds_threshold is not None:
-        _remark_blanked(predictions, null_odds, ids, arguments.null_odds_threshold)
+        blanked = [
+            k for k in ids & predictions.keys() if predictions[k] and null_odds[k] > arguments.null_odds_threshold
+        ]
+        predictions = predictions | dict.fromkeys(blanked, "")
+        _remark_blanked(len(blanked), arguments.null_odds_threshold)
+    if arguments.confidence:
+        metrics |= _intervals(gold, predictions, arguments.metric_language)
+    _remark(metrics, names, gold.version_2)
     if arguments.json:
         print(json.dumps(metrics | {name: listed for name, listed in names.items() if listed}))
     else:
         print("\n".join(_table(metrics, gold.version_2)))
     return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.gold is not None:
+        raise UserError(
+            "--explain takes all its three files itself: qa-deepspeed score --explain A.json B.json GOLD.json"
+        )
+    a, b, gold = arguments.explain
+    report = explain(read_gold(gold), read_predictions(a), read_predictions(b), arguments.metric_language)
+    print(json.dumps(report) if arguments.json else "\n".join(explanation_lines(report)))
+    return 0
+
+
+def _intervals(gold: GoldFile, predictions: dict[str, str], language: str) -> dict[str, float]:
+    """95% intervals of exact and f1, in percent, over the questions that the totals count."""
+    questions = [q for q in gold.questions if q.example_id in predictions or not gold.version_2]
+    answers = [(predictions.get(q.example_id), q.texts) for q in questions]
+    scores = np.array(
+        [(0, 0.0) if text is None else score_answer(text, golds, gold.version_2, language) for text, golds in answers]
+    )
+    paragraph = paragraph_numbers(gold, [q.example_id for q in questions])
+    found: dict[str, float] = {}
+    for column, name in enumerate(("exact", "f1")):
+        interval = confidence_interval(scores[:, column], paragraph)
+        found |= {f"{name}_low": 100 * interval.low, f"{name}_high": 100 * interval.high}
+    return found
 
 
 def _table(metrics: dict[str, Any], version_2: bool) -> list[str]:
@@ -101,11 +161,10 @@ def _remark(metrics: dict[str, Any], names: dict[str, list[str]], version_2: boo
         print(f"{len(extra)} predictions are of no question in the gold file: {_listed(extra)}", file=sys.stderr)
 
 
-def _remark_blanked(predictions: dict[str, str], null_odds: dict[str, float], ids: set[str], threshold: float) -> None:
-    blanked = [k for k, text in predictions.items() if text and k in ids and null_odds[k] > threshold]
-    if blanked:
+def _remark_blanked(count: int, threshold: float) -> None:
+    if count:
         print(
-            f"{len(blanked)} answers count as none because their null odds exceed {threshold:g}, as by the official "
+            f"{count} answers count as none because their null odds exceed {threshold:g}, as by the official "
             "script (--null_odds_threshold none takes the answers as they are)",
             file=sys.stderr,
         )

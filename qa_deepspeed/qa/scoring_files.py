@@ -77,8 +77,10 @@ def _gold(question: Any, where: str) -> Gold:
     answers = question.get("answers") or []
     if isinstance(answers, dict):  # the columns that `datasets` makes of the list
         texts = answers.get("text") or []
-    else:
+    elif isinstance(answers, list):
         texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
+    else:
+        texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: the answers of question {question['id']} are not a list of texts")
     return Gold(str(question["id"]), tuple(texts))
