@@ -232,6 +232,7 @@ def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passa
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        line = 1
         try:
             if not reader.fieldnames:
                 raise UserError(f"{path}: the file is empty")
@@ -241,9 +242,9 @@ def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passa
                 yield _flat_row(row, f"{path}: line {line}", columns)
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+            raise UserError(f"{path}: line {line} begins a row that is not CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: after line {reader.line_num}: not UTF-8 text; convert the file") from error
+            raise UserError(f"{path}: on line {line} or after: not UTF-8 text; convert the file") from error
 
 
 def _parquet_passages(path: str, columns: Columns) -> Iterator[Passage]:

@@ -128,17 +128,17 @@ class Validator:
         Raises:
             UserError: a question says is_impossible, but the data are read as SQuAD v1.1.
         """
-        context, context_fault = "", None
+        context, context_fault = "", ""
         try:
             context = self._checked_context(passage.context)
         except Fault as fault:
-            context_fault = fault
+            context_fault = fault.reason
         for index, fields in enumerate(passage.questions):
             try:
                 if not isinstance(fields, dict):
                     raise Fault(Reason.NOT_SQUAD)
-                if context_fault is not None:
-                    raise context_fault
+                if context_fault:
+                    raise Fault(context_fault)
                 yield self._example(context, fields)
             except Fault as fault:
                 self._report.reject(_id_to_show(fields), passage.where_is(index), fault.reason)
