@@ -23,8 +23,8 @@ class RunOptions:
     model_name_or_path: str | None = option(None, "checkpoint folder or hub name to start from")
     config_name: str | None = option(None, "model config folder or name, if not the model's own")
     tokenizer_name: str | None = option(None, "tokenizer folder or name, if not the model's own")
-    cache_dir: str | None = option(None, "folder for caches, hub files in hub/ and features in features/; unset: "
-                                   "Hugging Face's own place, and a folder beside the data, or in ~/.cache")  # fmt: skip
+    cache_dir: str | None = option(None, "folder for caches, hub files in hub/ and features in features/; unset:"
+                                   " Hugging Face's own place, and a folder beside the data, or ~/.cache")  # fmt: skip
     output_dir: str | None = option(None, "folder for the model, checkpoints, predictions and TensorBoard")
     data_dir: str | None = option(None, "folder with train-v1.1.json and dev-v1.1.json (v2.0 with version_2_with_"
                                   "negative), for a train_file or predict_file that is not given")  # fmt: skip

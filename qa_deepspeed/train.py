@@ -116,7 +116,8 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
             batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
             _seed_dropout(options.seed, step, micro, rank)
             start_logits, end_logits = engine.train_forward(batch.inputs)
-            losses = span_loss(start_logits, end_logits, batch.start, batch.end)
+            mask = batch.inputs["attention_mask"]
+            losses = span_loss(start_logits, end_logits, batch.start, batch.end, mask)
             share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
             # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
             engine.backward(share * (world_size * plan.accumulation))

@@ -10,18 +10,24 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, mask: Tensor) -> Tensor:
     """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
+
+    Padding takes no part in the softmax, so a row's loss does not depend on the rows it is batched with.
 
     Args:
         start_logits, end_logits: `[rows, length]`, any float type.
         start, end: `[rows]` token positions; the null position for a row without an answer.
+        mask: `[rows, length]`, 0 at padding.
 
     Returns:
         `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
     """
-    start_loss = functional.cross_entropy(start_logits.float(), start, reduction="none")
-    end_loss = functional.cross_entropy(end_logits.float(), end, reduction="none")
+    padding = mask == 0
+    start_loss, end_loss = (
+        functional.cross_entropy(logits.float().masked_fill(padding, float("-inf")), position, reduction="none")
+        for logits, position in ((start_logits, start), (end_logits, end))
+    )
     return (start_loss + end_loss) / 2
 
 

@@ -1,0 +1,54 @@
+"""The same loss in every optimizer step, however the work is cut up: ZeRO stage, ranks, accumulation.
+
+60 rows in global batches of 8 over 12 steps: the eighth step is a partial batch of 4 rows, and a second epoch begins.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.dist.launching import losses, run_many
+
+pytestmark = pytest.mark.distributed
+
+TWO_RANKS = {
+    "zero0": {"deepspeed_config": "zero0"},
+    "zero1": {"deepspeed_config": "zero1"},
+    "zero2": {"deepspeed_config": "zero2"},
+    "zero3": {"deepspeed_config": "zero3"},
+    "zero2_offload": {"deepspeed_config": "zero2_offload"},
+    "zero3_offload": {"deepspeed_config": "zero3_offload"},
+    "zero2_accumulated": {"deepspeed_config": "zero2", "per_gpu_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "other_rate": {"deepspeed_config": "zero2", "learning_rate": 1.1e-3},
+}
+ONE_RANK = {
+    "alone_8x1": {"deepspeed_config": "zero2", "per_gpu_train_batch_size": 8},
+    "alone_4x2": {"deepspeed_config": "zero0", "per_gpu_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "alone_1x8": {"deepspeed_config": "zero3", "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def loss_of(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The 12 losses of every run."""
+    folder: Path = tmp_path_factory.mktemp("equivalence")
+    two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
+    run_many(2, two, folder)
+    run_many(1, {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}, folder)
+    return {name: losses(folder / name) for name in [*TWO_RANKS, *ONE_RANK]}
+
+
+@pytest.mark.parametrize("name", [name for name in [*TWO_RANKS, *ONE_RANK] if name not in ("zero0", "other_rate")])
+def test_losses_equal_zero0_on_two_ranks(loss_of: dict[str, np.ndarray], name: str) -> None:
+    assert len(loss_of[name]) == 12
+    np.testing.assert_allclose(loss_of[name], loss_of["zero0"], rtol=1e-5)
+
+
+def test_the_control_differs(loss_of: dict[str, np.ndarray]) -> None:
+    """Another learning rate changes the losses by far more than the tolerance: the comparison can fail."""
+    assert np.abs(loss_of["other_rate"] / loss_of["zero0"] - 1).max() > 1e-3
+
+
+def test_the_runs_learn(loss_of: dict[str, np.ndarray]) -> None:
+    assert loss_of["zero0"][-3:].mean() < loss_of["zero0"][:3].mean() - 0.1
