@@ -68,6 +68,12 @@ class CacheEntry:
         manifest = self._json("manifest")
         return manifest if manifest is not None and manifest.get("fingerprint") == self._fingerprint else None
 
+    def tidy(self) -> None:
+        """Clear away what a builder left that was killed between its last write and the end."""
+        if (self.folder / "reading.json").exists():
+            with contextlib.suppress(OSError):
+                self._clear_away()
+
     def discard(self, older_than: float) -> None:
         """Delete what was written before this time (seconds since the epoch), to be built again."""
         if not self.folder.is_dir():
@@ -245,12 +251,14 @@ class CacheEntry:
         return write_columns(self.folder / "index.arrow", self._work.index(opened()))
 
     def _clear_away(self) -> None:
-        """Delete marks, locks and what killed builders left; whoever still waits for a lock then sees the manifest."""
-        keep = {"manifest.json", "rejected.json", "manifest.lock"}
+        """Delete marks, locks and what killed builders left; whoever still gets a lock then sees the manifest."""
+        keep = {"manifest.json", "rejected.json", "manifest.lock", "reading.json"}
         for pattern in ("*.json", "*.lock", ".*.tmp"):
             for path in self.folder.glob(pattern):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
+        # The last to go: while it is there, `tidy` knows that this was not finished.
+        (self.folder / "reading.json").unlink(missing_ok=True)
 
     # ---- small files and locks ----
 

@@ -19,7 +19,21 @@ from qa_deepspeed.qa.readers import DataSource
 
 DIGESTS = "digests.json"
 SETTLED_SECONDS = 2.0
-"""A file younger than this may change again within the resolution of its time: its digest is not remembered."""
+"""A file changed later than this long ago may change again within the resolution of its times: not remembered."""
+
+
+def _code_version() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+CODE_VERSION = _code_version()
+"""A digest of the package's own data code: features of other code are never taken for features of this.
+
+Taken when this is imported, as the code is: files that change later are not what this process runs.
+"""
 
 
 def cache_key(
@@ -35,7 +49,7 @@ def cache_key(
     if source.purpose == "evaluate":
         del shape["windows_without_answer"]
     content = {
-        "code": code_version(),
+        "code": CODE_VERSION,
         "files": digests,
         "read": read,
         "settings": shape,
@@ -46,16 +60,8 @@ def cache_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def code_version() -> str:
-    """A digest of the package's own data code: features of other code are never taken for features of this."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 class InputDigests:
-    """SHA-256 of input files, remembered in the cache folder by path, size, time of change and inode."""
+    """SHA-256 of input files, remembered in the cache folder by path, size, times and inode."""
 
     def __init__(self, cache_dir: Path):
         self._path = cache_dir / DIGESTS
@@ -71,12 +77,13 @@ class InputDigests:
             entry = known.get(str(path))
             if entry is None or entry[:-1] != identity:
                 entry = [*identity, _sha256(path)]
-                if time.time() - identity[1] / 1e9 > SETTLED_SECONDS:
+                if time.time() - max(identity[1:3]) / 1e9 > SETTLED_SECONDS:
                     fresh[str(path)] = entry
             digests.append(entry[-1])
         if fresh:
             # A folder that cannot be written only costs the digests again.
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._path, json.dumps({**self._read(), **fresh}).encode())
         return digests
 
@@ -88,12 +95,15 @@ class InputDigests:
 
 
 def file_identity(path: Path) -> list[int]:
-    """Size, time of change in nanoseconds, and inode. Raises: UserError if there is no such file."""
+    """Size, times of change (of the content, of the inode; nanoseconds), and inode number.
+
+    The second time tells a change that kept the first. Raises: UserError if there is no such file.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _sha256(path: Path) -> str:

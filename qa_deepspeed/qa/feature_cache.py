@@ -63,6 +63,7 @@ def prepare_features(
     if manifest is None:
         work.check()
         manifest = entry.build(progress)
+    entry.tidy()
     entry.check_sizes(manifest)
     return _open(entry, manifest, built, template, family, settings)
 
