@@ -138,8 +138,10 @@ def test_an_answer_slightly_off_is_mended_for_training_and_scored_as_given(path)
 
 def test_one_good_annotator_is_enough(tmp_path):
     answers = [
-        {"text": "absent", "answer_start": 0}, {"text": "1867", "answer_start": 0}, {"text": "in Warsaw", "answer_start": 6},
-    ]  # fmt: skip
+        {"text": "absent", "answer_start": 0},
+        {"text": "1867", "answer_start": 0},
+        {"text": "in Warsaw", "answer_start": 6},
+    ]
     asked = {"id": 7, "question": "When?", "answers": answers}
     path = write_squad(tmp_path / "d.json", [{"context": "1867 in Warsaw", "qas": [asked]}])
     (example,), report = read(path)
