@@ -12,15 +12,15 @@ than exist; ties are settled by character start, then end, then feature id.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, write_predictions
 
 __all__ = ["Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
@@ -48,7 +48,9 @@ class FeatureSource(Protocol):
     """What decoding needs of a feature store."""
 
     example_index: np.ndarray  # int64 [features], never falling
-    examples: Any  # len() and [i] -> Example
+    # len() and [i] -> Example; where it has ids_and_contexts(begin, end) -> (ids, contexts), lists for a range of
+    # examples, that is used instead, because making whole Examples takes longer than decoding them
+    examples: Any
 
     def character_spans(
         self, rows: np.ndarray, start_positions: np.ndarray, end_positions: np.ndarray
@@ -69,6 +71,9 @@ class _Spans:
     def take(self, index: np.ndarray) -> _Spans:
         return _Spans(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
+    def without(self, index: np.ndarray | list[int]) -> _Spans:
+        return self.take(np.delete(np.arange(len(self.question)), index)) if len(index) else self
+
 
 def decode(
     candidates: Candidates, store: FeatureSource, settings: DecodeSettings, rows_per_chunk: int = ROWS_PER_CHUNK
@@ -86,8 +91,8 @@ def decode(
         examples = range(next_example, int(example_of_row[-1]) + 1)
         yield from _decode_chunk(candidates, slice(row, stop), example_of_row, examples, store, settings)
         next_example, row = examples.stop, stop
-    for index in range(next_example, example_count):
-        yield _without_span(store.examples[index].example_id, float("inf"), settings)
+    for example_id in _ids_and_contexts(store.examples, range(next_example, example_count))[0]:
+        yield _without_span(example_id, float("inf"), settings)
 
 
 def _cut_chunk(candidates: Candidates, store: FeatureSource, row: int, size: int) -> tuple[int, np.ndarray]:
@@ -115,23 +120,30 @@ def _decode_chunk(
     settings: DecodeSettings,
 ) -> Iterator[Prediction]:
     question_of_row = example_of_row - examples.start
-    chunk = [store.examples[index] for index in examples]
-    _check_finite(candidates, rows, question_of_row, chunk)
+    example_ids, contexts = _ids_and_contexts(store.examples, examples)
+    _check_finite(candidates, rows, question_of_row, example_ids)
     spans = _gather_spans(candidates, rows, question_of_row, store, settings)
     spans = _sorted_by_score(spans)
-    spans = spans.take(np.delete(np.arange(len(spans.question)), _repeats(spans)))
-    kept, texts = _best_spans(spans, [example.context for example in chunk], settings)
+    spans = spans.without(_repeats(spans))
+    kept, texts = _best_spans(spans, contexts, settings)
     null_score = np.full(len(examples), np.inf, np.float32)
     np.minimum.at(null_score, question_of_row, np.asarray(candidates.null_score[rows]))
-    return _predictions(kept, texts, null_score, chunk, settings)
+    return _predictions(kept, texts, null_score, example_ids, settings)
 
 
-def _check_finite(candidates: Candidates, rows: slice, question_of_row: np.ndarray, chunk: list[Example]) -> None:
+def _ids_and_contexts(examples: Any, wanted: range) -> tuple[list[str], list[str]]:
+    if hasattr(examples, "ids_and_contexts"):
+        return examples.ids_and_contexts(wanted.start, wanted.stop)
+    chunk = [examples[index] for index in wanted]
+    return [example.example_id for example in chunk], [example.context for example in chunk]
+
+
+def _check_finite(candidates: Candidates, rows: slice, question_of_row: np.ndarray, example_ids: list[str]) -> None:
     score = np.asarray(candidates.start_logit[rows]) + np.asarray(candidates.end_logit[rows])
     bad = ~np.isfinite(score) & (np.asarray(candidates.start[rows]) >= 0)
     bad_rows = np.flatnonzero(bad.any(axis=1) | ~np.isfinite(np.asarray(candidates.null_score[rows])))
     if len(bad_rows):
-        example_id = chunk[question_of_row[bad_rows[0]]].example_id
+        example_id = example_ids[question_of_row[bad_rows[0]]]
         raise UserError(
             f"the model's logits for question {example_id} are not finite numbers: its weights have diverged "
             "(lower the learning rate, or train with bf16 or fp32 instead of fp16) or are damaged"
@@ -181,59 +193,49 @@ def _repeats(spans: _Spans) -> np.ndarray:
     length = int(spans.end.max()) + 1
     assert (int(spans.question[-1]) + 1) * length * length < 2**63, "a context is too long for the span keys"
     key = (spans.question * length + spans.begin) * length + spans.end
+    # a plain sort is many times faster than an argsort, which only the few keys that occur twice are put through
     ordered = np.sort(key)
-    if not (ordered[1:] == ordered[:-1]).any():  # the usual case; a plain sort is many times faster than an argsort
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
         return np.zeros(0, np.int64)
-    order = np.argsort(key, kind="stable")
+    concerned = np.flatnonzero(twice[np.minimum(np.searchsorted(twice, key), len(twice) - 1)] == key)
+    order = concerned[np.argsort(key[concerned], kind="stable")]
     return order[1:][key[order][1:] == key[order][:-1]]
 
 
 def _best_spans(spans: _Spans, contexts: list[str], settings: DecodeSettings) -> tuple[_Spans, list[str]]:
     """The n_best_size best spans of each question, blanks trimmed, and their texts."""
-    kept = _head(spans, len(contexts), settings.n_best_size)
-    texts = _trimmed_texts(kept, contexts)
-    faulty = _questions_to_thin(kept, texts, settings)
+    kept, texts, faulty = _trimmed_head(spans, contexts, settings)
     if faulty:
         useless = [i for question in faulty for i in _useless(spans, question, contexts[question], settings)]
-        thinned = spans.take(np.delete(np.arange(len(spans.question)), useless))
-        kept = _head(thinned, len(contexts), settings.n_best_size)
-        texts = _trimmed_texts(kept, contexts)
+        kept, texts, _ = _trimmed_head(spans.without(useless), contexts, settings)
     return kept, texts
 
 
-def _head(spans: _Spans, questions: int, size: int) -> _Spans:
-    first = np.searchsorted(spans.question, np.arange(questions))
+def _trimmed_head(spans: _Spans, contexts: list[str], settings: DecodeSettings) -> tuple[_Spans, list[str], list[int]]:
+    """The first n_best_size spans of each question without leading and trailing blanks, their texts, and the questions
+    among whose spans there are blank ones or, now that blanks are gone, equal ones.
+    """
+    first = np.searchsorted(spans.question, np.arange(len(contexts)))
     rank = np.arange(len(spans.question)) - first[spans.question]
-    return spans.take(np.flatnonzero(rank < size))
-
-
-def _trimmed_texts(kept: _Spans, contexts: list[str]) -> list[str]:
-    """The text of each span without leading and trailing blanks; `kept.begin` and `kept.end` are moved along."""
+    kept = spans.without(np.flatnonzero(rank >= settings.n_best_size))
     lengths = np.fromiter(map(len, contexts), np.int64, len(contexts))
     assert (kept.begin <= kept.end).all() and (kept.end <= lengths[kept.question]).all(), "span outside its context"
     counts = np.bincount(kept.question, minlength=len(contexts)).tolist()
     context_of_span = chain.from_iterable(map(repeat, contexts, counts))
     raw = [c[begin:end] for c, begin, end in zip(context_of_span, kept.begin.tolist(), kept.end.tolist(), strict=True)]
     texts = list(map(str.strip, raw))
+    faulty: set[int] = set()
     if texts != raw:
-        leading = [len(text) - len(text.lstrip()) for text in raw]
-        kept.begin += np.array(leading)
-        kept.end = kept.begin + np.fromiter(map(len, texts), np.int64, len(texts))
-    return texts
-
-
-def _questions_to_thin(kept: _Spans, texts: list[str], settings: DecodeSettings) -> list[int]:
-    """Questions among whose spans are blank ones or, now that blanks are trimmed, equal ones."""
-    faulty = set(kept.question[kept.begin == kept.end].tolist())
-    repeated = _repeats(kept)
-    faulty.update(kept.question[repeated].tolist())
+        leading = np.fromiter((len(text) - len(text.lstrip()) for text in raw), np.int64, len(raw))
+        begin = kept.begin + leading
+        kept = replace(kept, begin=begin, end=begin + np.fromiter(map(len, texts), np.int64, len(texts)))
+        faulty.update(kept.question[_repeats(kept)].tolist())
+    faulty.update(kept.question[kept.begin == kept.end].tolist())
     if settings.merge_duplicate_texts:
-        seen: set[tuple[int, str]] = set()
-        for pair in zip(kept.question.tolist(), texts, strict=True):
-            if pair in seen:
-                faulty.add(pair[0])
-            seen.add(pair)
-    return sorted(faulty)
+        pairs = Counter(zip(kept.question.tolist(), texts, strict=True))
+        faulty.update(question for (question, _), times in pairs.items() if times > 1)
+    return kept, texts, sorted(faulty)
 
 
 def _useless(spans: _Spans, question: int, context: str, settings: DecodeSettings) -> list[int]:
@@ -252,13 +254,13 @@ def _useless(spans: _Spans, question: int, context: str, settings: DecodeSetting
 
 
 def _predictions(
-    kept: _Spans, texts: list[str], null_score: np.ndarray, chunk: list[Example], settings: DecodeSettings
+    kept: _Spans, texts: list[str], null_score: np.ndarray, example_ids: list[str], settings: DecodeSettings
 ) -> Iterator[Prediction]:
     size = settings.n_best_size
-    first = np.searchsorted(kept.question, np.arange(len(chunk) + 1))
+    first = np.searchsorted(kept.question, np.arange(len(example_ids) + 1))
     # [questions, n_best_size + 1]; the last column is the null entry's. The width is fixed so that sums always run
     # over the same number of terms, and the last digits do not depend on the neighbours in a chunk.
-    score = np.full((len(chunk), size + 1), -np.inf)
+    score = np.full((len(example_ids), size + 1), -np.inf)
     rank = np.arange(len(kept.question)) - first[kept.question]
     score[kept.question, rank] = kept.score
     if settings.version_2_with_negative:
@@ -268,33 +270,31 @@ def _predictions(
     probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
     shares = probability[kept.question, rank].tolist()
-    logits = zip(kept.start_logit.tolist(), kept.end_logit.tolist(), strict=True)
-    columns = zip(texts, shares, logits, kept.begin.tolist(), kept.end.tolist(), strict=True)
+    logits = kept.start_logit.tolist(), kept.end_logit.tolist()
     entries = [
-        {"text": text, "probability": share, "start_logit": start, "end_logit": end, "start": begin, "end": stop}
-        for text, share, (start, end), begin, stop in columns
+        {"text": text, "probability": share, "start_logit": start_logit, "end_logit": end_logit, "start": begin}
+        for text, share, start_logit, end_logit, begin in zip(texts, shares, *logits, kept.begin.tolist(), strict=True)
     ]
-    null_odds = null_score.astype(np.float64) - score[:, 0]
+    null_odds = (null_score.astype(np.float64) - score[:, 0]).tolist()
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
-    bounds = first.tolist()
-    for question, (example, odds, null) in enumerate(zip(chunk, null_odds.tolist(), null_score.tolist(), strict=True)):
-        begin, end = bounds[question], bounds[question + 1]
+    null_share = probability[:, size].tolist()
+    columns = (example_ids, first[:-1].tolist(), first[1:].tolist(), null_score.tolist())
+    for question, (example_id, begin, end, null) in enumerate(zip(*columns, strict=True)):
         if begin == end:
-            yield _without_span(example.example_id, null, settings)
+            yield _without_span(example_id, null, settings)
             continue
         nbest = entries[begin:end]
         text = nbest[0]["text"]
         if not settings.version_2_with_negative:
-            yield Prediction(example.example_id, text, nbest, None)
+            yield Prediction(example_id, text, nbest, None)
             continue
-        nbest.insert(null_rank[question], _null_entry(float(probability[question, size]), null))
-        yield Prediction(example.example_id, "" if odds > settings.null_score_diff_threshold else text, nbest, odds)
+        nbest.insert(null_rank[question], _null_entry(null_share[question], null))
+        odds = null_odds[question]
+        yield Prediction(example_id, "" if odds > settings.null_score_diff_threshold else text, nbest, odds)
 
 
 def _null_entry(probability: float, null_score: float) -> dict[str, Any]:
-    return {
-        "text": "", "probability": probability, "start_logit": null_score, "end_logit": 0.0, "start": 0, "end": 0,
-    }  # fmt: skip
+    return {"text": "", "probability": probability, "start_logit": null_score, "end_logit": 0.0, "start": -1}
 
 
 def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:

@@ -67,7 +67,7 @@ def decode_slowly(candidates, store, how):
                 continue
             seen.add(identity)
             logits = float(candidates.start_logit[row, j]), float(candidates.end_logit[row, j])
-            nbest.append((-float(negative), text, *logits, begin, begin + len(text)))
+            nbest.append((-float(negative), text, *logits, begin))
         if not nbest:
             yield example.example_id, "", [("", 1.0)], NO_SPAN if how.version_2_with_negative else None
             continue
@@ -77,7 +77,7 @@ def decode_slowly(candidates, store, how):
             if odds > how.null_score_diff_threshold:
                 text = ""
             better = sum(entry[0] >= null for entry in nbest)
-            nbest.insert(better, (float(null), "", float(null), 0.0, 0, 0))
+            nbest.insert(better, (float(null), "", float(null), 0.0, -1))
         weights = [math.exp(entry[0] - max(nbest)[0]) for entry in nbest]
         shares = [weight / sum(weights) for weight in weights]
         yield example.example_id, text, [(e[1], p, *e[2:]) for e, p in zip(nbest, shares, strict=True)], odds
@@ -93,7 +93,7 @@ def assert_same(candidates, store, how, rows_per_chunk=4096):
         if len(nbest[0]) == 2:
             assert [(e["text"], e["probability"]) for e in prediction.nbest] == nbest
             continue
-        keys = ("text", "start_logit", "end_logit", "start", "end")
+        keys = ("text", "start_logit", "end_logit", "start")
         assert [tuple(e[key] for key in keys) for e in prediction.nbest] == [(e[0], *e[2:]) for e in nbest]
         assert [e["probability"] for e in prediction.nbest] == pytest.approx([e[1] for e in nbest], rel=1e-6, abs=1e-40)
     return fast
@@ -156,6 +156,28 @@ def test_random_logits_over_many_chunks():
         predictions = assert_same(candidates_of(rows, 20), store, how)
         assert assert_same(candidates_of(rows, 20), store, how, rows_per_chunk=7) == predictions
     assert 0 < sum(p.text == "" for p in predictions) < len(predictions)
+
+
+def test_examples_that_give_their_texts_by_the_range_are_asked_for_those():
+    class Texts:
+        def __init__(self, examples):
+            self.examples = examples
+
+        def __len__(self):
+            return len(self.examples)
+
+        def __getitem__(self, index):
+            raise AssertionError("whole examples are slow to make")
+
+        def ids_and_contexts(self, begin, end):
+            chunk = self.examples[begin:end]
+            return [example.example_id for example in chunk], [example.context for example in chunk]
+
+    store = Store(["ab cd", "ef", "gh ij"], [0, 0, 1, 2], [words("ab cd"), words("ab cd"), words("ef"), words("gh ij")])
+    candidates = candidates_of([([(0, 0, i, 1)], 0) for i in range(4)], 3)
+    expected = list(decode(candidates, store, DecodeSettings(), 2))
+    store.examples = Texts(store.examples)
+    assert list(decode(candidates, store, DecodeSettings(), 2)) == expected
 
 
 def one_question(spans_by_window, nulls, context="ab cd ef", **how):

@@ -1,0 +1,140 @@
+"""Decoding speed beside the peer's, on the same questions, windows and logits, in one process and one run.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_decode.py [--file en-v1-dev.json] [--repeats 5]
+
+The logits are random (seeded normal, deviation 3): no decoder's work depends on what they say, only on how many spans
+there are. The peer decodes full logits (its `decode`, files written as its `main` writes them); ours decodes the
+candidates that the device keeps (`models.heads.best_spans`, part of the forward, timed apart as `reduce`).
+Each way is run --repeats times in turn; the best time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from qa_deepspeed.models.families import family_of
+from qa_deepspeed.models.heads import best_spans
+from qa_deepspeed.qa.decode import Candidates, DecodeSettings, decode, write_predictions
+from qa_deepspeed.qa.feature_cache import prepare_features
+from qa_deepspeed.qa.features import FeatureSettings
+from qa_deepspeed.qa.readers import DataSource
+from tests.paths import DATA, MINILM, SHARED
+
+LENGTH, OVERLAP = 384, 128
+
+
+def load_peer():
+    specification = importlib.util.spec_from_file_location("peer", SHARED / "peers" / "hf_trainer_qa.py")
+    peer = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(peer)
+    return peer
+
+
+def peer_inputs(peer, path, tokenizer, settings):
+    args = argparse.Namespace(
+        max_seq_length=LENGTH, doc_stride=OVERLAP, tuned=False, n_best_size=settings.n_best_size,
+        max_answer_length=settings.max_answer_length, version_2_with_negative=settings.version_2_with_negative,
+        null_score_diff_threshold=settings.null_score_diff_threshold,
+    )  # fmt: skip
+    examples = peer.read_squad(str(path))
+    features = examples.map(
+        peer.make_featurizer(tokenizer, args, False), batched=True, remove_columns=examples.column_names
+    )
+    return args, examples, features
+
+
+def reduce_logits(start_logits, end_logits, store, settings):
+    """What the device does in the forward, 16 rows at a time."""
+    kept = []
+    for begin in range(0, len(store), 16):
+        rows = store.take(np.arange(begin, min(begin + 16, len(store))))
+        part = (torch.from_numpy(logits[rows.feature_id]) for logits in (start_logits, end_logits))
+        bounds = torch.from_numpy(rows.context_begin), torch.from_numpy(rows.context_end)
+        kept.append(best_spans(*part, *bounds, settings.n_best_size, settings.max_answer_length))
+    start, end, start_logit, end_logit = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
+    null_score = start_logits[:, 0] + end_logits[:, 0]
+    return Candidates(
+        np.arange(len(store)), start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, null_score
+    )
+
+
+def in_turn(ways, repeats):
+    """Best seconds of each way."""
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", default="en-v2-dev.json", help="a gold file of the shared data")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    path, tokenizer, peer = DATA / arguments.file, AutoTokenizer.from_pretrained(MINILM), load_peer()
+    settings = DecodeSettings(version_2_with_negative="v2" in arguments.file)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        args, examples, features = peer_inputs(peer, path, tokenizer, settings)
+        source = DataSource((str(path),), "evaluate", settings.version_2_with_negative)
+        family = family_of(AutoConfig.from_pretrained(MINILM), tokenizer)
+        lengths = FeatureSettings(max_seq_length=LENGTH, doc_stride=OVERLAP, doc_stride_is="overlap")
+        store = prepare_features(source, tokenizer, family, lengths, folder / "cache")
+        assert len(store) == len(features), "both systems decode the same windows"
+        generator = np.random.default_rng(0)
+        logits = [generator.normal(0, 3, (len(store), LENGTH)).astype(np.float32) for _ in range(2)]
+        candidates = reduce_logits(*logits, store, settings)
+
+        def write_peer():
+            answers, nbest = peer.decode(examples, features, logits, args)
+            for name, value in (("predictions.json", answers), ("nbest_predictions.json", nbest)):
+                with open(folder / name, "w", encoding="utf-8") as handle:
+                    json.dump(value, handle)
+
+        seconds = in_turn(
+            {
+                "peer": lambda: peer.decode(examples, features, logits, args),
+                "ours": lambda: list(decode(candidates, store, settings)),
+                "peer, files written": write_peer,
+                "ours, files written": lambda: write_predictions(
+                    decode(candidates, store, settings), folder / "out", settings
+                ),
+                "reduce": lambda: reduce_logits(*logits, store, settings),
+            },
+            arguments.repeats,
+        )
+    rate = {name: len(examples) / value for name, value in seconds.items()}
+    for name, value in rate.items():
+        print(f"{name:22} {value:10,.0f} questions/s")
+    figures = {
+        "questions": len(examples), "features": len(store), "speedup": round(rate["ours"] / rate["peer"], 1),
+        "speedup_files_written": round(rate["ours, files written"] / rate["peer, files written"], 1),
+        "files_written_to_peer_lists": round(rate["ours, files written"] / rate["peer"], 1),
+        "python": platform.python_version(), "numpy": np.__version__, "cpu": platform.processor() or platform.machine(),
+    }  # fmt: skip
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
