@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# From nothing to a trained and evaluated reader: sets up an environment (environment.sh says which variables it heeds),
+# makes a small corpus and an untrained tiny model, and trains it with DeepSpeed on two ranks. It needs no GPU, no compiler
+# and no network beyond the package index. Run again, it finds everything done; further flags go to `qa-deepspeed train`
+# (--overwrite_output_dir trains afresh).
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+set_up_environment ""
+cd "$REPOSITORY"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
+
+python -m qa_deepspeed sample quickstart/sample
+
+# One rank on each GPU, but no more than two; without GPUs, two ranks on the CPU that share its cores.
+read -r gpus cores port < <(python -c '
+import os, socket, torch
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    print(torch.cuda.device_count(), len(os.sched_getaffinity(0)), free.getsockname()[1])')
+ranks=$((gpus == 1 ? 1 : 2))
+export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+deepspeed --num_accelerators "$ranks" --master_port "$port" --module \
+    qa_deepspeed train --config launch/quickstart.yaml "$@"
+
+python - <<'END'
+import json
+
+with open("quickstart/run/metrics.json", encoding="utf-8") as file:
+    metrics = json.load(file)
+print(f"""
+EM {metrics["exact"]:.1f}  F1 {metrics["f1"]:.1f}  on {metrics["total"]} held-out questions \
+(answerable: F1 {metrics["HasAns_f1"]:.1f}, unanswerable: F1 {metrics["NoAns_f1"]:.1f})""")
+END
+cat <<END
+
+model         quickstart/run  (any Transformers program loads it)
+predictions   quickstart/run/predictions.json, nbest_predictions.json, null_odds.json, metrics.json
+TensorBoard   $VENV/bin/tensorboard --logdir quickstart/run
+
+Next, your own data in SQuAD format, with any checkpoint of the hub (here in SQuAD v2 format, on $ranks ranks):
+
+  source $VENV/bin/activate
+  OMP_NUM_THREADS=$OMP_NUM_THREADS deepspeed --num_accelerators $ranks --module qa_deepspeed train \\
+      --model_name_or_path bert-base-uncased --train_file train-v2.0.json --predict_file dev-v2.0.json \\
+      --version_2_with_negative --do_eval --deepspeed_config zero2 --output_dir runs/mine
+END
