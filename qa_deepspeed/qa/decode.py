@@ -21,13 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction, write_predictions
 
-__all__ = ["Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
-
-# The null odds of a question for which there is no span to choose (an empty context): finite, so that every JSON
-# reader takes it, and far above any threshold that could be tuned.
-NO_SPAN_NULL_ODDS = 1e6
+__all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
 ROWS_PER_CHUNK = 4096
 

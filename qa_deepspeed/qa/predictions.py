@@ -16,6 +16,11 @@ PREDICTIONS_FILE = "predictions.json"
 NBEST_FILE = "nbest_predictions.json"
 NULL_ODDS_FILE = "null_odds.json"
 
+# The null odds of a question for which there is no span to choose (an empty context): finite, so that every JSON
+# reader takes it, and far above any threshold that could be tuned.
+NO_SPAN_NULL_ODDS = 1e6
+
+
 @dataclass(frozen=True)
 class DecodeSettings:
     """How candidates become answers."""
