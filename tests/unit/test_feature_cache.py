@@ -1,4 +1,4 @@
-"""The cache: when it misses and hits, many builders at once, builders killed, files damaged, disks full or read-only."""
+"""The cache: when it misses and hits, many builders at once, builders killed, files damaged, full or read-only disks."""
 
 from __future__ import annotations
 
