@@ -80,12 +80,12 @@ def _prediction(
     example: Example, found: _Pairs, null: tuple[np.float32, np.float32, np.float32] | None, settings: DecodeSettings
 ) -> Prediction:
     size, v2 = settings.n_best_size, settings.version_2_with_negative
-    kept = [
+    kept: list[tuple[str, float, float, float, int, int]] = [
         (example.context[begin:end], float(score), float(start_logit), float(end_logit), int(begin), int(end))
         for score, start_logit, end_logit, begin, end in zip(*(column[:size] for column in found), strict=True)
     ]
     if v2 and null is not None:
-        null_entry = ("", *map(float, null), 0, 0)
+        null_entry = ("", float(null[0]), float(null[1]), float(null[2]), 0, 0)
         kept.insert(int((found.score >= null[0]).sum()), null_entry)
         kept = kept[:size]
         if not any(begin == end == 0 for *_, begin, end in kept):

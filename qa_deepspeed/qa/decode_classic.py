@@ -1,0 +1,199 @@
+"""Decoding by the rules of the classic run_squad.py, answer for answer.
+
+Rules: `compute_predictions_logits` in Transformers 4 (data/metrics/squad_metrics.py), after run_squad.py of
+https://github.com/google-research/bert. Per window the n_best_size best starts and ends of the whole row are paired;
+a start counts only in the window that gives its token most context; texts are made again from the word pieces
+(`classic_text.final_text`) and each text counts once; the null answer is position 0; a question without any span is
+answered with the word "empty". Scores are summed in float64.
+
+Differs where the original ends in an error: a question of v2 data without a feature, or with blank spans only, is
+answered with "".
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qa_deepspeed.qa.classic_text import final_text
+from qa_deepspeed.qa.examples import Example
+from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction
+
+_WORD = re.compile(r"[^ \t\r\n\u202f]+")  # the classic scripts split contexts at these blanks only
+
+
+@dataclass(frozen=True)
+class ClassicText:
+    """How texts are made.
+
+    tokens_to_text: from the ids of a span's tokens to its text as the tokenizer joins them (`wordpiece_joiner`).
+    window_step: tokens from the begin of one window to the next (the classic doc_stride).
+    """
+
+    tokens_to_text: Callable[[np.ndarray], str]
+    do_lower_case: bool
+    window_step: int
+
+
+def wordpiece_joiner(vocabulary: Sequence[str]) -> Callable[[np.ndarray], str]:
+    """`tokens_to_text` of BERT's slow tokenizer. `vocabulary` gives the token of each id."""
+    return lambda ids: " ".join(vocabulary[i] for i in ids).replace(" ##", "").strip()
+
+
+class _Span(NamedTuple):
+    start_logit: float
+    end_logit: float
+    begin: int  # the character where the first token begins
+    last: int  # the character where the last token begins
+    ids: np.ndarray  # of its tokens
+
+
+class _Entry(NamedTuple):
+    text: str
+    start_logit: float
+    end_logit: float
+    begin: int
+
+
+def decode_classic(
+    logits: FullLogits, store: FeatureRowSource, settings: DecodeSettings, how: ClassicText
+) -> Iterator[Prediction]:
+    """Yield a `Prediction` for every example of the store, in the store's order."""
+    for rows, examples, bounds in question_chunks(logits, store):
+        feature_id = np.asarray(logits.feature_id[rows])
+        start_logits, end_logits = np.asarray(logits.start_logits[rows]), np.asarray(logits.end_logits[rows])
+        window = store.take(feature_id)
+        best_window = _best_windows(
+            window.context_begin, window.context_end, bounds, how.window_step, start_logits.shape
+        )
+        row, start, end = _valid_pairs(start_logits, end_logits, window, best_window, settings)
+        score = start_logits[row, start].astype(float) + end_logits[row, end]
+        begin = store.character_spans(feature_id[row], start, start)[0]
+        last = store.character_spans(feature_id[row], end, end)[0]
+        of_row = np.searchsorted(row, bounds)
+        for question, index in enumerate(examples):
+            first, stop = of_row[question], of_row[question + 1]
+            order = first + np.argsort(-score[first:stop], kind="stable")
+            spans = (
+                _Span(
+                    float(start_logits[row[i], start[i]]),
+                    float(end_logits[row[i], end[i]]),
+                    int(begin[i]),
+                    int(last[i]),
+                    window.input_ids[window.row_splits[row[i]] + start[i] : window.row_splits[row[i]] + end[i] + 1],
+                )
+                for i in order
+            )
+            windows = range(bounds[question], bounds[question + 1])
+            nulls = [(float(start_logits[w, 0]), float(end_logits[w, 0])) for w in windows]
+            yield _prediction(store.examples[index], spans, nulls, settings, how)
+
+
+def _best_windows(
+    context_begin: np.ndarray, context_end: np.ndarray, bounds: np.ndarray, step: int, shape: tuple[int, int]
+) -> np.ndarray:
+    """Whether this is the window in which a token has most context on its poorer side; bool [rows, length].
+
+    A window's length counts a little (0.01 a token), and of equals the first wins, as there.
+    """
+    best = np.zeros(shape, bool)
+    for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        lengths = (context_end - context_begin)[first:stop].astype(np.int64)
+        starts = np.arange(stop - first) * step
+        token = np.arange(int((starts + lengths).max(initial=0)))
+        left, right = token - starts[:, None], (starts + lengths - 1)[:, None] - token
+        score = np.where((left >= 0) & (right >= 0), np.minimum(left, right) + 0.01 * lengths[:, None], -np.inf)
+        winner = score.argmax(axis=0) if len(lengths) else token
+        for window, row in enumerate(range(first, stop)):
+            own = winner[starts[window] : starts[window] + lengths[window]] == window
+            best[row, context_begin[row] : context_end[row]] = own
+    return best
+
+
+def _valid_pairs(
+    start_logits: np.ndarray, end_logits: np.ndarray, window: Any, best_window: np.ndarray,
+    settings: DecodeSettings,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Row, start and end of each pair that may be an answer: rows in order, starts best first, ends best first."""
+    starts, ends = (
+        np.argsort(-x, axis=1, kind="stable")[:, : settings.n_best_size] for x in (start_logits, end_logits)
+    )
+    begin, stop = window.context_begin[:, None], window.context_end[:, None]
+    inside_start = np.take_along_axis(best_window, starts, axis=1)
+    inside_end = (ends >= begin) & (ends < stop)
+    length = ends[:, None, :] - starts[:, :, None] + 1
+    valid = inside_start[:, :, None] & inside_end[:, None, :] & (length >= 1) & (length <= settings.max_answer_length)
+    row, s, e = np.nonzero(valid)
+    return row, starts[row, s], ends[row, e]
+
+
+def _prediction(
+    example: Example,
+    spans: Iterator[_Span],
+    nulls: list[tuple[float, float]],
+    settings: DecodeSettings,
+    how: ClassicText,
+) -> Prediction:
+    v2 = settings.version_2_with_negative
+    null = min(nulls, key=sum, default=None) if v2 else None
+    entries = _distinct(example.context, spans, null, settings.n_best_size, how)
+    if null is not None:
+        if not any(entry.text == "" for entry in entries):
+            entries.append(_Entry("", *null, -1))
+        if len(entries) == 1:
+            entries.insert(0, _Entry("empty", 0.0, 0.0, -1))
+    if not entries:
+        entries.append(_Entry("empty", 0.0, 0.0, -1))
+    nbest = _nbest(entries)
+    if not v2:
+        return Prediction(example.example_id, entries[0].text, nbest, None)
+    best = next((entry for entry in entries if entry.text), None)
+    if null is None or best is None:
+        return Prediction(example.example_id, "", nbest, NO_SPAN_NULL_ODDS)
+    odds = sum(null) - best.start_logit - best.end_logit
+    return Prediction(example.example_id, "" if odds > settings.null_score_diff_threshold else best.text, nbest, odds)
+
+
+def _distinct(
+    context: str, spans: Iterator[_Span], null: tuple[float, float] | None, size: int, how: ClassicText
+) -> list[_Entry]:
+    """The `size` best entries with different texts, the null entry in its place if it is among them."""
+    words = [(match.start(), match.end()) for match in _WORD.finditer(context)]
+    word_begins = [begin for begin, _ in words]
+    entries: list[_Entry] = []
+    seen: set[str] = set()
+    null_pending = null
+    for span in spans:
+        if null_pending is not None and sum(null_pending) > span.start_logit + span.end_logit:
+            if len(entries) < size:
+                entries.append(_Entry("", *null_pending, -1))
+                seen.add("")
+            null_pending = None
+        if len(entries) >= size:
+            return entries
+        first, last = bisect_right(word_begins, span.begin) - 1, bisect_right(word_begins, span.last) - 1
+        original = " ".join(context[begin:end] for begin, end in words[first : last + 1])
+        text = final_text(" ".join(how.tokens_to_text(span.ids).split()), original, how.do_lower_case)
+        if text not in seen:
+            seen.add(text)
+            begin = word_begins[first] if text == original else span.begin
+            entries.append(_Entry(text, span.start_logit, span.end_logit, begin))
+    if null_pending is not None and len(entries) < size:
+        entries.append(_Entry("", *null_pending, -1))
+    return entries
+
+
+def _nbest(entries: list[_Entry]) -> list[dict[str, Any]]:
+    scores = np.array([entry.start_logit + entry.end_logit for entry in entries])
+    exponential = np.exp(scores - scores.max())
+    shares = (exponential / exponential.sum()).astype(np.float32).tolist()
+    return [
+        {"text": e.text, "probability": p, "start_logit": e.start_logit, "end_logit": e.end_logit, "start": e.begin}
+        for e, p in zip(entries, shares, strict=True)
+    ]
