@@ -53,8 +53,8 @@ set_up_environment() {
         make_environment
         [ -z "${TORCH_INDEX_URL:-}" ] || index=(--extra-index-url "$TORCH_INDEX_URL")
         printf 'Installing PyTorch into %s (some minutes where it must be downloaded) ...\n' "$VENV"
-        # PyTorch first: DeepSpeed's own set-up looks for it. Without build isolation the same setuptools builds both.
-        install_packages ${index[@]+"${index[@]}"} torch setuptools
+        # PyTorch first, since DeepSpeed's set-up looks for it; setuptools and wheel build both without build isolation.
+        install_packages ${index[@]+"${index[@]}"} torch setuptools wheel
         printf 'Installing qa_deepspeed%s and what it needs ...\n' "$extras"
         install_packages --no-build-isolation --editable "$REPOSITORY$extras"
         printf '%s\n' "$want" >"$stamp"
