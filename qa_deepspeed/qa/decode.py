@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,8 +44,8 @@ class FeatureSource(Protocol):
     """What decoding needs of a feature store."""
 
     example_index: np.ndarray  # int64 [features], never falling
-    # len() and [i] -> Example; where it has ids_and_contexts(begin, end) -> (ids, contexts), lists for a range of
-    # examples, that is used instead, because making whole Examples takes longer than decoding them
+    # len() and iter() over Examples; where it has ids_and_contexts(begin, end) -> (ids, contexts), lists for a range
+    # of examples, that is used instead, because making whole Examples takes longer than decoding them
     examples: Any
 
     def character_spans(
@@ -81,13 +81,14 @@ def decode(
     """
     example_count = len(store.examples)
     rows = len(candidates.feature_id)
+    texts = _Texts(store.examples)
     next_example = row = 0
     while row < rows:
         stop, example_of_row = _cut_chunk(candidates, store, row, rows_per_chunk)
         examples = range(next_example, int(example_of_row[-1]) + 1)
-        yield from _decode_chunk(candidates, slice(row, stop), example_of_row, examples, store, settings)
+        yield from _decode_chunk(candidates, slice(row, stop), example_of_row, examples, texts, store, settings)
         next_example, row = examples.stop, stop
-    for example_id in _ids_and_contexts(store.examples, range(next_example, example_count))[0]:
+    for example_id in texts.take(range(next_example, example_count))[0]:
         yield _without_span(example_id, float("inf"), settings)
 
 
@@ -112,26 +113,35 @@ def _decode_chunk(
     rows: slice,
     example_of_row: np.ndarray,
     examples: range,
+    texts: _Texts,
     store: FeatureSource,
     settings: DecodeSettings,
 ) -> Iterator[Prediction]:
     question_of_row = example_of_row - examples.start
-    example_ids, contexts = _ids_and_contexts(store.examples, examples)
+    example_ids, contexts = texts.take(examples)
     _check_finite(candidates, rows, question_of_row, example_ids)
     spans = _gather_spans(candidates, rows, question_of_row, store, settings)
     spans = _sorted_by_score(spans)
     spans = spans.without(_repeats(spans))
-    kept, texts = _best_spans(spans, contexts, settings)
+    kept, answers = _best_spans(spans, contexts, settings)
     null_score = np.full(len(examples), np.inf, np.float32)
     np.minimum.at(null_score, question_of_row, np.asarray(candidates.null_score[rows]))
-    return _predictions(kept, texts, null_score, example_ids, settings)
+    return _predictions(kept, answers, null_score, example_ids, settings)
 
 
-def _ids_and_contexts(examples: Any, wanted: range) -> tuple[list[str], list[str]]:
-    if hasattr(examples, "ids_and_contexts"):
-        return examples.ids_and_contexts(wanted.start, wanted.stop)
-    chunk = [examples[index] for index in wanted]
-    return [example.example_id for example in chunk], [example.context for example in chunk]
+class _Texts:
+    """Ids and contexts of the examples, asked for in their order, a range at a time."""
+
+    def __init__(self, examples: Any):
+        self._by_range = getattr(examples, "ids_and_contexts", None)
+        self._one_by_one = iter(()) if self._by_range else iter(examples)
+
+    def take(self, wanted: range) -> tuple[list[str], list[str]]:
+        """The ids and the contexts of the next examples, which are those of `wanted`."""
+        if self._by_range:
+            return self._by_range(wanted.start, wanted.stop)
+        chunk = list(islice(self._one_by_one, len(wanted)))
+        return [example.example_id for example in chunk], [example.context for example in chunk]
 
 
 def _check_finite(candidates: Candidates, rows: slice, question_of_row: np.ndarray, example_ids: list[str]) -> None:
