@@ -16,6 +16,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +62,15 @@ class Scorer:
     def __init__(self, version_2_with_negative: bool, language: str = "en"):
         self._v2 = version_2_with_negative
         self._language = language
-        self._exact, self._f1 = array("b"), array("d")
-        self._best_exact, self._best_f1 = array("b"), array("d")  # of the best span, whatever the null odds say
-        self._has_answer, self._given, self._best_given, self._half = array("b"), array("b"), array("b"), array("b")
-        self._odds = array("d")
+        self._exact: array[int] = array("b")
+        self._f1: array[float] = array("d")
+        self._best_exact: array[int] = array("b")  # best_*: of the best span, whatever the null odds say
+        self._best_f1: array[float] = array("d")
+        self._best_given: array[int] = array("b")
+        self._has_answer: array[int] = array("b")
+        self._given: array[int] = array("b")
+        self._half: array[int] = array("b")
+        self._odds: array[float] = array("d")
         self._missing = self._missing_unanswerable = 0
 
     def add_missing(self, gold: Gold) -> None:
@@ -114,20 +120,18 @@ class Scorer:
         """
         if not self._v2:
             total = len(self._exact) + self._missing
-            f1 = functools.reduce(operator.add, self._f1, 0.0)  # the v1.1 script adds up one by one
-            return {"exact": _percent(sum(self._exact), total), "f1": _percent(f1, total), "total": total}
-        exact_scores: list[float] = list(self._exact)
-        f1_scores: list[float] = list(self._f1)
-        has_answer = list(self._has_answer)
+            f1_sum = functools.reduce(operator.add, self._f1, 0.0)  # the v1.1 script adds up one by one
+            return {"exact": _percent(sum(self._exact), total), "f1": _percent(f1_sum, total), "total": total}
+        exact: array[int] = self._exact[:]
+        f1: array[float] = self._f1[:]
         if threshold is not None:
             for i, odds in enumerate(self._odds):
                 if odds > threshold:
-                    exact_scores[i] = f1_scores[i] = float(not has_answer[i])
-        metrics: dict[str, Any] = _summed(exact_scores, f1_scores, "")
-        for prefix, wanted in (("HasAns_", 1), ("NoAns_", 0)):
-            part = [i for i, has in enumerate(has_answer) if has == wanted]
-            if part:
-                metrics.update(_summed([exact_scores[i] for i in part], [f1_scores[i] for i in part], prefix))
+                    exact[i] = f1[i] = not self._has_answer[i]
+        metrics: dict[str, Any] = _summed(exact, f1, array("b", [1]) * len(exact), "")
+        for prefix, part in (("HasAns_", self._has_answer), ("NoAns_", array("b", (not h for h in self._has_answer)))):
+            if any(part):
+                metrics.update(_summed(exact, f1, part, prefix))
         if self._odds:
             metrics.update(self._threshold_metrics(odds_order))
         return metrics
@@ -210,11 +214,11 @@ def _check_odds(golds: list[Gold], null_odds: Mapping[str, float]) -> None:
         )
 
 
-def _summed(exact: list[float], f1: list[float], prefix: str) -> dict[str, Any]:
-    total = len(exact)
+def _summed(exact: array[int], f1: array[float], counted: array[int], prefix: str) -> dict[str, Any]:
+    total = sum(counted)
     return {
-        f"{prefix}exact": _percent(sum(exact), total),
-        f"{prefix}f1": _percent(sum(f1), total),
+        f"{prefix}exact": _percent(sum(compress(exact, counted)), total),
+        f"{prefix}f1": _percent(sum(compress(f1, counted)), total),
         f"{prefix}total": total,
     }
 
