@@ -1,4 +1,4 @@
-"""The cache: when it misses and hits, many builders at once, builders killed, files damaged, full or read-only disks."""
+"""The cache: when it misses and hits, many builders at once, builders killed, files damaged, disks that refuse."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from qa_deepspeed.qa.feature_cache import prepare_features
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.features import FeatureSettings
 from qa_deepspeed.qa.readers import DataSource
+from tests.paths import REPOSITORY
 
 SETTINGS = FeatureSettings(max_seq_length=48, doc_stride=16, max_query_length=16)
 fork = multiprocessing.get_context("fork")
@@ -178,6 +180,13 @@ def test_overwrite_builds_again_what_is_older_than_the_process(tmp_path: Path, d
     monkeypatch.setattr(feature_cache, "STARTED", time.time() - 60)
     again = prepare(data, tmp_path / "cache", overwrite=True)
     assert not again.built and rows(again) == rows(first)
+
+
+def test_the_key_holds_all_code_that_shapes_features() -> None:
+    """The modules of qa/ that importing feature_cache loads, in a fresh interpreter."""
+    program = "import sys, qa_deepspeed.qa.feature_cache; print(*(n for n in sys.modules if 'qa_deepspeed.qa.' in n))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert {name.removeprefix("qa_deepspeed.qa.") for name in out.stdout.split()} == set(cache_key.SHAPING_MODULES)
 
 
 # ---- many processes ----
