@@ -1,0 +1,109 @@
+"""The report beside the scores: calibration, curves, slices and mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qa_deepspeed.qa.analysis import MISTAKES_KEPT, Analysis, calibration, precision_recall, question_word
+from qa_deepspeed.qa.examples import Answer, Example
+from qa_deepspeed.qa.metrics import Gold, score
+from qa_deepspeed.qa.predictions import Prediction
+
+
+def test_calibration_is_the_weighted_gap_of_the_bins():
+    found = calibration(np.array([0.0, 0.1, 0.15, 0.95, 1.0, 1.0]), np.array([0, 0, 1, 1, 1, 0]))
+    assert [(b["from"], b["questions"]) for b in found["bins"]] == [(0.0, 2), (0.1, 1), (0.9, 3)]
+    gaps = [2 * 0.05, 1 * 0.85, 3 * abs(2.95 / 3 - 2 / 3)]
+    assert found["expected_calibration_error"] == pytest.approx(sum(gaps) / 6)
+    sure_and_right = calibration(np.ones(5), np.ones(5))
+    assert sure_and_right["expected_calibration_error"] == 0
+
+
+def official_average_precision(scores, has_answer, odds):
+    order = sorted(range(len(odds)), key=lambda i: odds[i])
+    earned, average, before = 0.0, 0.0, 0.0
+    for i, k in enumerate(order):
+        earned += scores[k] if has_answer[k] else 0
+        if i == len(order) - 1 or odds[k] != odds[order[i + 1]]:
+            average += earned / (i + 1) * (earned / sum(has_answer) - before)
+            before = earned / sum(has_answer)
+    return 100 * average
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1), st.booleans(), st.sampled_from([-1.0, 0.0, 2.0]) | st.floats(-9, 9)), min_size=1
+    )
+)
+def test_average_precision_is_the_official_one(rows):
+    scores, has_answer, odds = (np.array(column) for column in zip(*rows, strict=True))
+    found = precision_recall(scores, has_answer, odds)
+    expected = official_average_precision(scores, has_answer, odds) if has_answer.any() else 0.0
+    assert found["average_precision"] == pytest.approx(expected, abs=1e-9)
+    assert len(found["threshold"]) == len(found["precision"]) == len(found["recall"])
+
+
+def example(number, question, context, *answers):
+    return Example(f"q{number}", question, context, tuple(Answer(text, context.find(text)) for text in answers))
+
+
+def prediction(number, text, probability, odds=None, start=0):
+    nbest = [{"text": text, "probability": probability, "start_logit": 1.0, "end_logit": 1.0, "start": start}]
+    return Prediction(f"q{number}", text, nbest, odds)
+
+
+def test_slices_add_up_to_the_scores():
+    rows = [
+        (example(0, "Who ran?", "Ann ran far.", "Ann"), prediction(0, "Ann", 0.9, -1.0), 1),
+        (example(1, "In what year, and who?", "It was 1999. " * 30, "1999"), prediction(1, "was 1999", 0.5, 0.0), 2),
+        (example(2, "Name it", "x " * 200), prediction(2, "x", 0.7, -2.0), 4),
+        (example(3, "How many?", "two", "two"), prediction(3, "", 0.8, 5.0, -1), 0),
+    ]
+    analysis = Analysis(version_2_with_negative=True)
+    for row in rows:
+        analysis.add(*row)
+    report = json.loads(json.dumps(analysis.report()))
+    golds = [Gold(e.example_id, tuple(a.text for a in e.answers)) for e, _, _ in rows]
+    metrics = score(golds, {p.example_id: p.text for _, p, _ in rows}, version_2_with_negative=True)
+    for name, values in report["slices"].items():
+        total = sum(v["questions"] for v in values.values())
+        assert total == (3 if name == "answer_words" else 4), name
+        if total == 4:
+            for metric in ("exact", "f1"):
+                assert sum(v["questions"] * v[metric] for v in values.values()) / 4 == pytest.approx(metrics[metric])
+    assert {k: v["questions"] for k, v in report["slices"]["question_word"].items()} == {
+        "how many": 1, "other": 1, "what": 1, "who": 1,
+    }  # fmt: skip
+    assert list(report["slices"]["windows"]) == ["0", "1", "2", "4+"]
+    assert list(report["slices"]["context_words"]) == ["0-50", "51-100", "151-200"]
+    assert report["slices"]["answerable"]["no"] == {"questions": 1, "exact": 0.0, "f1": 0.0}
+    assert [m["example_id"] for m in report["mistakes"]] == ["q3", "q2", "q1"]
+    assert (
+        report["precision_recall"]["oracle"]["average_precision"]
+        > report["precision_recall"]["exact"]["average_precision"]
+    )
+
+
+def test_the_most_confident_mistakes_are_kept_with_their_surroundings():
+    analysis = Analysis(version_2_with_negative=False)
+    context = "left " * 100 + "wrong" + " right" * 100
+    for i in range(3 * MISTAKES_KEPT):
+        probability = (i * 7 % 100) / 100
+        analysis.add(example(i, "what?", context, "left"), prediction(i, "wrong", probability, start=500), 1)
+    mistakes = analysis.report()["mistakes"]
+    every = sorted(((i * 7 % 100) / 100 for i in range(3 * MISTAKES_KEPT)), reverse=True)
+    assert [m["probability"] for m in mistakes] == every[:MISTAKES_KEPT]
+    assert mistakes[0]["context"] == "…" + "left " * 16 + "wrong" + " right" * 13 + " r" + "…"
+    assert mistakes[0]["gold"] == ["left"]
+
+
+@pytest.mark.parametrize(
+    ("question", "word"),
+    [("How many men?", "how many"), ("However, why?", "why"), ("In which city", "which"), ("Name one.", "other")],
+)
+def test_question_words(question, word):
+    assert question_word(question) == word
