@@ -61,6 +61,28 @@ def read_null_odds(path: str) -> dict[str, float]:
     return values
 
 
+def read_nbest(path: str) -> dict[str, list[dict[str, Any]]]:
+    """{question id: entries with text, probability, start_logit and end_logit}. Raises UserError for anything else."""
+    values = _read_object(path, "n-best lists by question id")
+    for example_id, entries in values.items():
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path}: {example_id!r} has {_kind(entries)} where an n-best list is expected")
+        for entry in entries:
+            numbers = (
+                [entry.get(name) for name in ("probability", "start_logit", "end_logit")] if _is_entry(entry) else []
+            )
+            if not numbers or not all(isinstance(number, int | float) for number in numbers):
+                raise UserError(
+                    f"{path}: an entry of {example_id!r} lacks text, probability, start_logit or end_logit; "
+                    "give an nbest_predictions.json"
+                )
+    return values
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("text"), str)
+
+
 def _says_version_2(version: Any) -> bool:
     return str(version or "").strip().lower().removeprefix("v").split(".")[0] == "2"
 
