@@ -132,6 +132,7 @@ class Scorer:
         for prefix, part in (("HasAns_", self._has_answer), ("NoAns_", array("b", (not h for h in self._has_answer)))):
             if any(part):
                 metrics.update(_summed(exact, f1, part, prefix))
+        assert len(self._odds) in (0, len(self._exact)), "either all questions come with null odds or none does"
         if self._odds:
             metrics.update(self._threshold_metrics(odds_order))
         return metrics
@@ -141,18 +142,21 @@ class Scorer:
         spans, equal odds taken together. crossfit_*: each half of the questions with the other half's threshold.
         """
         metrics: dict[str, float] = {}
-        has_answer = np.array(self._has_answer, bool)
-        odds, half = np.array(self._odds), np.array(self._half, bool)
-        order = np.arange(len(odds)) if odds_order is None else odds_order
+        has_answer, given, best_given, half = (
+            np.frombuffer(flags, np.int8).view(bool)
+            for flags in (self._has_answer, self._given, self._best_given, self._half)
+        )
+        odds = np.frombuffer(self._odds)
         unanswerable = int((~has_answer).sum()) + self._missing_unanswerable
-        names = (("exact", self._exact, self._best_exact), ("f1", self._f1, self._best_f1))
-        for name, given, _ in names:
-            data = ThresholdData(odds, has_answer, np.array(given, float), np.array(self._given, bool)).take(order)
-            best, threshold = official_best(data, unanswerable)
+        answers = (("exact", np.frombuffer(self._exact, np.int8)), ("f1", np.frombuffer(self._f1)))
+        for name, scores in answers:
+            data = ThresholdData(odds, has_answer, scores, given)
+            best, threshold = official_best(data if odds_order is None else data.take(odds_order), unanswerable)
             metrics[f"best_{name}"] = _percent(best, len(odds))
             metrics[f"best_{name}_thresh"] = threshold
-        for name, _, best_spans in names:
-            data = ThresholdData(odds, has_answer, np.array(best_spans, float), np.array(self._best_given, bool))
+        best_spans = (("exact", np.frombuffer(self._best_exact, np.int8)), ("f1", np.frombuffer(self._best_f1)))
+        for name, scores in best_spans:
+            data = ThresholdData(odds, has_answer, scores, best_given)
             threshold = best_threshold(data)
             metrics[f"tuned_{name}"] = 100.0 * float(scores_at(data, threshold).mean())
             metrics[f"tuned_{name}_thresh"] = threshold

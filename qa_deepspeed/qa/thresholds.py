@@ -13,7 +13,7 @@ class ThresholdData:
 
     odds: np.ndarray  # float64 null odds; a question is answered while they do not exceed the threshold
     has_answer: np.ndarray  # bool, the question is answerable
-    answered_score: np.ndarray  # float64 in 0..1, what the answer earns if given
+    answered_score: np.ndarray  # in 0..1, what the answer earns if given
     given: np.ndarray  # bool, the answer is not ""
 
     def take(self, index: np.ndarray) -> ThresholdData:
