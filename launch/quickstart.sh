@@ -10,17 +10,19 @@ set_up_environment ""
 cd "$REPOSITORY"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 
-python -m qa_deepspeed sample quickstart/sample
-
 # One rank on each GPU, but no more than two; without GPUs, two ranks on the CPU that share its cores.
 read -r gpus cores port < <(python -c '
 import os, socket, torch
+gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    print(torch.cuda.device_count(), len(os.sched_getaffinity(0)), free.getsockname()[1])')
+    print(gpus, len(os.sched_getaffinity(0)), free.getsockname()[1])')
 ranks=$((gpus == 1 ? 1 : 2))
 export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
-deepspeed --num_accelerators "$ranks" --master_port "$port" --module \
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu  # what DeepSpeed finds by itself, but with warnings
+
+python -m qa_deepspeed sample quickstart/sample
+deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" --module \
     qa_deepspeed train --config launch/quickstart.yaml "$@"
 
 python - <<'END'

@@ -39,7 +39,8 @@ MODEL_SIZE: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,  # nothing is seen often enough to be learnt by heart
     "attention_probs_dropout_prob": 0.0,
 }
-TRAIN_ARTICLES, DEV_ARTICLES = 2000, 60
+TRAIN_ARTICLES, DEV_ARTICLES = 4000, 90
+PARAGRAPHS = 3
 STATED_SHARE = 0.7  # of the relations of a kind, give or take one, in an article; the others are asked in vain
 HELD_OUT_SHARE = 4  # one figure, or combination of words, in so many is kept for the held-out articles
 
@@ -110,7 +111,7 @@ class Fillers:
     def name(self) -> str:
         """A name that was never made before."""
         while True:
-            syllables = (self._part("onsets") + self._part("vowels") for _ in range(2))
+            syllables = (self._part("onsets") + self._part("vowels") for _ in range(self.rng.choice((1, 2))))
             name = ("".join(syllables) + self._part("codas")).capitalize()
             if name not in self.taken:
                 self.taken.add(name)
@@ -147,7 +148,9 @@ class Fillers:
         return str(self._number(1200, 1999))
 
     def _date(self) -> str:
-        return f"{self.rng.randint(1, 28)} {self._part('months')} {self._year()}"
+        months = self.words["months"]
+        day = self._number(0, 28 * len(months) - 1)
+        return f"{day % 28 + 1} {months[day // 28]}"
 
     def _metres(self) -> str:
         return f"{self._number(20, 999)} metres"
@@ -162,7 +165,7 @@ class Fillers:
         return f"{self._number(2, 99)} days"
 
     def _count(self) -> str:
-        return f"{self._number(1, 99)},{self._number(100, 999)}"
+        return str(self._number(100, 999))
 
 
 def _say(template: str, subject: str, answer: str = "") -> tuple[str, int]:
@@ -187,14 +190,13 @@ class Writer:
         return {"version": "v2.0", "data": [self.article(number) for number in range(articles)]}
 
     def article(self, number: int) -> dict[str, Any]:
-        """Two paragraphs and a question for every relation of the kind; about two thirds of them are stated."""
+        """Short paragraphs and a question for every relation of the kind; STATED_SHARE of them are stated."""
         kind = self.kinds[number % len(self.kinds)]
         title = kind.name.format(self.fillers.name())
         subjects = (title, f"the {kind.noun}")
         relations = self.rng.sample(kind.relations, len(kind.relations))
         stated = round(len(relations) * STATED_SHARE) + self.rng.choice((-1, 0, 1))
-        parts = [self._paragraph(kind, subjects, relations[: stated // 2])]
-        parts.append(self._paragraph(kind, subjects, relations[stated // 2 : stated]))
+        parts = [self._paragraph(kind, subjects, relations[part:stated:PARAGRAPHS]) for part in range(PARAGRAPHS)]
         for relation in relations[stated:]:
             self.rng.choice(parts)[1].append((relation, []))
         ids = (f"{self.name}-{number:05d}-{question}" for question in range(len(relations)))
@@ -208,7 +210,7 @@ class Writer:
         self, kind: Kind, subjects: tuple[str, str], stated: list[Relation]
     ) -> tuple[str, list[tuple[Relation, list[dict[str, Any]]]]]:
         """A context that states these relations in this order, and each of them with its answer."""
-        aside_before = self.rng.randint(0, len(stated))
+        aside_before = self.rng.randint(0, 3 * len(stated))  # mostly none
         context = ""
         questions = []
         for position, relation in enumerate(stated):
@@ -297,6 +299,9 @@ def save_model(directory: Path, vocabulary: list[str], seed: int) -> None:
     import torch  # here, since a sample that is already there needs neither
     from transformers import BertConfig, BertForQuestionAnswering, BertTokenizer
 
+    from qa_deepspeed.models.loading import quiet_transformers
+
+    quiet_transformers(verbose=False)
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, model_max_length=MODEL_LENGTH)
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=MODEL_LENGTH, **MODEL_SIZE)
     with torch.random.fork_rng(devices=[]):
