@@ -6,8 +6,9 @@ stays), blanks around a slice are trimmed, the `n_best_size` best are kept, and 
 unanswerable questions, the null entry. Many questions are decoded at once in chunks of bounded size, and answers are
 yielded as they are made, so memory does not grow with the number of questions.
 
-Rules that differ from other decoders, on purpose: an answer is never the literal "empty"; candidates are never fewer
-than exist; ties are settled by character start, then end, then feature id.
+Rules that differ from other decoders, on purpose: an answer is never the literal "empty"; no span is missed because its
+start or end is not among the best of its window; ties are settled by character start, then end, then feature id.
+A list is shorter than n_best_size only where the windows' candidates, less blank and repeated ones, are fewer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Predi
 
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
-ROWS_PER_CHUNK = 4096
+ROWS_PER_CHUNK = 512  # the lists of a chunk stay in the processor's cache
 
 
 @dataclass
@@ -160,17 +161,18 @@ def _gather_spans(
     candidates: Candidates, rows: slice, question_of_row: np.ndarray, store: FeatureSource, settings: DecodeSettings
 ) -> _Spans:
     """The chunk's candidates as flat arrays, in the order of the rows."""
-    start, end = np.asarray(candidates.start[rows]), np.asarray(candidates.end[rows])
-    start_logit, end_logit = np.asarray(candidates.start_logit[rows]), np.asarray(candidates.end_logit[rows])
-    row, column = np.nonzero(start >= 0)
-    start, end = start[row, column], end[row, column]
+    width = candidates.start.shape[1]
+    start = np.asarray(candidates.start[rows]).ravel()
+    found = np.flatnonzero(start >= 0)
+    row = found // width
+    start, end, start_logit, end_logit = (
+        np.asarray(column[rows]).ravel()[found]
+        for column in (candidates.start, candidates.end, candidates.start_logit, candidates.end_logit)
+    )
     assert (start <= end).all() and (end - start < settings.max_answer_length).all(), "the device gave invalid spans"
     begin, stop = store.character_spans(np.asarray(candidates.feature_id[rows])[row], start, end)
-    start_logit, end_logit = start_logit[row, column], end_logit[row, column]
-    return _Spans(
-        question_of_row[row], begin.astype(np.int64), stop.astype(np.int64), start_logit, end_logit,
-        start_logit + end_logit,
-    )  # fmt: skip
+    question, begin, stop = question_of_row[row], begin.astype(np.int64), stop.astype(np.int64)
+    return _Spans(question, begin, stop, start_logit, end_logit, start_logit + end_logit)
 
 
 def _sorted_by_score(spans: _Spans) -> _Spans:
@@ -276,27 +278,28 @@ def _predictions(
     probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
     shares = probability[kept.question, rank].tolist()
-    logits = kept.start_logit.tolist(), kept.end_logit.tolist()
+    columns = (texts, shares, kept.start_logit.tolist(), kept.end_logit.tolist(), kept.begin.tolist())
+    assert all(len(column) == len(texts) for column in columns)
     entries = [
         {"text": text, "probability": share, "start_logit": start_logit, "end_logit": end_logit, "start": begin}
-        for text, share, start_logit, end_logit, begin in zip(texts, shares, *logits, kept.begin.tolist(), strict=True)
+        for text, share, start_logit, end_logit, begin in zip(*columns)  # type: ignore[misc]  # noqa: B905 (asserted)
     ]
     null_odds = (null_score.astype(np.float64) - score[:, 0]).tolist()
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
-    null_share = probability[:, size].tolist()
-    columns = (example_ids, first[:-1].tolist(), first[1:].tolist(), null_score.tolist())
-    for question, (example_id, begin, end, null) in enumerate(zip(*columns, strict=True)):
+    nulls = zip(null_score.tolist(), null_odds, null_rank, probability[:, size].tolist(), strict=True)
+    v2, threshold = settings.version_2_with_negative, settings.null_score_diff_threshold
+    bounds = zip(first[:-1].tolist(), first[1:].tolist(), strict=True)
+    for example_id, (begin, end), (null, odds, rank_of_null, share) in zip(example_ids, bounds, nulls, strict=True):
         if begin == end:
             yield _without_span(example_id, null, settings)
             continue
         nbest = entries[begin:end]
-        text = nbest[0]["text"]
-        if not settings.version_2_with_negative:
+        text = texts[begin]
+        if v2:
+            nbest.insert(rank_of_null, _null_entry(share, null))
+            yield Prediction(example_id, "" if odds > threshold else text, nbest, odds)
+        else:
             yield Prediction(example_id, text, nbest, None)
-            continue
-        nbest.insert(null_rank[question], _null_entry(null_share[question], null))
-        odds = null_odds[question]
-        yield Prediction(example_id, "" if odds > settings.null_score_diff_threshold else text, nbest, odds)
 
 
 def _null_entry(probability: float, null_score: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import chain
 from json.encoder import encode_basestring_ascii as quoted  # the json module's own string encoder, quotes included
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 PREDICTIONS_FILE = "predictions.json"
 NBEST_FILE = "nbest_predictions.json"
@@ -32,8 +32,7 @@ class DecodeSettings:
     merge_duplicate_texts: bool = False  # keep only the best of several spans with the same text
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """One question's outcome.
 
     `nbest` is sorted best first and never empty. Each entry has text, probability, start_logit, end_logit and start,
