@@ -23,8 +23,9 @@ SETTLED_SECONDS = 2.0
 
 
 SHAPING_MODULES = (
-    "arrow_files", "cache_entry", "cache_key", "example_store", "examples", "feature_cache", "feature_store",
-    "features", "formats", "pairing", "read_report", "readers", "seen_ids", "validation", "windows",
+    "arrow_files", "cache_entry", "cache_key", "encoding", "example_store", "examples", "feature_cache",
+    "feature_store", "features", "formats", "pairing", "python_tokenizers", "read_report", "readers", "seen_ids",
+    "validation", "windows",
 )  # fmt: skip
 """The modules of qa/ whose code can change what the cache holds: all that `feature_cache` imports, as a test checks."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from qa_deepspeed.models.families import Family
 from qa_deepspeed.qa.arrow_files import Column, Columns
 from qa_deepspeed.qa.cache_entry import CacheEntry, Progress
 from qa_deepspeed.qa.cache_key import InputDigests, cache_key, file_identity
+from qa_deepspeed.qa.encoding import Encoder, FastEncoder, Tokens, serialize
 from qa_deepspeed.qa.example_store import ExampleStore, shards_of
 from qa_deepspeed.qa.feature_store import FeatureShard, FeatureStore
 from qa_deepspeed.qa.features import FeatureSettings, build_features, check_settings
-from qa_deepspeed.qa.pairing import FastEncoder, Template, check_template, find_template, serialize
+from qa_deepspeed.qa.pairing import Template, check_template, find_template
+from qa_deepspeed.qa.python_tokenizers import PythonEncoder, serialize_python
 from qa_deepspeed.qa.readers import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.windows import splits_of
 
@@ -48,12 +50,13 @@ def prepare_features(
     Raises:
         UserError: settings, tokenizer or input cannot be used, or the cache cannot be written.
     """
-    template = find_template(tokenizer, family)
+    encoder = _LazyEncoder(tokenizer)
+    template = find_template(tokenizer, family, encoder)
     check_settings(settings, template.special_tokens)
-    work = _Work(source, tokenizer, template, settings)
+    work = _Work(source, encoder, template, settings)
     digests = InputDigests(Path(cache_dir))
     identities = [file_identity(Path(name)) for name in source.files]
-    fingerprint = cache_key(digests.of(source.files), source, work.tokenizer_state, template, family, settings)
+    fingerprint = cache_key(digests.of(source.files), source, encoder.state, template, family, settings)
     work.identities = identities
     entry = CacheEntry(Path(cache_dir) / f"{source.purpose}-{fingerprint[:24]}", fingerprint, work)
     if overwrite:
@@ -61,7 +64,7 @@ def prepare_features(
     manifest = entry.manifest()
     built = manifest is None
     if manifest is None:
-        work.check()
+        check_template(tokenizer, template, encoder)
         manifest = entry.build(progress)
     entry.tidy()
     entry.check_sizes(manifest)
@@ -71,19 +74,13 @@ def prepare_features(
 class _Work:
     """What the entry's content is made by."""
 
-    def __init__(self, source: DataSource, tokenizer: Any, template: Template, settings: FeatureSettings):
-        self.tokenizer_state = serialize(tokenizer)
+    def __init__(self, source: DataSource, encoder: Encoder, template: Template, settings: FeatureSettings):
         self.identities: list[list[int]] = []
         self._source = source
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._template = template
         self._settings = settings
         self._report: ReadReport | None = None
-        self._encoder: FastEncoder | None = None
-
-    def check(self) -> None:
-        """Raises UserError unless the tokenizer's own rows equal those assembled from parts."""
-        check_template(self._tokenizer, self._template, self._encoder_made())
 
     def example_shards(self) -> Iterator[dict[str, Column]]:
         report = ReadReport()
@@ -99,7 +96,7 @@ class _Work:
 
     def features(self, examples: Columns) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         drop = self._source.purpose == "train" and not self._source.version_2_with_negative
-        return build_features(examples, self._encoder_made(), self._template.special_tokens, self._settings, drop)
+        return build_features(examples, self._encoder, self._template.special_tokens, self._settings, drop)
 
     def index(self, shards: Iterator[tuple[int, Columns]]) -> dict[str, np.ndarray]:
         lengths, examples = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int64)]
@@ -111,11 +108,21 @@ class _Work:
             examples.append(shard.feature_example.astype(np.int64) + before)
         return {"lengths": np.concatenate(lengths), "example_index": np.concatenate(examples)}
 
-    def _encoder_made(self) -> FastEncoder:
+
+class _LazyEncoder:
+    """The encoder of a tokenizer, made when it is first used: a full cache needs none."""
+
+    def __init__(self, tokenizer: Any):
+        self.state = serialize(tokenizer) if tokenizer.is_fast else serialize_python(tokenizer)
+        self._tokenizer = tokenizer
+        self._encoder: Encoder | None = None
+
+    def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
         if self._encoder is None:
             split = bool(getattr(self._tokenizer, "split_special_tokens", False))
-            self._encoder = FastEncoder(self.tokenizer_state, split)
-        return self._encoder
+            fast = self._tokenizer.is_fast
+            self._encoder = FastEncoder(self.state, split) if fast else PythonEncoder(self._tokenizer)
+        return self._encoder.encode(texts, offsets)
 
 
 def _open(

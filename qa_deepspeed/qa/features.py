@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.arrow_files import Columns
-from qa_deepspeed.qa.pairing import FastEncoder, Tokens
+from qa_deepspeed.qa.encoding import Encoder, Tokens
 from qa_deepspeed.qa.windows import covering_tokens, cut_windows, ranges, splits_of
 
 
@@ -58,7 +58,7 @@ def check_settings(settings: FeatureSettings, special_tokens: int) -> None:
 
 
 def build_features(
-    examples: Columns, encoder: FastEncoder, special_tokens: int, settings: FeatureSettings, drop_windows: bool
+    examples: Columns, encoder: Encoder, special_tokens: int, settings: FeatureSettings, drop_windows: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The feature arrays of one shard of examples (see `feature_store.FeatureShard` for them) and its counts.
 

@@ -7,25 +7,22 @@ proved on probe texts before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import Family
-from qa_deepspeed.qa.windows import cut_windows, splits_of
+from qa_deepspeed.qa.encoding import Encoder, Tokens
+from qa_deepspeed.qa.windows import cut_windows
 
 PROBES = (
     ("Who wrote it, and when?", "It was written in 1874 by a lady of Weimar. Nobody knew her then; many did later on."),
     ("what?", "Über naïve Öfen: 北京 is far, 😀 is near. One more sentence, so that several windows are cut of it."),
     ("A b c 1 2", " Begins with a blank.\n\tAnd has\u00a0others  inside ... e\u0301 <unk> [MASK] </s> " + "x y z " * 9),
 )
-BATCH_CHARACTERS = 400_000
-"""Texts are encoded this many characters at a time: enough to keep the threads busy, little enough to stay small."""
 
 
 @dataclass(frozen=True)
@@ -58,94 +55,19 @@ class Template:
         return len(self.before.ids) + len(self.between.ids) + len(self.after.ids)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokenized texts, ragged: ids and character offsets `[tokens]`, splits `[texts + 1]`.
-
-    The offsets are empty if they were not asked for.
-    """
-
-    ids: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-    splits: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 `[texts]`."""
-        return np.diff(self.splits)
-
-
-class FastEncoder:
-    """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on."""
-
-    def __init__(self, serialized: str, split_special_tokens: bool):
-        self._tokenizer = Tokenizer.from_str(serialized)
-        self._tokenizer.encode_special_tokens = split_special_tokens
-
-    def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
-        """Encode texts without special tokens; lone texts of any length are fine."""
-        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
-        ids, places, lengths = [], [], []
-        for batch in _batches(texts):
-            encodings = encode(batch, add_special_tokens=False)
-            counts = [len(encoding) for encoding in encodings]
-            lengths += counts
-            total = sum(counts)
-            ids.append(np.fromiter(chain.from_iterable(one.ids for one in encodings), np.int32, total))
-            if offsets:
-                pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))
-                places.append(np.fromiter(pairs, np.int32, 2 * total).reshape(-1, 2))
-        place = _joined(places, (0, 2))
-        return Tokens(
-            _joined(ids, (0,)),
-            np.ascontiguousarray(place[:, 0]),
-            np.ascontiguousarray(place[:, 1]),
-            splits_of(np.array(lengths, dtype=np.int64)),
-        )
-
-
-def _joined(parts: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(empty, dtype=np.int32)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if batch and size + len(text) > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
-        yield batch
-
-
-def serialize(tokenizer: Any) -> str:
-    """The whole state of a fast tokenizer as JSON, less truncation and padding, which calls leave behind in it."""
-    backend = tokenizer.backend_tokenizer
-    truncation, padding = backend.truncation, backend.padding
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        return backend.to_str()
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-def find_template(tokenizer: Any, family: Family) -> Template:
+def find_template(tokenizer: Any, family: Family, encoder: Encoder) -> Template:
     """Ask the tokenizer what it puts around a question and a context.
 
     Raises: UserError if its rows are not two texts with fixed tokens around them.
     """
     first, second = (PROBES[0][1], PROBES[0][0]) if family.context_first else PROBES[0]
     row = tokenizer(first, second, return_token_type_ids=True)
-    ids, types, sequence = row["input_ids"], row["token_type_ids"], row.sequence_ids(0)
-    places = [[position for position, text in enumerate(sequence) if text == which] for which in (0, 1)]
+    ids, types = list(row["input_ids"]), list(row["token_type_ids"])
+    if tokenizer.is_fast:
+        sequence = row.sequence_ids(0)
+        places = [[position for position, text in enumerate(sequence) if text == which] for which in (0, 1)]
+    else:
+        places = _places(ids, [encoder.encode([text], offsets=False).ids.tolist() for text in (first, second)])
     if not all(places) or any(place[-1] - place[0] + 1 != len(place) for place in places) or places[0] > places[1]:
         raise _unsupported(tokenizer, "does not put the first text before the second one")
     cuts = [0, places[0][0], places[0][-1] + 1, places[1][0], places[1][-1] + 1, len(ids)]
@@ -165,6 +87,18 @@ def find_template(tokenizer: Any, family: Family) -> Template:
     )  # fmt: skip
 
 
+def _places(row: list[int], texts: list[list[int]]) -> list[list[int]]:
+    """Where the tokens of each text stand in the row, one text after the other; empty where they do not."""
+    found: list[list[int]] = []
+    begin = 0
+    for text in texts:
+        starts = (at for at in range(begin, len(row) - len(text) + 1) if row[at : at + len(text)] == text)
+        at = next(starts, None)
+        found.append([] if at is None else list(range(at, at + len(text))))
+        begin = 0 if at is None else at + len(text)
+    return found
+
+
 def _null_place(cls: int | None, before: Special, after: Special) -> tuple[bool, int]:
     """Where the null position is: the CLS token where there is one, else the last real token."""
     if cls is not None and cls in before.ids:
@@ -174,27 +108,30 @@ def _null_place(cls: int | None, before: Special, after: Special) -> tuple[bool,
     return False, 0
 
 
-def check_template(tokenizer: Any, template: Template, encoder: FastEncoder) -> None:
+def check_template(tokenizer: Any, template: Template, encoder: Encoder) -> None:
     """Raises UserError unless rows assembled from the parts equal what the tokenizer gives for the probe texts.
 
     Two slips of the tokenizers library (0.23) in rows after the first are not followed: type ids that its template
     sets for the first row only, and blanks left in the offsets of the first token although offsets are trimmed.
+    Python tokenizers give no rows after the first and no offsets: only their first row is compared.
     """
     for question, context in PROBES:
         parts = [encoder.encode([text], offsets=True) for text in (question, context)]
-        room = max(2, len(parts[1].ids) // 3)
+        room = max(2, len(parts[1].ids) // 3) if tokenizer.is_fast else len(parts[1].ids)
         length = len(parts[0].ids) + template.special_tokens + room
         first, second = (context, question) if template.context_first else (question, context)
-        rows = tokenizer(
-            first, second, truncation="only_first" if template.context_first else "only_second", max_length=length,
-            stride=room // 2, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
-        )  # fmt: skip
+        extra: dict[str, Any] = {}
+        if tokenizer.is_fast:
+            strategy = "only_first" if template.context_first else "only_second"
+            extra = {"truncation": strategy, "max_length": length, "stride": room // 2,
+                     "return_overflowing_tokens": True, "return_offsets_mapping": True}  # fmt: skip
+        rows = tokenizer([first], [second], return_token_type_ids=True, **extra)
         found = list(_assemble(template, parts[0], parts[1], room, room - room // 2))
         if rows["input_ids"] != [ids for ids, _, _, _ in found]:
             raise _unsupported(tokenizer, "encodes a pair otherwise than its two texts alone, with fixed tokens around")
         if rows["token_type_ids"][0] != found[0][1]:
             raise _unsupported(tokenizer, "gives type ids that depend on more than the text a token is of")
-        for given, (_, _, at, places) in zip(rows["offset_mapping"], found, strict=True):
+        for given, (_, _, at, places) in zip(rows.get("offset_mapping", []), found, strict=tokenizer.is_fast):
             theirs = [tuple(pair) for pair in given[at : at + len(places)]]
             if theirs[1:] != places[1:] or not _same_but_blanks(context, theirs[0], places[0]):
                 raise _unsupported(tokenizer, "gives offsets of a pair that are not those of its texts alone")
