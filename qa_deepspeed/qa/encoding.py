@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from qa_deepspeed.qa.windows import splits_of
 
-BATCH_CHARACTERS = 400_000
+BATCH_CHARACTERS = 250_000
 """Texts are encoded this many characters at a time: enough to keep the threads busy, little enough to stay small."""
 
 

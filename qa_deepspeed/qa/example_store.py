@@ -19,7 +19,7 @@ FIRST_SHARDS, SMALL_SHARD, LARGE_SHARD = 32, 2048, 8192
 """Examples of a shard: small ones first, so that a few processes share a usual set evenly; large ones later, so that
 millions of examples make few files."""
 
-SHARD_CHARACTERS = 2_000_000
+SHARD_CHARACTERS = 1_000_000
 """A shard is full sooner once its distinct contexts have this many characters: its tokens must fit in memory."""
 
 

@@ -21,9 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def ours(data: str, cache: str) -> dict[str, Any]:
 
 def joined(data: str, cache: str) -> dict[str, Any]:
     """The same by a process that may find others at it, and starts when they all are ready."""
-    store, seconds = _prepare(data, cache, wait=True)
+    store, seconds = _prepare(data, cache, start=_wait_for_all)
     return {"questions": len(store.examples), "features": len(store), "seconds": seconds}
 
 
@@ -83,28 +84,18 @@ def hit(data: str, cache: str) -> dict[str, Any]:
 
 
 def memory(data: str, cache: str) -> dict[str, Any]:
-    """Building, with the growth of anonymous memory sampled as it goes."""
-    import threading
-
-    _imports()
-    before, most, stop = _anonymous(), [0.0], threading.Event()
+    """Building, with the growth of anonymous memory sampled as it goes; the tokenizer is loaded before."""
+    most, stop = [0.0], threading.Event()
 
     def watch() -> None:
+        before = _anonymous()
         while not stop.wait(0.05):
-            most[0] = max(most[0], _anonymous())
+            most[0] = max(most[0], _anonymous() - before)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    store, seconds = _prepare(data, cache)
+    store, seconds = _prepare(data, cache, start=threading.Thread(target=watch).start)
     stop.set()
-    watcher.join()
     assert store.built
-    return {
-        "questions": len(store.examples),
-        "features": len(store),
-        "seconds": seconds,
-        "anonymous_mb": most[0] - before,
-    }
+    return {"questions": len(store.examples), "features": len(store), "seconds": seconds, "anonymous_mb": most[0]}
 
 
 def floor(data: str, cache: str) -> dict[str, Any]:
@@ -184,7 +175,8 @@ def _imports() -> None:
     _ = transformers.AutoTokenizer, transformers.AutoConfig
 
 
-def _prepare(data: str, cache: str, wait: bool = False) -> tuple[Any, float]:
+def _prepare(data: str, cache: str, start: Callable[[], object] = lambda: None) -> tuple[Any, float]:
+    """The features, and the seconds they took; `start` is called when all is loaded."""
     from transformers import AutoConfig, AutoTokenizer
 
     from qa_deepspeed.models.families import family_of
@@ -196,12 +188,15 @@ def _prepare(data: str, cache: str, wait: bool = False) -> tuple[Any, float]:
     family = family_of(AutoConfig.from_pretrained(MODEL), tokenizer)
     # The overlap that the peer takes, so that both cut the same windows.
     settings = FeatureSettings(max_seq_length=384, doc_stride=128, doc_stride_is="overlap", max_query_length=64)
-    if wait:
-        print("ready", flush=True)
-        sys.stdin.readline()
+    start()
     began = time.perf_counter()
     store = prepare_features(DataSource((data,), "train", False), tokenizer, family, settings, Path(cache))
     return store, time.perf_counter() - began
+
+
+def _wait_for_all() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
 
 
 def _anonymous() -> float:
