@@ -163,7 +163,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     tell_features(store, "evaluate", output_dir)
     dist.start(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
-    birth = partitioned_birth(config)  # must outlive the loading
+    birth = partitioned_birth(config, options.verbose_logging)  # must outlive the loading
     model, fresh = load_model(options, facts.config)
     del birth
     if fresh:

@@ -23,7 +23,7 @@ from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engin
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.heads import span_loss
+from qa_deepspeed.models.heads import answer_positions, span_loss
 from qa_deepspeed.models.loading import load_model, quiet_transformers
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -116,12 +116,13 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
             batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
             _seed_dropout(options.seed, step, micro, rank)
             start_logits, end_logits = engine.train_forward(batch.inputs)
-            mask = batch.inputs["attention_mask"]
-            losses = span_loss(start_logits, end_logits, batch.start, batch.end, mask)
+            length = start_logits.shape[1]
+            possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+            losses = span_loss(start_logits, end_logits, batch.start, batch.end, possible)
             share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
             # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
             engine.backward(share * (world_size * plan.accumulation))
-            meter.add(share.detach(), batch.tokens, len(rows), batch.inputs["input_ids"].shape[1])
+            meter.add(share.detach(), batch.tokens, len(rows), length)
             engine.step(want_norm=logs)
         meter.end_step()
         reporter.advance()
@@ -226,7 +227,7 @@ def _make_engine(resolved: Resolved, facts: ModelFacts, steps: int, device: torc
     options = resolved.options
     config = ds_config.finish(resolved, steps, ds_config.hidden_size(facts.config))
     transformers.set_seed(options.seed)  # a fresh head is the same on all ranks, and in every run of this seed
-    birth = partitioned_birth(config)  # must outlive the loading
+    birth = partitioned_birth(config, options.verbose_logging)  # must outlive the loading
     model, fresh = load_model(options, facts.config)
     del birth
     if fresh:

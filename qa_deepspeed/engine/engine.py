@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,30 @@ from qa_deepspeed.engine.optim import default_optimizer, default_schedule, param
 
 
 def import_deepspeed(verbose: bool) -> Any:
-    """Import DeepSpeed (3 s), after the device is chosen, and keep its start-up quiet unless `verbose`.
+    """Import DeepSpeed (3 s), after the device is chosen and the ranks have met; quiet unless `verbose`.
 
     Its shared-memory op, which only inference uses, would be compiled on CPUs at every start and leave files in
     /dev/shm: it is switched off.
     """
+    if not verbose:
+        # torch renames collectives that DeepSpeed still calls by their old names, once a name and rank
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=verbose)  # joins the group there is; parameters cannot be born without it
     return deepspeed
 
 
-def partitioned_birth(config: dict[str, Any]) -> Any:
+def partitioned_birth(config: dict[str, Any], verbose: bool) -> Any:
     """Under ZeRO-3, the object that makes `from_pretrained` partition parameters while it loads; else None.
 
     Transformers holds it by a weak reference: keep it until the model is loaded.
     """
     if config.get("zero_optimization", {}).get("stage", 0) != 3:
         return None
+    import_deepspeed(verbose)
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(config)

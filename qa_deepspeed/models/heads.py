@@ -10,25 +10,36 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, mask: Tensor) -> Tensor:
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, possible: Tensor) -> Tensor:
     """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
 
-    Padding takes no part in the softmax, so a row's loss does not depend on the rows it is batched with.
+    The softmax runs over the positions that an answer can have, as decoding does: question and special tokens need not
+    be learnt to be wrong, and a row's loss does not depend on the padding that its batch brings.
 
     Args:
         start_logits, end_logits: `[rows, length]`, any float type.
         start, end: `[rows]` token positions; the null position for a row without an answer.
-        mask: `[rows, length]`, 0 at padding.
+        possible: `[rows, length]` bool, true where an answer may start and end (`answer_positions`).
 
     Returns:
         `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
     """
-    padding = mask == 0
     start_loss, end_loss = (
-        functional.cross_entropy(logits.float().masked_fill(padding, float("-inf")), position, reduction="none")
+        functional.cross_entropy(logits.float().masked_fill(~possible, float("-inf")), position, reduction="none")
         for logits, position in ((start_logits, start), (end_logits, end))
     )
     return (start_loss + end_loss) / 2
+
+
+def answer_positions(context_begin: Tensor, context_end: Tensor, null_position: Tensor, length: int) -> Tensor:
+    """bool `[rows, length]`: the context tokens [begin, end) and the null position, all `[rows]`."""
+    possible = _context(context_begin, context_end, length)
+    return possible.scatter(1, null_position.unsqueeze(1), True)
+
+
+def _context(context_begin: Tensor, context_end: Tensor, length: int) -> Tensor:
+    token = torch.arange(length, device=context_begin.device)
+    return (token >= context_begin.unsqueeze(1)) & (token < context_end.unsqueeze(1))
 
 
 def best_spans(
@@ -55,7 +66,7 @@ def best_spans(
     band = starts.unsqueeze(2) + ends.unfold(1, width, 1)  # [rows, length, width]: start s, end s + offset
     token = torch.arange(length, device=starts.device)
     offset = torch.arange(width, device=starts.device)
-    inside = (token >= context_begin.unsqueeze(1)) & (token < context_end.unsqueeze(1))
+    inside = _context(context_begin, context_end, length)
     valid = inside.unsqueeze(2) & (token.unsqueeze(1) + offset < context_end.view(-1, 1, 1))
     scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
     order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices

@@ -1,0 +1,65 @@
+"""What users get wrong: one clear line, a non-zero exit, no traceback, nothing lost."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.launching import alone, by_torchrun, flags, run
+
+pytestmark = pytest.mark.distributed
+
+MISTAKES = [
+    ({"model_name_or_path": "nowhere/at-all"}, "nowhere/at-all"),
+    ({"train_file": "missing.json"}, "missing.json"),
+    ({"model_type": "roberta"}, "contradicts"),
+    ({"max_seq_length": 4000}, "positions"),
+    ({"doc_stride": 150}, "doc_stride 150"),
+    ({"deepspeed_config": "zero9"}, "zero9"),
+    ({"fp16": True}, "take --bf16"),
+    ({"version_2_with_negative": False}, "--version_2_with_negative"),
+    ({"global_batch_size": 12}, "global_batch_size 12"),
+    ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=lambda value: str(value))
+def test_one_clear_line(base_options: dict[str, object], tmp_path: Path, change: dict, message: str) -> None:
+    options = {**base_options, "output_dir": tmp_path / "run", **change}
+    done = run(alone("train", *flags(**options)), tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert sum(line.startswith("qa-deepspeed: error:") for line in done.stderr.splitlines()) == 1
+
+
+def test_a_truncated_file_is_named_with_its_place(base_options: dict[str, object], tmp_path: Path) -> None:
+    whole = Path(str(base_options["train_file"])).read_text()
+    (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
+    done = run(alone("train", *flags(**{**base_options, "train_file": "cut.json", "output_dir": "run"})), tmp_path)
+    assert done.returncode == 2 and "cut.json" in done.stderr and "line" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_something_else_is_left_alone(base_options: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = run(alone("train", *flags(**{**base_options, "output_dir": tmp_path})), tmp_path)
+    assert done.returncode == 2 and "is not empty" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_ranks_tell_a_common_mistake_once(base_options: dict[str, object], tmp_path: Path) -> None:
+    options = {**base_options, "train_file": "missing.json", "output_dir": tmp_path / "run"}
+    done = run(by_torchrun(2, "train", *flags(**options)), tmp_path)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("qa-deepspeed: error:") == 1
+
+
+def test_a_model_without_a_trained_head_is_not_evaluated(base_options: dict[str, object], tmp_path: Path) -> None:
+    kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
+    options = {name: base_options[name] for name in kept}
+    from transformers import AutoConfig, AutoModel
+
+    bare = AutoModel.from_config(AutoConfig.from_pretrained(str(base_options["model_name_or_path"])))
+    bare.save_pretrained(tmp_path / "bare")
+    done = run(alone("evaluate", *flags(model_name_or_path=tmp_path / "bare", output_dir=tmp_path / "out",
+                                        tokenizer_name=base_options["model_name_or_path"], **options)), tmp_path)  # fmt: skip
+    assert done.returncode == 2 and "train it first" in done.stderr

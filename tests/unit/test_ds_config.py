@@ -1,0 +1,127 @@
+"""DeepSpeed configs: found by name or path, agreed with the options, every "auto" filled, conflicts all at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.errors import UserError
+
+
+def options(**given: Any) -> RunOptions:
+    return RunOptions(**given, given=frozenset(given))
+
+
+def write(folder: Path, config: Any) -> str:
+    path = folder / "mine.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ds_config.shipped())
+@pytest.mark.parametrize("world_size", [1, 2, 8, 64])
+def test_every_shipped_config_resolves_at_any_world_size(name: str, world_size: int) -> None:
+    resolved = ds_config.resolve(options(deepspeed_config=name, bf16=True), world_size, "cuda")
+    config = ds_config.finish(resolved, total_steps=100, hidden_size=768)
+    assert '"auto"' not in json.dumps(config)
+    assert config["train_batch_size"] == 8 * world_size
+    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["gradient_clipping"] == 1.0
+
+
+def test_a_config_written_for_trainer_is_filled(tmp_path: Path) -> None:
+    """Every "auto" that transformers.Trainer's documentation shows."""
+    written = {
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
+                      "warmup_num_steps": "auto", "total_num_steps": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                              "stage3_param_persistence_threshold": "auto"},
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }  # fmt: skip
+    asked = options(deepspeed_config=write(tmp_path, written), learning_rate=3e-5, warmup_steps=10, global_batch_size=64)
+    config = ds_config.finish(ds_config.resolve(asked, 2, "cpu"), total_steps=100, hidden_size=10)
+    assert config["optimizer"]["params"] == {"lr": 3e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    assert config["scheduler"]["params"] == {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 10,
+                                             "total_num_steps": 100}  # fmt: skip
+    zero = config["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (100, 90)
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (64, 4)
+
+
+def test_numbers_of_a_plain_config_count_where_the_command_line_is_silent(tmp_path: Path) -> None:
+    name = write(tmp_path, {"train_micro_batch_size_per_gpu": 4, "train_batch_size": 32, "gradient_clipping": 0.5,
+                            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}})  # fmt: skip
+    resolved = ds_config.resolve(options(deepspeed_config=name), 2, "cpu")
+    assert (resolved.plan.rows, resolved.plan.accumulation, resolved.plan.global_rows) == (4, 4, 32)
+    assert (resolved.options.max_grad_norm, resolved.options.learning_rate) == (0.5, 1e-4)
+
+
+def test_all_conflicts_come_in_one_message_with_both_owners(tmp_path: Path) -> None:
+    name = write(tmp_path, {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5, "fp16": {"enabled": True}})
+    asked = options(deepspeed_config=name, per_gpu_train_batch_size=8, max_grad_norm=1.0, bf16=True)
+    with pytest.raises(UserError) as error:
+        ds_config.resolve(asked, 1, "cuda")
+    message = str(error.value)
+    for part in ("train_micro_batch_size_per_gpu is 4", "per_gpu_train_batch_size is 8", "gradient_clipping is 0.5",
+                 "max_grad_norm is 1.0", "fp16.enabled is true", "asks for bf16"):  # fmt: skip
+        assert part in message
+    assert "\n" not in message
+
+
+def test_saying_the_same_in_both_places_is_no_conflict(tmp_path: Path) -> None:
+    name = write(tmp_path, {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}})
+    resolved = ds_config.resolve(options(deepspeed_config=name, per_gpu_train_batch_size=4, bf16=True), 1, "cpu")
+    assert (resolved.plan.rows, resolved.precision) == (4, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "bf16_works", "precision"),
+    [
+        ({}, "cpu", True, "fp32"),
+        ({"bf16": True}, "cpu", True, "bf16"),
+        ({"fp16": True}, "cuda", True, "fp16"),
+        ({"fp16_opt_level": "O2"}, "cuda", True, "fp16"),
+        ({"fp16": True, "fp16_opt_level": "O0"}, "cuda", True, "fp32"),
+        ({"fp16": True, "fp16_opt_level": "O1"}, "cpu", True, "torch_autocast"),
+        ({"fp16_opt_level": "O1", "deepspeed_config": "zero0"}, "cuda", False, "torch_autocast"),
+    ],
+)
+def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works: bool, precision: str) -> None:
+    resolved = ds_config.resolve(options(**given), 1, device, bf16_works)
+    assert resolved.precision == precision
+    if precision == "torch_autocast":
+        assert resolved.config["torch_autocast"]["dtype"] == ("bfloat16" if bf16_works else "float16")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fp16": True}, "fp16 does not run on a CPU: take --bf16"),
+        ({"fp16_opt_level": "O3"}, "O3 is not offered"),
+        ({"bf16": True, "fp16": True}, "exclude each other"),
+        ({"deepspeed_config": "zero22"}, "did you mean 'zero2'"),
+        ({"fp16_opt_level": "O1"}, "ZeRO stage 0 only"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(given: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ds_config.resolve(options(**given), 1, "cpu", bf16_supported="fp16_opt_level" not in given)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_broken_config_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match="mine.json"):
+        ds_config.load(str(tmp_path / "mine.json"))
+
+
+def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
+    name = write(tmp_path, {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}})
+    with pytest.raises(UserError, match="zero_optimization.stage3_max_live_parameters"):
+        ds_config.finish(ds_config.resolve(options(deepspeed_config=name), 1, "cpu"), 10, 10)
