@@ -178,12 +178,14 @@ def _gather_spans(
 def _sorted_by_score(spans: _Spans) -> _Spans:
     """Sort by question, score (falling), begin, end. Questions of one window arrive sorted and are left alone."""
     same = spans.question[1:] == spans.question[:-1]
-    worse = spans.score[:-1] < spans.score[1:]
-    tie = spans.score[:-1] == spans.score[1:]
-    later = (spans.begin[:-1] > spans.begin[1:]) | (
-        (spans.begin[:-1] == spans.begin[1:]) & (spans.end[:-1] > spans.end[1:])
-    )
-    disordered = np.unique(spans.question[1:][same & (worse | (tie & later))])
+    wrong = same & (spans.score[:-1] < spans.score[1:])
+    tie = np.flatnonzero(same & (spans.score[:-1] == spans.score[1:]))
+    if len(tie):
+        later = (spans.begin[tie] > spans.begin[tie + 1]) | (
+            (spans.begin[tie] == spans.begin[tie + 1]) & (spans.end[tie] > spans.end[tie + 1])
+        )
+        wrong[tie] = later
+    disordered = np.unique(spans.question[1:][wrong])
     if not len(disordered):
         return spans
     index = np.flatnonzero(np.isin(spans.question, disordered))
@@ -286,10 +288,12 @@ def _predictions(
     ]
     null_odds = (null_score.astype(np.float64) - score[:, 0]).tolist()
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
-    nulls = zip(null_score.tolist(), null_odds, null_rank, probability[:, size].tolist(), strict=True)
+    columns_of_question = zip(
+        example_ids, first[:-1].tolist(), first[1:].tolist(), null_score.tolist(), null_odds, null_rank,
+        probability[:, size].tolist(), strict=True,
+    )  # fmt: skip
     v2, threshold = settings.version_2_with_negative, settings.null_score_diff_threshold
-    bounds = zip(first[:-1].tolist(), first[1:].tolist(), strict=True)
-    for example_id, (begin, end), (null, odds, rank_of_null, share) in zip(example_ids, bounds, nulls, strict=True):
+    for example_id, begin, end, null, odds, rank_of_null, share in columns_of_question:
         if begin == end:
             yield _without_span(example_id, null, settings)
             continue
