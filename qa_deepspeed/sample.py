@@ -75,12 +75,16 @@ class Material:
 
 def read_material() -> Material:
     """The contents of sample_text.yaml."""
-    read = yaml.safe_load(resources.files("qa_deepspeed").joinpath("sample_text.yaml").read_text(encoding="utf-8"))
+    read = yaml.safe_load(_material_text())
     return Material(
         {part: words.split() for part, words in read["words"].items()},
         {filler: (two["firsts"].split(), two["seconds"].split()) for filler, two in read["combinations"].items()},
         tuple(_kind(noun, kind) for noun, kind in read["kinds"].items()),
     )
+
+
+def _material_text() -> str:
+    return resources.files("qa_deepspeed").joinpath("sample_text.yaml").read_text(encoding="utf-8")
 
 
 def _kind(noun: str, kind: dict[str, Any]) -> Kind:
@@ -234,7 +238,7 @@ class Writer:
 def make_corpora(seed: int, train_articles: int, dev_articles: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The training and the held-out corpus of a seed, as the contents of SQuAD v2 files."""
     material = read_material()
-    taken: set[str] = set()
+    taken = {word.capitalize() for word in re.findall(r"[A-Za-z]+", _material_text())}  # no name is a word of ours
     corpora = []
     for name, articles in (("train", train_articles), ("dev", dev_articles)):
         rng = random.Random(f"{name} {seed}")
