@@ -28,8 +28,18 @@ class RunOptions:
     output_dir: str | None = option(None, "folder for the model, checkpoints, predictions and TensorBoard")
     data_dir: str | None = option(None, "folder with train-v1.1.json and dev-v1.1.json (v2.0 with version_2_with_"
                                   "negative), for a train_file or predict_file that is not given")  # fmt: skip
-    train_file: str | None = option(None, "training questions, SQuAD format", only=TRAIN)
-    predict_file: str | None = option(None, "questions to evaluate on, SQuAD format")
+    train_file: str | None = option(None, "training questions, SQuAD JSON or rows as JSON, JSON lines, CSV or Parquet; "
+                                    ".gz of these; several with commas between, or a glob", only=TRAIN)  # fmt: skip
+    predict_file: str | None = option(None, "questions to evaluate on, in the same formats")
+    dataset_name: str | None = option(None, "data set of the hub, where train_file or predict_file is not given")
+    dataset_config: str | None = option(None, "configuration of dataset_name")
+    train_split: str = option("train", "split of dataset_name to train on", only=TRAIN)
+    predict_split: str = option("validation", "split of dataset_name to evaluate on")
+    id_column: str = option("id", "column of rows that holds the question's id")
+    question_column: str = option("question", "column of rows that holds the question")
+    context_column: str = option("context", "column of rows that holds the context")
+    answers_column: str = option("answers", "column of rows that holds the answers (text and answer_start)")
+    is_impossible_column: str = option("is_impossible", "column of rows that says whether there is no answer")
     overwrite_output_dir: bool = option(False, "start afresh in an output_dir that holds another run", only=TRAIN)
     overwrite_cache: bool = option(False, "build the features again even if the cache has them")
     # the questions
@@ -41,6 +51,9 @@ class RunOptions:
     doc_stride_is: str = option("step", "meaning of doc_stride: step (as run_squad.py) or overlap (as run_qa.py and "
                                 "tokenizers)", choices=("step", "overlap"))  # fmt: skip
     max_query_length: int = option(64, "longest question, in tokens; the rest is cut off and counted")
+    windows_without_answer: str = option("keep", "windows that miss the answer of their question, in training without "
+                                         "unanswerable questions: keep, drop, or sample one of a question",
+                                         choices=("keep", "drop", "sample"), only=TRAIN)  # fmt: skip
     max_train_examples: int | None = option(None, "train on this many questions, drawn at random by seed", only=TRAIN)
     max_eval_examples: int | None = option(None, "evaluate on the first so many questions")
     do_lower_case: bool = option(False, "lower-case the text; left out, the tokenizer does as it was saved")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PretrainedConfig
 
@@ -17,7 +18,8 @@ from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_cache import prepare_features
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.features import FeatureSettings
-from qa_deepspeed.qa.readers import DataSource
+from qa_deepspeed.qa.hub import hub_file
+from qa_deepspeed.qa.readers import Columns, DataSource
 
 Purpose = Literal["train", "evaluate"]
 
@@ -58,26 +60,42 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
 
     Every rank calls this, in no particular order and with no collective open.
     """
-    named = options.data_file(purpose)
-    if not named:
-        flag = "train_file" if purpose == "train" else "predict_file"
-        raise UserError(f"which data? pass --{flag} (SQuAD JSON), or --data_dir with the classic file names")
-    files = DataSource.resolve([named])
+    folder, files = _cache_folder_and_files(options, purpose)
     source = DataSource(
         files=files,
         purpose=purpose,
         version_2_with_negative=options.version_2_with_negative,
         max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
         seed=options.seed,
+        columns=Columns(**{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(Columns)}),
     )
     settings = FeatureSettings(
         max_seq_length=options.max_seq_length,
         doc_stride=options.doc_stride,
-        doc_stride_is="overlap" if options.doc_stride_is == "overlap" else "step",
+        doc_stride_is=cast(Any, options.doc_stride_is),
         max_query_length=options.max_query_length,
+        windows_without_answer=cast(Any, options.windows_without_answer),
     )
-    folder = cache_folder(options.cache_dir, Path(files[0]))
     return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+
+
+def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:
+    """The files that the options name for `purpose`; a hub data set becomes a file in the cache folder."""
+    named = options.data_file(purpose)
+    if named:
+        files = DataSource.resolve([named] if Path(named).exists() else named.split(","))
+        return cache_folder(options.cache_dir, Path(files[0])), files
+    if options.dataset_name:
+        folder = cache_folder(options.cache_dir or str(_user_cache()), Path())
+        split = options.train_split if purpose == "train" else options.predict_split
+        hub_cache = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
+        return folder, (hub_file(options.dataset_name, options.dataset_config, split, folder, hub_cache),)
+    flag = "train_file" if purpose == "train" else "predict_file"
+    raise UserError(f"which data? pass --{flag}, --dataset_name, or --data_dir with the classic file names")
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qa_deepspeed"
 
 
 def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
@@ -87,5 +105,4 @@ def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
     beside = data_file.resolve().parent
     if os.access(beside, os.W_OK):
         return beside / ".qa_deepspeed_features"
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "qa_deepspeed" / "features"
+    return _user_cache() / "features"

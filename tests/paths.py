@@ -14,5 +14,5 @@ needs_real_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"real data is not at {DATA} (set QA_DEEPSPEED_SHARED to the folder that holds it)"
 )
 needs_real_model = pytest.mark.skipif(
-    not MINILM.is_dir(), reason=f"the real model is not at {MINILM} (set QA_DEEPSPEED_SHARED to the folder that holds it)"
+    not MINILM.is_dir(), reason=f"no real model at {MINILM} (set QA_DEEPSPEED_SHARED to the folder that holds it)"
 )

@@ -60,6 +60,6 @@ def test_a_model_without_a_trained_head_is_not_evaluated(base_options: dict[str,
 
     bare = AutoModel.from_config(AutoConfig.from_pretrained(str(base_options["model_name_or_path"])))
     bare.save_pretrained(tmp_path / "bare")
-    done = run(alone("evaluate", *flags(model_name_or_path=tmp_path / "bare", output_dir=tmp_path / "out",
-                                        tokenizer_name=base_options["model_name_or_path"], **options)), tmp_path)  # fmt: skip
+    options |= {"model_name_or_path": tmp_path / "bare", "tokenizer_name": base_options["model_name_or_path"]}
+    done = run(alone("evaluate", *flags(**options, output_dir=tmp_path / "out")), tmp_path)
     assert done.returncode == 2 and "train it first" in done.stderr

@@ -74,7 +74,8 @@ def rows_of(lengths: list[int]) -> FeatureRows:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_shifts_positions_with_the_tokens(side: str) -> None:
-    layout = Layout(pad_token_id=9, pad_type_id=3, padding_side=side, columns=frozenset({"token_type_ids", "langs"}), lang_id=5)
+    columns = frozenset({"token_type_ids", "langs"})
+    layout = Layout(pad_token_id=9, pad_type_id=3, padding_side=side, columns=columns, lang_id=5)
     batch = make_batch(lambda rows: rows_of([6, 11]), np.arange(2), layout)
     assert batch.inputs["input_ids"].shape == (2, 16)  # the next multiple of 8
     for row, length in enumerate([6, 11]):

@@ -36,7 +36,8 @@ def test_a_config_written_for_trainer_is_filled(tmp_path: Path) -> None:
     """Every "auto" that transformers.Trainer's documentation shows."""
     written = {
         "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "optimizer": {"type": "AdamW",
+                      "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
         "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
                       "warmup_num_steps": "auto", "total_num_steps": "auto"}},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
@@ -44,7 +45,8 @@ def test_a_config_written_for_trainer_is_filled(tmp_path: Path) -> None:
         "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
     }  # fmt: skip
-    asked = options(deepspeed_config=write(tmp_path, written), learning_rate=3e-5, warmup_steps=10, global_batch_size=64)
+    name = write(tmp_path, written)
+    asked = options(deepspeed_config=name, learning_rate=3e-5, warmup_steps=10, global_batch_size=64)
     config = ds_config.finish(ds_config.resolve(asked, 2, "cpu"), total_steps=100, hidden_size=10)
     assert config["optimizer"]["params"] == {"lr": 3e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     assert config["scheduler"]["params"] == {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 10,

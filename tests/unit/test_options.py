@@ -69,7 +69,8 @@ def test_a_missing_yaml_is_one_clear_line() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "qa_deepspeed", *arguments], capture_output=True, text=True, timeout=60)
+    line = [sys.executable, "-m", "qa_deepspeed", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
