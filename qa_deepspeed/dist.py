@@ -145,9 +145,8 @@ def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | Non
         return dict(arrays)
     rows = len(next(iter(arrays.values())))
     assert all(len(array) == rows for array in arrays.values()), "arrays of one gather have the same rows"
-    records = np.concatenate(
-        [np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8).reshape(rows, _row_bytes(array))
-         for array in arrays.values()], axis=1)  # fmt: skip
+    as_bytes = [np.frombuffer(array.tobytes(), np.uint8).reshape(rows, _row_bytes(array)) for array in arrays.values()]
+    records = np.concatenate(as_bytes, axis=1)
     rows_of_rank = _all_gather_counts(rows)
     chunks: list[list[np.ndarray]] = [[] for _ in rows_of_rank]
     for begin in range(0, max(rows_of_rank), GATHER_ROWS):
@@ -161,7 +160,7 @@ def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | Non
             chunks[sender].append(block.numpy()[: max(0, rows_of_rank[sender] - begin)])
     if not is_first():
         return None
-    gathered = np.concatenate([block for blocks in chunks for block in blocks])
+    gathered = np.concatenate([records[:0], *(block for blocks in chunks for block in blocks)])
     result, column = {}, 0
     for name, array in arrays.items():
         width = _row_bytes(array)

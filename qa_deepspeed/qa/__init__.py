@@ -1,1 +1,1 @@
-"""Extractive question answering: reading, features, batches, decoding and scores. Knows nothing of DeepSpeed or ranks."""
+"""Extractive question answering: reading, features, batches, decoding and scores. Knows no DeepSpeed and no ranks."""

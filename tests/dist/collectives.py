@@ -1,0 +1,46 @@
+"""One rank of a launch that tries every function of `dist` with uneven rows: `-m tests.dist.collectives FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qa_deepspeed import dist
+
+
+def main() -> None:
+    """Assert on every rank; a failed assertion ends the launch with an error."""
+    dist.GATHER_ROWS = 5  # several exchanges
+    dist.start(torch.device("cpu"), 60)
+    rank, world_size = dist.rank(), dist.world_size()
+    for total in (0, 1, 7, 23):
+        mine = np.arange(total)[rank::world_size] if total != 7 else np.arange(7)[: 7 if rank == 1 else 0]
+        arrays = {
+            "id": mine.astype(np.int64),
+            "pair": np.stack([mine, -mine], 1).astype(np.int32),
+            "score": mine / np.float32(3),
+        }
+        arrays["score"] = arrays["score"].astype(np.float32)
+        gathered = dist.gather_rows(arrays)
+        assert (gathered is None) == (rank != 0)
+        if gathered is not None:
+            order = np.argsort(gathered["id"])
+            assert np.array_equal(gathered["id"][order], np.arange(total))
+            assert np.array_equal(gathered["pair"][order], np.stack([np.arange(total), -np.arange(total)], 1))
+            assert np.array_equal(gathered["score"][order], (np.arange(total) / np.float32(3)).astype(np.float32))
+            assert gathered["pair"].dtype == np.int32
+    assert dist.sums([rank, 1.5]) == [sum(range(world_size)), 1.5 * world_size]
+    value = {"f1": 0.1 + 0.2, "text": "日本 \u0301", "none": None}
+    assert dist.broadcast_json(value if rank == 0 else "not looked at") == value
+    shared = dist.first_on_this_filesystem(Path(sys.argv[1]))
+    assert dist.sums([shared]) == [1.0]
+    own = Path(sys.argv[1]) / str(rank)
+    own.mkdir()
+    assert dist.first_on_this_filesystem(own)
+    assert not list(own.iterdir())
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main()
