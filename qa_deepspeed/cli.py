@@ -17,8 +17,9 @@ COMMANDS = {
     "train": ("qa_deepspeed.commands", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
     "evaluate": ("qa_deepspeed.commands", "answer and score a file with a trained reader"),
     "score": ("qa_deepspeed.qa.score", "score any system's predictions against a gold file, without a model"),
-    "prepare": ("qa_deepspeed.qa.prepare", "build the features of a run beforehand"),
-    "audit": ("qa_deepspeed.qa.audit", "what training on a file would do: faults, lengths, windows"),
+    "ensemble": ("qa_deepspeed.qa.ensemble", "one set of answers out of the n-best files of several runs"),
+    "prepare": ("qa_deepspeed.prepare", "build the features of a run beforehand"),
+    "audit": ("qa_deepspeed.audit", "what training on a file would do: faults, lengths, windows"),
     "sample": ("qa_deepspeed.sample", "make the quickstart's corpus and tiny model"),
 }
 """Sub-command -> module that has its add_arguments and run, and what it does."""

@@ -61,7 +61,14 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     Every rank calls this, in no particular order and with no collective open.
     """
     folder, files = _cache_folder_and_files(options, purpose)
-    source = DataSource(
+    source = data_source(options, purpose, files)
+    settings = feature_settings(options)
+    return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+
+
+def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:
+    """What is read of `files`, and how."""
+    return DataSource(
         files=files,
         purpose=purpose,
         version_2_with_negative=options.version_2_with_negative,
@@ -69,14 +76,28 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
         seed=options.seed,
         columns=Columns(**{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(Columns)}),
     )
-    settings = FeatureSettings(
+
+
+def feature_settings(options: RunOptions) -> FeatureSettings:
+    """What shapes the features."""
+    return FeatureSettings(
         max_seq_length=options.max_seq_length,
         doc_stride=options.doc_stride,
         doc_stride_is=cast(Any, options.doc_stride_is),
         max_query_length=options.max_query_length,
         windows_without_answer=cast(Any, options.windows_without_answer),
     )
-    return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+
+
+def notes(store: FeatureStore) -> list[str]:
+    """What a user should know of how questions became features, one line a matter; none if all is as usual."""
+    matters = (
+        ("truncated_questions", "questions cut to max_query_length"),
+        ("windows_without_answer", "windows that miss the answer of their question"),
+        ("answers_in_no_window", "questions whose answers no window holds"),
+        ("examples_without_tokens", "questions whose context has no tokens"),
+    )
+    return [f"{store.counts[name]:,} {what}" for name, what in matters if store.counts[name]]
 
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import ModelFacts, load_features, model_facts
+from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
@@ -181,5 +181,7 @@ def tell_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:
     """One line on what was read and made of it; what was rejected goes into a file of the output folder."""
     how = "built" if store.built else "from the cache"
     dist.log0(f"{purpose}: {store.report.summary()}; {len(store):,} features ({how})")
+    for note in notes(store):
+        dist.log0(f"  {note}")
     if dist.is_first() and store.report.rejected:
         store.report.write_rejected(output_dir / f"rejected_{purpose}.jsonl")

@@ -25,6 +25,9 @@ def choose_device(no_cuda: bool) -> torch.device:
             f"rank {dist.rank()} has no GPU: {dist.local_world_size()} ranks were started here for "
             f"{torch.cuda.device_count()} GPUs; start fewer, or pass --no_cuda"
         )
+    if dist.world_size() == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        dist.log0(f"note: one of {count} GPUs is used; deepspeed --num_gpus {count} --module qa_deepspeed ... uses all")
     device = torch.device("cuda", dist.local_rank())
     torch.cuda.set_device(device)
     return device

@@ -86,6 +86,21 @@ class ExampleStore:
             for index in range(int(self._splits[shard + 1] - self._splits[shard])):
                 yield _example(columns, index)
 
+    def ids_and_contexts(self, begin: int, end: int) -> tuple[list[str], list[str]]:
+        """Ids and contexts of the examples [begin, end): many times faster than making the whole examples."""
+        ids: list[str] = []
+        contexts: list[str] = []
+        for shard in range(len(self._splits) - 1):
+            first = max(begin - int(self._splits[shard]), 0)
+            last = min(end, int(self._splits[shard + 1])) - int(self._splits[shard])
+            if first < last:
+                columns = self._open_shard(shard)
+                ids += columns.strings("example_ids")[first:last].to_pylist()
+                distinct, place = np.unique(columns.array("example_context")[first:last], return_inverse=True)
+                texts = columns.strings("contexts").take(pa.array(distinct)).to_pylist()
+                contexts += [texts[i] for i in place.tolist()]
+        return ids, contexts
+
     @property
     def ids(self) -> list[str]:
         """The id of every example, in order."""

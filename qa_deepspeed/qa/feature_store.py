@@ -81,8 +81,9 @@ class FeatureStore:
     """The features of a cache entry; those of one example are adjacent, in example order.
 
     fingerprint: the content key. counts: features, examples and what became of them. built: whether this process's
-    call found the entry missing. lengths int32 `[features]`: tokens of each unpadded row. example_index int64
-    `[features]`: index into `examples`, which includes examples without a feature (no tokens in the context).
+    call found the entry missing. special_tokens: how many each row has. lengths int32 `[features]`: tokens of each
+    unpadded row. example_index int64 `[features]`: index into `examples`, which includes examples without a feature (no
+    tokens in the context).
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class FeatureStore:
         self.lengths = index.array("lengths")
         self.example_index = index.array("example_index")
         self._load_report = report
+        self.special_tokens = template.special_tokens
         self._template = template
         self._sends_types = sends_token_type_ids
         self._all_answers = all_answers

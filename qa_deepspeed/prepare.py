@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
 from qa_deepspeed.errors import UserError
-
-if TYPE_CHECKING:
-    from qa_deepspeed.data import ModelFacts
+from qa_deepspeed.models.loading import quiet_transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +63,6 @@ def _help(run_options: RunOptions, purposes: list[Any]) -> None:
 
 def _build(run_options: RunOptions, purposes: list[Any]) -> list[str]:
     """Build what is missing; one line about each file."""
-    from qa_deepspeed.data import load_features, model_facts
-    from qa_deepspeed.models.loading import quiet_transformers
-
     quiet_transformers(run_options.verbose_logging)
     facts: ModelFacts = model_facts(run_options)
     lines = []
@@ -79,12 +75,5 @@ def _build(run_options: RunOptions, purposes: list[Any]) -> list[str]:
             f"({'built' if store.built else 'found'} in {time.perf_counter() - began:.1f} s, "
             f"{store.fingerprint[:12]}); {store.report.summary()}"
         )
-        for name, what in (
-            ("truncated_questions", "questions cut to max_query_length"),
-            ("windows_without_answer", "windows that miss the answer of their question"),
-            ("answers_in_no_window", "questions whose answers no window holds"),
-            ("examples_without_tokens", "questions whose context has no tokens"),
-        ):
-            if counts[name]:
-                lines.append(f"  {counts[name]:,} {what}")
+        lines += [f"  {note}" for note in notes(store)]
     return lines

@@ -7,24 +7,18 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions
-from qa_deepspeed.options import fields_of
-from qa_deepspeed.qa.readers import Columns, DataSource, ReadReport, read_examples
+from qa_deepspeed.data import ModelFacts, data_source, feature_settings, model_facts
+from qa_deepspeed.qa.audit_measures import histogram, measure, padding_share, quantiles, suggest
+from qa_deepspeed.qa.batching import LENGTH_MULTIPLE, epoch_order
+from qa_deepspeed.qa.feature_cache import prepare_features
+from qa_deepspeed.qa.readers import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.seen_ids import SeenIds
-
-if TYPE_CHECKING:
-    from qa_deepspeed.data import ModelFacts
-
-TAKEN = (
-    "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "do_lower_case", "version_2_with_negative",
-    "max_seq_length", "doc_stride", "doc_stride_is", "max_query_length", "max_answer_length",
-    "per_gpu_train_batch_size", "seed",
-)  # fmt: skip
-"""The options of a training run that change what is found."""
 
 REJECTED_SHOWN = 10
 BAR = 40
@@ -33,22 +27,10 @@ BAR = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `audit`: those of a training run, with their defaults and help."""
     parser.add_argument("data", metavar="DATA", nargs="+", help="files, or patterns of files, to train on")
-    for field in fields_of(RunOptions, "train"):
-        if field.name not in TAKEN:
-            continue
-        help_text = field.metadata["help"].replace("%", "%%")
-        if field.default is False:
-            parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
-        else:
-            kind = str if field.default is None else type(field.default)
-            parser.add_argument(
-                f"--{field.name}", type=kind, default=field.default, choices=field.metadata["choices"], help=help_text
-            )
-    for column in dataclasses.fields(Columns):
-        flag = f"--{column.name}_column"
-        parser.add_argument(flag, default=column.default, help=f"column of flat rows for the {column.name}")
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a question was rejected")
+    options.add_arguments(parser, RunOptions, "train")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,16 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    options = RunOptions(**{name: getattr(arguments, name) for name in TAKEN})
-    columns = Columns(**{one.name: getattr(arguments, f"{one.name}_column") for one in dataclasses.fields(Columns)})
-    files = DataSource.resolve(arguments.data)
-    source = DataSource(files, "train", options.version_2_with_negative, columns=columns)
-    found = audit(source, options)
+    own = ("command", "config", "data", "json", "strict")
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    run_options = options.build(RunOptions, "train", given, arguments.config)
+    found = audit(data_source(run_options, "train", DataSource.resolve(arguments.data)), run_options)
     print(json.dumps(found) if arguments.json else "\n".join(table(found)))
     return 1 if arguments.strict and found["questions"]["rejected"] else 0
 
 
-def audit(source: DataSource, options: RunOptions) -> dict[str, Any]:
+def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
     """All findings about a source, as plain values: questions, answers, windows, lengths, padding, suggestion.
 
     The features are built as training would build them, in a temporary folder.
@@ -74,13 +55,10 @@ def audit(source: DataSource, options: RunOptions) -> dict[str, Any]:
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    # Reading comes first: what cannot be read is told before anything heavy is imported.
     repeated = _repeated_questions(source)
-    from qa_deepspeed.data import model_facts
-
-    facts = model_facts(options)
+    facts = model_facts(run_options)
     with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
-        findings = _findings(source, options, facts, Path(folder))
+        findings = _findings(source, run_options, facts, Path(folder))
     findings["questions"]["repeated"] = repeated
     return findings
 
@@ -91,32 +69,22 @@ def _repeated_questions(source: DataSource) -> int:
     return sum(not seen.add(f"{one.question}\0{one.context}") for one in read_examples(source, ReadReport()))
 
 
-def _findings(source: DataSource, options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
-    from qa_deepspeed.qa.audit_measures import histogram, measure, padding_share, quantiles, suggest
-    from qa_deepspeed.qa.batching import LENGTH_MULTIPLE, epoch_order
-    from qa_deepspeed.qa.feature_cache import FeatureSettings, prepare_features
-    from qa_deepspeed.qa.pairing import find_template
-
-    settings = FeatureSettings(
-        max_seq_length=options.max_seq_length,
-        doc_stride=options.doc_stride,
-        doc_stride_is="overlap" if options.doc_stride_is == "overlap" else "step",
-        max_query_length=options.max_query_length,
-    )
+def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
+    settings = feature_settings(run_options)
     store = prepare_features(source, facts.tokenizer, facts.family, settings, folder)
     sizes = measure(store, settings)
-    special_tokens = find_template(facts.tokenizer, facts.family).special_tokens
-    batch = options.per_gpu_train_batch_size
-    batches = epoch_order(store.lengths, batch, options.seed, 0)
+    special_tokens = store.special_tokens
+    batch = run_options.per_gpu_train_batch_size
+    batches = epoch_order(store.lengths, batch, run_options.seed, 0)
     tokens = int(store.lengths.sum())
     return {
         "files": list(source.files),
-        "model": options.model_name_or_path,
-        "settings": dataclasses.asdict(settings) | {"max_answer_length": options.max_answer_length},
+        "model": run_options.model_name_or_path,
+        "settings": dataclasses.asdict(settings) | {"max_answer_length": run_options.max_answer_length},
         "questions": _questions(store.report) | {"cut": store.counts["truncated_questions"]},
         "answers": {
             "longest": int(sizes.answer.max(initial=0)),
-            "longer_than_max_answer_length": int((sizes.answer > options.max_answer_length).sum()),
+            "longer_than_max_answer_length": int((sizes.answer > run_options.max_answer_length).sum()),
             "in_no_window": store.counts["answers_in_no_window"],
         },
         "windows": {
