@@ -82,6 +82,8 @@ def describe(metrics: Mapping[str, Any]) -> str:
 def best_candidates(reader: Reader, data: EvaluationData, options: RunOptions) -> Candidates | None:
     """The best spans of every feature, on rank 0; None elsewhere. All ranks make the same number of forwards."""
     store = data.store
+    if not len(store):  # no context holds a token: every question is answered ""
+        return _no_candidates(options.n_best_size) if dist.is_first() else None
     batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
     kept: list[dict[str, np.ndarray]] = []
     with reader.evaluating():
@@ -95,6 +97,11 @@ def best_candidates(reader: Reader, data: EvaluationData, options: RunOptions) -
     gathered = {name: values[order] for name, values in gathered.items()}
     assert np.array_equal(gathered["feature_id"], np.arange(len(store))), "each feature came back exactly once"
     return Candidates(**gathered)
+
+
+def _no_candidates(count: int) -> Candidates:
+    places, logits = np.zeros((0, count), np.int32), np.zeros((0, count), np.float32)
+    return Candidates(np.zeros(0, np.int64), places, places, logits, logits, np.zeros(0, np.float32))
 
 
 def _reduce(reader: Reader, batch: Batch, options: RunOptions) -> dict[str, np.ndarray]:

@@ -193,6 +193,9 @@ def _features(
 ) -> tuple[FeatureStore, FeatureStore | None]:
     """Training features, and those to evaluate on if the run evaluates. No collective is open meanwhile."""
     store = load_features(options, "train", facts)
+    if not len(store):
+        raise UserError(f"{options.data_file('train') or options.dataset_name} gives no training rows: no context "
+                        "holds a token, or --windows_without_answer drop left none")  # fmt: skip
     wanted = options.do_eval or options.evaluate_during_training
     evaluation = load_features(options, "evaluate", facts) if wanted else None
     for purpose, built in (("train", store), ("evaluate", evaluation)):

@@ -1,8 +1,11 @@
 """What users get wrong: one clear line, a non-zero exit, no traceback, nothing lost."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
 from tests.dist.launching import alone, by_torchrun, flags, run
 
@@ -56,10 +59,30 @@ def test_two_ranks_tell_a_common_mistake_once(base_options: dict[str, object], t
 def test_a_model_without_a_trained_head_is_not_evaluated(base_options: dict[str, object], tmp_path: Path) -> None:
     kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
     options = {name: base_options[name] for name in kept}
-    from transformers import AutoConfig, AutoModel
-
     bare = AutoModel.from_config(AutoConfig.from_pretrained(str(base_options["model_name_or_path"])))
     bare.save_pretrained(tmp_path / "bare")
     options |= {"model_name_or_path": tmp_path / "bare", "tokenizer_name": base_options["model_name_or_path"]}
     done = run(alone("evaluate", *flags(**options, output_dir=tmp_path / "out")), tmp_path)
     assert done.returncode == 2 and "train it first" in done.stderr
+
+
+def test_questions_without_a_context_are_answered_with_nothing(
+    base_options: dict[str, object], tmp_path: Path
+) -> None:
+    """The totals stay those of the file, also where no question of it has a context."""
+    answer = {"text": "1066", "answer_start": 0}
+    qas = [
+        {"id": "a", "question": "Who?", "answers": [], "is_impossible": True},
+        {"id": "b", "question": "When?", "answers": [answer], "is_impossible": False},
+    ]
+    blank = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": " ", "qas": qas}]}]}
+    (tmp_path / "blank.json").write_text(json.dumps(blank))
+    model = tmp_path / "model"
+    shutil.copytree(str(base_options["model_name_or_path"]), model)
+    AutoModelForQuestionAnswering.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    done = run(alone("evaluate", *flags(model_name_or_path=model, predict_file="blank.json", output_dir="out",
+                                        version_2_with_negative=True, max_seq_length=256)), tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out/predictions.json").read_text()) == {"a": "", "b": ""}
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["total"], metrics["exact"], metrics["NoAns_exact"], metrics["HasAns_exact"]) == (2, 50.0, 100.0, 0.0)
