@@ -73,12 +73,17 @@ def test_the_saved_model_loads_in_plain_transformers_and_gives_the_evaluators_lo
         assert float(logits.end_logits[0, end]) == pytest.approx(best["end_logit"], abs=1e-5)
 
 
+def as_trained(model: Path, output_dir: Path, **extra: object) -> list[str]:
+    """Flags that evaluate `model` on the questions and with the settings of its training."""
+    options = json.loads((model / "training_args.json").read_text())
+    kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
+    return flags(model_name_or_path=model, output_dir=output_dir, **{name: options[name] for name in kept}, **extra)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluate_gives_the_same_files_on_any_number_of_ranks(trained: Path, tmp_path: Path, ranks: int) -> None:
     """Byte for byte: predictions, n-best lists, null odds and metrics as at the end of training."""
-    options = json.loads((trained / "training_args.json").read_text())
-    kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
-    asked = flags(model_name_or_path=trained, output_dir=tmp_path, **{name: options[name] for name in kept})
+    asked = as_trained(trained, tmp_path)
     done = run(by_torchrun(ranks, "evaluate", *asked) if ranks > 1 else alone("evaluate", *asked), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in FILES:
@@ -86,10 +91,7 @@ def test_evaluate_gives_the_same_files_on_any_number_of_ranks(trained: Path, tmp
 
 
 def test_zero3_evaluates_as_one_rank_does(trained: Path, tmp_path: Path) -> None:
-    options = json.loads((trained / "training_args.json").read_text())
-    kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
-    asked = flags(model_name_or_path=trained, output_dir=tmp_path, deepspeed_config="zero3",
-                  **{name: options[name] for name in kept})  # fmt: skip
+    asked = as_trained(trained, tmp_path, deepspeed_config="zero3")
     done = run(by_torchrun(2, "evaluate", *asked), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in FILES:
@@ -97,11 +99,8 @@ def test_zero3_evaluates_as_one_rank_does(trained: Path, tmp_path: Path) -> None
 
 
 def test_eval_all_checkpoints_puts_the_weights_together_from_the_shards(trained: Path, tmp_path: Path) -> None:
-    options = json.loads((trained / "training_args.json").read_text())
-    kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
     shutil.copytree(trained, tmp_path / "run")
-    asked = flags(model_name_or_path=tmp_path / "run", output_dir=tmp_path / "run", eval_all_checkpoints=True,
-                  **{name: options[name] for name in kept})  # fmt: skip
+    asked = as_trained(tmp_path / "run", tmp_path / "run", eval_all_checkpoints=True)
     done = run(alone("evaluate", *asked), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(path.read_text()) for path in sorted((tmp_path / "run/evaluations").glob("*/metrics.json"))]
