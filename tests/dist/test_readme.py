@@ -38,11 +38,11 @@ def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None
         if words[0] == "deepspeed":
             words[1:1] = ["--master_port", free_port()]
         if "train" in words or "evaluate" in words:
-            words += ["--max_seq_length", "192"]  # the tiny model has fewer positions
+            words += ["--max_seq_length", "256"]  # the tiny model has fewer positions
         if "train" in words:
             words += ["--max_steps", "2"]
         if {"audit", "prepare"} & set(words):
-            words += ["--max_seq_length", "192"]
+            words += ["--max_seq_length", "256"]
         if words[0] == "qa-deepspeed":
             words[:1] = ["python", "-m", "qa_deepspeed"]
         done = run(words, tmp_path)
