@@ -25,13 +25,13 @@ from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_bi
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.heads import best_spans
 from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers
 from qa_deepspeed.qa.batching import Batch, Layout, evaluation_batches, make_batch
 from qa_deepspeed.qa.decode import Candidates, decode
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.metrics import Gold, Scorer
 from qa_deepspeed.qa.predictions import DecodeSettings, write_predictions
+from qa_deepspeed.qa.reduction import reduce_to_candidates
 from qa_deepspeed.run_folder import checkpoints, writable_folder
 
 
@@ -105,29 +105,9 @@ def _no_candidates(count: int) -> Candidates:
 
 
 def _reduce(reader: Reader, batch: Batch, options: RunOptions) -> dict[str, np.ndarray]:
-    """Forward one micro-batch and keep n_best_size spans and the null score of each real row; filler is dropped."""
+    """Forward one micro-batch and keep n_best_size spans and the null score of each real row."""
     start_logits, end_logits = reader.eval_forward(batch.inputs)
-    start, end, start_logit, end_logit = best_spans(
-        start_logits, end_logits, batch.context_begin, batch.context_end, options.n_best_size, options.max_answer_length
-    )
-    found = start >= 0
-    shift = batch.shift.unsqueeze(1) * found
-    null = batch.null_position.unsqueeze(1)
-    null_score = start_logits.float().gather(1, null) + end_logits.float().gather(1, null)
-    real = batch.feature_id >= 0
-    return {
-        "feature_id": batch.feature_id[real],
-        "start": _fixed_width((start - shift).to(torch.int32), options.n_best_size, -1)[real],
-        "end": _fixed_width((end - shift).to(torch.int32), options.n_best_size, -1)[real],
-        "start_logit": _fixed_width(start_logit, options.n_best_size, 0)[real],
-        "end_logit": _fixed_width(end_logit, options.n_best_size, 0)[real],
-        "null_score": null_score.squeeze(1).cpu().numpy()[real],
-    }
-
-
-def _fixed_width(values: torch.Tensor, width: int, fill: int) -> np.ndarray:
-    """`[rows, kept]` as `[rows, width]`: very short rows have fewer spans than n_best_size."""
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill).cpu().numpy()
+    return reduce_to_candidates(batch, start_logits, end_logits, options.n_best_size, options.max_answer_length)
 
 
 def evaluate_checkpoints(

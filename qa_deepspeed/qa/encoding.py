@@ -20,13 +20,15 @@ BATCH_CHARACTERS = 250_000
 class Tokens:
     """Tokenized texts, ragged: ids and character offsets `[tokens]`, splits `[texts + 1]`.
 
-    The offsets are empty if they were not asked for.
+    The offsets are empty if they were not asked for. word int32 `[tokens]`: the number of the word in its text that a
+    token is of, as the tokenizer's pre-tokenizer cuts them; -1 for none. None from an encoder that does not tell.
     """
 
     ids: np.ndarray
     begin: np.ndarray
     end: np.ndarray
     splits: np.ndarray
+    word: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -44,14 +46,16 @@ class Encoder(Protocol):
 class FastEncoder:
     """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on."""
 
-    def __init__(self, serialized: str, split_special_tokens: bool):
+    def __init__(self, serialized: str, split_special_tokens: bool, words: bool = False):
+        """words: whether texts that are encoded with offsets get word numbers too."""
         self._tokenizer = Tokenizer.from_str(serialized)
         self._tokenizer.encode_special_tokens = split_special_tokens
+        self._words = words
 
     def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
         """Encode texts without special tokens; lone texts of any length are fine."""
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
-        ids, places, lengths = [], [], []
+        ids, places, words, lengths = [], [], [], []
         for batch in _batches(texts):
             encodings = encode(batch, add_special_tokens=False)
             counts = [len(encoding) for encoding in encodings]
@@ -61,12 +65,16 @@ class FastEncoder:
             if offsets:
                 pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))
                 places.append(np.fromiter(pairs, np.int32, 2 * total).reshape(-1, 2))
+                if self._words:
+                    numbers = chain.from_iterable(one.word_ids for one in encodings)
+                    words.append(np.fromiter((-1 if one is None else one for one in numbers), np.int32, total))
         place = _joined(places, (0, 2))
         return Tokens(
             _joined(ids, (0,)),
             np.ascontiguousarray(place[:, 0]),
             np.ascontiguousarray(place[:, 1]),
             splits_of(np.array(lengths, dtype=np.int64)),
+            _joined(words, (0,)) if self._words and offsets else None,
         )
 
 

@@ -102,9 +102,7 @@ class _Work:
         lengths, examples = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int64)]
         for before, columns in shards:
             shard = FeatureShard(columns)
-            every = np.arange(len(shard.feature_example))
-            tokens = shard.question_lengths(every) + shard.window_length + self._template.special_tokens
-            lengths.append(tokens.astype(np.int32))
+            lengths.append(shard.row_lengths(self._template.special_tokens))
             examples.append(shard.feature_example.astype(np.int64) + before)
         return {"lengths": np.concatenate(lengths), "example_index": np.concatenate(examples)}
 

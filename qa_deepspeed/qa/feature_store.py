@@ -72,6 +72,11 @@ class FeatureShard:
         question = self.example_question[self.feature_example[features]]
         return self.question_splits[question + 1] - self.question_splits[question]
 
+    def row_lengths(self, special_tokens: int) -> np.ndarray:
+        """Tokens of the unpadded row of every feature, int32 `[features]`."""
+        every = np.arange(len(self.feature_example))
+        return (self.question_lengths(every) + self.window_length + special_tokens).astype(np.int32)
+
     def window_start(self, features: np.ndarray) -> np.ndarray:
         """Where the window of each feature begins in the context arrays, int64 `[features]`."""
         return self.context_splits[self.example_context[self.feature_example[features]]] + self.window_begin[features]

@@ -93,7 +93,9 @@ def build_features(
         "windows_dropped": int((~keep).sum()),
         "answers_in_no_window": int((asked & ~held).sum()),
     }
+    words = {} if contexts.word is None else {"context_word": contexts.word}
     return {
+        **words,
         "context_ids": contexts.ids,
         "context_begin": contexts.begin,
         "context_end": contexts.end,
