@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.options import nearest
+from qa_deepspeed.options import nearest, separate_flags
 
 COMMANDS = {
     "train": ("qa_deepspeed.commands", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: anything that argparse would exit for.
         """
-        namespace, unknown = self.parse_known_args(list(arguments))
+        namespace, unknown = self.parse_known_args(separate_flags(self, arguments))
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = nearest(unknown[0].split("=")[0], flags)

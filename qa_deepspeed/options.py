@@ -61,6 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
         )
 
 
+def separate_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments with `=true` after each bare boolean flag, so that argparse takes no file name for its value."""
+    flags = {flag for action in parser._actions if action.const == "true" for flag in action.option_strings}
+    separate = list(arguments)
+    for index, argument in enumerate(arguments):
+        if argument in flags and "".join(arguments[index + 1 : index + 2]).lower() not in _TRUE | _FALSE:
+            separate[index] = f"{argument}=true"
+    return separate
+
+
 def build(options_class: type[Options], command: str, given: dict[str, Any], yaml_path: str | None) -> Options:
     """The options of a run: flags win over the YAML file, which wins over the defaults.
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qa_deepspeed import options
+from qa_deepspeed.cli import Parser
 from qa_deepspeed.config import RunOptions, plan_batches, total_steps
 from qa_deepspeed.errors import UserError
 
@@ -88,6 +89,23 @@ def test_the_command_line_answers_mistakes_in_one_line(arguments: list[str], mes
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--version_2_with_negative", "FILE"], ("true", None, ["FILE"])),
+        (["--version_2_with_negative", "no", "FILE", "--bf16"], ("no", "true", ["FILE"])),
+        (["FILE", "--bf16", "--version_2_with_negative=false"], ("false", "true", ["FILE"])),
+        (["--bf16", "True", "FILE", "1"], (None, "True", ["FILE", "1"])),
+    ],
+)
+def test_a_boolean_flag_takes_no_value_but_true_or_false(arguments: list[str], expected: tuple) -> None:
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("data", nargs="+")
+    options.add_arguments(parser, RunOptions, "train")
+    parsed = vars(parser.parse_all(arguments))
+    assert (parsed.get("version_2_with_negative"), parsed.get("bf16"), parsed["data"]) == expected
 
 
 def test_help_names_every_command_and_says_what_doc_stride_means() -> None:
