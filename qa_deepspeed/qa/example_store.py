@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from qa_deepspeed.qa.arrow_files import Column, Columns
+from qa_deepspeed.qa.arrow_files import Column, Columns, numbers
 from qa_deepspeed.qa.examples import Answer, Example
 
 FIRST_SHARDS, SMALL_SHARD, LARGE_SHARD = 32, 2048, 8192
@@ -97,7 +97,7 @@ class ExampleStore:
                 columns = self._open_shard(shard)
                 ids += columns.strings("example_ids")[first:last].to_pylist()
                 distinct, place = np.unique(columns.array("example_context")[first:last], return_inverse=True)
-                texts = columns.strings("contexts").take(pa.array(distinct)).to_pylist()
+                texts = columns.strings("contexts").take(numbers(distinct)).to_pylist()
                 contexts += [texts[i] for i in place.tolist()]
         return ids, contexts
 

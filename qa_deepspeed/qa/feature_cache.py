@@ -68,7 +68,7 @@ def prepare_features(
         manifest = entry.build(progress)
     entry.tidy()
     entry.check_sizes(manifest)
-    return _open(entry, manifest, built, template, family, settings)
+    return _open(entry, manifest, built, source, template, family, settings)
 
 
 class _Work:
@@ -92,7 +92,11 @@ class _Work:
 
     def report(self) -> dict[str, Any]:
         assert self._report is not None, "the report is complete after the last shard"
-        return self._report.to_dict()
+        report = self._report.to_dict()
+        # The entry serves the same content under other names too: rejected rows say which file, not what it is called.
+        for row in report["rejected"]:
+            row["file"], row["where"] = _file_and_place(row["where"], self._source.files)
+        return report
 
     def features(self, examples: Columns) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         drop = self._source.purpose == "train" and not self._source.version_2_with_negative
@@ -127,6 +131,7 @@ def _open(
     entry: CacheEntry,
     manifest: dict[str, Any],
     built: bool,
+    source: DataSource,
     template: Template,
     family: Family,
     settings: FeatureSettings,
@@ -142,11 +147,17 @@ def _open(
     def features(number: int) -> Columns:
         return entry.features(number, shards[number]["examples"], shards[number]["features"])
 
+    def report() -> ReadReport:
+        rejected = entry.rejected()
+        for row in rejected:
+            row["where"] = source.files[row.pop("file")] + row["where"]
+        return ReadReport.from_dict({**manifest["report"], "rejected": rejected})
+
     return FeatureStore(
         fingerprint=manifest["fingerprint"],
         counts=manifest["counts"],
         built=built,
-        report=lambda: ReadReport.from_dict({**manifest["report"], "rejected": entry.rejected()}),
+        report=report,
         template=template,
         sends_token_type_ids=family.sends_token_type_ids,
         all_answers=settings.answers == "all",
@@ -157,3 +168,9 @@ def _open(
             splits_of(np.array([shard["examples"]["examples"] for shard in shards], dtype=np.int64)), examples
         ),
     )
+
+
+def _file_and_place(where: str, files: Sequence[str]) -> tuple[int, str]:
+    """The number of the file that `where` begins with, and the rest."""
+    number = max((n for n, name in enumerate(files) if where.startswith(name + ":")), key=lambda n: len(files[n]))
+    return number, where[len(files[number]) :]

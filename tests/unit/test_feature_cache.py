@@ -169,6 +169,9 @@ def test_the_report_survives_a_hit(tmp_path: Path) -> None:
     again = prepare(path, tmp_path / "cache", purpose="train").report
     assert built == again
     assert [one.example_id for one in again.rejected] == ["bad"]
+    renamed = path.rename(tmp_path / "renamed.json")
+    (row,) = prepare(renamed, tmp_path / "cache", purpose="train").report.rejected
+    assert row.where == built.rejected[0].where.replace(str(path), str(renamed)) != built.rejected[0].where
 
 
 def test_overwrite_builds_again_what_is_older_than_the_process(tmp_path: Path, data: Path, monkeypatch) -> None:
