@@ -16,6 +16,7 @@ from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
+from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 
 
 def import_deepspeed(verbose: bool) -> Any:
@@ -149,6 +150,8 @@ def training_engine(
     """`deepspeed.initialize` with the default optimizer and schedule, or those that the config's sections name."""
     deepspeed = import_deepspeed(resolved.options.verbose_logging)
     options: RunOptions = resolved.options
+    if device.type == "cpu":
+        speed_up_on_cpu(model)
     optimizer = None if "optimizer" in config else default_optimizer(model, options)
     schedule = None
     if "scheduler" not in config:
@@ -167,6 +170,8 @@ def evaluation_reader(
     model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, device: torch.device
 ) -> Reader:
     """The model for forward passes only: partitioned over the ranks under ZeRO-3, whole on each rank otherwise."""
+    if device.type == "cpu":
+        speed_up_on_cpu(model)
     if resolved.zero_stage == 3:
         deepspeed = import_deepspeed(resolved.options.verbose_logging)
         engine, *_ = deepspeed.initialize(model=model, config=config)

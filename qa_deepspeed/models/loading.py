@@ -58,7 +58,19 @@ def load_model(options: RunOptions, config: PretrainedConfig) -> tuple[torch.nn.
         AutoModelForQuestionAnswering, options.model_name_or_path, options, config=config, dtype=torch.float32,
         output_loading_info=True,
     )  # fmt: skip
+    _forget_unused_renamings(model)
     return model, sorted(report["missing_keys"])
+
+
+def _forget_unused_renamings(model: Any) -> None:
+    """Keep the renamings of weights that the loading used: saving applies them backwards.
+
+    Loading into partitioned parameters keeps all it knows of, so that names of TensorFlow's days would be saved
+    (LayerNorm.gamma), which the checkpoint itself did not have.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    if renamings:
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
 def model_from_config(config: PretrainedConfig) -> torch.nn.Module:

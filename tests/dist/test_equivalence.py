@@ -1,6 +1,8 @@
-"""The same loss in every optimizer step, however the work is cut up: ZeRO stage, ranks, accumulation.
+"""The same loss in every optimizer step and the same weights, however the work is cut up: ZeRO stage, ranks, accumulation.
 
-60 rows in global batches of 8 over 12 steps: the eighth step is a partial batch of 4 rows, and a second epoch begins.
+60 rows in global batches of 8 over 20 steps: every eighth step is a partial batch of 4 rows, and a third epoch begins.
+Adam's epsilon is large: with a small one, Adam makes rounding noise in parameters without a gradient (the bias of the
+head shifts all logits alike) as large as the learning rate.
 """
 
 from pathlib import Path
@@ -13,6 +15,7 @@ from tests.dist.launching import losses, run_many
 
 pytestmark = pytest.mark.distributed
 
+STEPS = 20
 TWO_RANKS = {
     "zero0": {"deepspeed_config": "zero0"},
     "zero1": {"deepspeed_config": "zero1"},
@@ -34,6 +37,7 @@ ONE_RANK = {
 def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run in a folder of its name."""
     folder: Path = tmp_path_factory.mktemp("equivalence")
+    base_options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3}
     two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
     run_many(2, two, folder)
     run_many(1, {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}, folder)
@@ -42,7 +46,7 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def loss_of(runs: Path) -> dict[str, np.ndarray]:
-    """The 12 losses of every run."""
+    """The losses of every run."""
     return {name: losses(runs / name) for name in [*TWO_RANKS, *ONE_RANK]}
 
 
@@ -51,16 +55,16 @@ EQUAL = [name for name in [*TWO_RANKS, *ONE_RANK] if name not in ("zero0", "othe
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_saved_models_are_whole_and_equal(runs: Path, name: str) -> None:
-    """Gathered from any stage: every weight is there. 12 Adam steps move weights by about 0.01."""
+    """Gathered from any stage: every weight is there, by the same name."""
     expected, found = (load_file(runs / run / "model.safetensors") for run in ("zero0", name))
     assert found.keys() == expected.keys()
     for weight in expected:
-        np.testing.assert_allclose(found[weight], expected[weight], rtol=0, atol=5e-4, err_msg=weight)
+        np.testing.assert_allclose(found[weight], expected[weight], rtol=1e-4, atol=1e-6, err_msg=weight)
 
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_losses_equal_zero0_on_two_ranks(loss_of: dict[str, np.ndarray], name: str) -> None:
-    assert len(loss_of[name]) == 12
+    assert len(loss_of[name]) == STEPS
     np.testing.assert_allclose(loss_of[name], loss_of["zero0"], rtol=1e-5)
 
 

@@ -1,0 +1,147 @@
+"""Attention for CPUs: row by row, each at its own length, a few heads at a time.
+
+torch's attention with dropout passes over all scores of a batch `[rows, heads, length, length]` a dozen times, in main
+memory; here the scores of a few heads stay in the processor's cache from the product of queries and keys to the product
+with the values, and padding is never touched. The mathematics is that of Vaswani et al. 2017, section 3.2.1, with
+dropout on the probabilities; the backward pass takes the row sums of (probability x its gradient) from the outputs, as
+Dao et al. 2022 (FlashAttention), appendix B.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
+
+NAME = "rows"
+"""Under which Transformers knows this attention."""
+
+SCORES_AT_ONCE = 250_000
+"""Attention scores that are worked on together: 1 MB in float32, half of a usual second-level cache."""
+
+
+def speed_up_on_cpu(model: nn.Module) -> None:
+    """Give `model` this attention and the fast dropout wherever it works by Transformers' attention interface.
+
+    Other architectures (XLNet, XLM, DeBERTa, T5) keep their own attention and get the dropout only.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, CpuDropout(child.p))
+    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _rows_or_mask)
+        model.set_attn_implementation(NAME)
+
+
+def _rows_or_mask(*arguments: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **rest: Any) -> Any:
+    """What the attention gets as its mask: `[rows, 2]`, first and last + 1 real token of each row, if padding is all
+    that is masked (real tokens are one run); else the `[rows, 1, length, length]` mask of torch's attention."""
+    if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask.to(torch.int8)
+        begin = real.argmax(dim=1)
+        return torch.stack([begin, begin + attention_mask.sum(dim=1)], dim=1)
+    return sdpa_mask(*arguments, mask_function=mask_function, attention_mask=attention_mask, **rest)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Transformers' attention interface; `query`, `key`, `value` `[rows, heads, length, width]`."""
+    same_shape = query.shape == key.shape == value.shape
+    if attention_mask is None or attention_mask.ndim != 2 or not same_shape or query.device.type != "cpu":
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    spans = attention_mask.tolist()
+    if 0.0 < dropout < 1.0:
+        return _DroppedAttention.apply(query, key, value, spans, scale, dropout), None
+    return attention_without_dropout(query, key, value, spans, scale), None
+
+
+def attention_without_dropout(query: Tensor, key: Tensor, value: Tensor, spans: list, scale: float) -> Tensor:
+    """torch's attention of each row over its real tokens; `[rows, length, heads, width]`, zero at padding."""
+    rows = []
+    for row, (begin, end) in enumerate(spans):
+        one = slice(row, row + 1), slice(None), slice(begin, end)
+        answer = functional.scaled_dot_product_attention(query[one], key[one], value[one], scale=scale)
+        rows.append(functional.pad(answer.transpose(1, 2), (0, 0, 0, 0, begin, query.shape[2] - end)))
+    return torch.cat(rows)
+
+
+def _pieces(spans: list, heads: int) -> list[tuple[int, slice, slice]]:
+    """(row, its heads, its real tokens) of every piece that is worked on together."""
+    pieces = []
+    for row, (begin, end) in enumerate(spans):
+        together = max(1, SCORES_AT_ONCE // max(1, (end - begin) ** 2))
+        tokens = slice(begin, end)
+        pieces += [(row, slice(first, min(first + together, heads)), tokens) for first in range(0, heads, together)]
+    return pieces
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """Attention with dropout on the probabilities; the output is `[rows, length, heads, width]`.
+
+    Probabilities are float32 whatever the type of the values, as in torch.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, query: Tensor, key: Tensor, value: Tensor, spans: list, scale: float, dropout: float
+    ) -> Tensor:
+        rows, heads, length, width = query.shape
+        output = query.new_zeros(rows, length, heads, width)
+        masks = KeepMasks(dropout)
+        kept, probabilities = [], []
+        with torch.autocast("cpu", enabled=False):
+            for row, some, tokens in _pieces(spans, heads):
+                scores = torch.bmm(query[row, some, tokens] * scale, key[row, some, tokens].transpose(1, 2))
+                probability = torch.softmax(scores, dim=-1, dtype=torch.float32)
+                keep = masks.draw(*probability.shape)
+                dropped = _times(probability, keep, value.dtype)
+                answer = torch.bmm(dropped, value[row, some, tokens]).mul_(masks.scale)
+                output[row, tokens, some] = answer.transpose(0, 1)
+                probabilities.append(probability)
+                kept.append(keep)
+        context.save_for_backward(query, key, value, output, *probabilities)
+        context.rest = (spans, scale, masks.scale, kept)
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, *probabilities = context.saved_tensors
+        spans, scale, kept_scale, kept = context.rest
+        heads = query.shape[1]
+        by_query, by_key, by_value = (torch.zeros_like(output) for _ in range(3))
+        row_sums = (gradient.float() * output).sum(dim=-1)  # [rows, length, heads]
+        with torch.autocast("cpu", enabled=False):
+            for (row, some, tokens), probability, keep in zip(
+                _pieces(spans, heads), probabilities, kept, strict=True
+            ):
+                here = row, tokens, some
+                above = gradient[here].mul(kept_scale).transpose(0, 1)
+                dropped = _times(probability, keep, torch.float32)
+                by_value[here] = torch.bmm(dropped.to(value.dtype).transpose(1, 2), above).transpose(0, 1)
+                by_score = torch.bmm(above, value[row, some, tokens].transpose(1, 2)).float().mul_(dropped)
+                by_score.addcmul_(probability, row_sums[here].t().unsqueeze(-1), value=-1)
+                by_score = by_score.mul_(scale).to(query.dtype)
+                by_query[here] = torch.bmm(by_score, key[row, some, tokens]).transpose(0, 1)
+                by_key[here] = torch.bmm(by_score.transpose(1, 2), query[row, some, tokens]).transpose(0, 1)
+        by_query, by_key, by_value = (each.transpose(1, 2) for each in (by_query, by_key, by_value))
+        return by_query, by_key, by_value, None, None, None
+
+
+def _times(probability: Tensor, keep: np.ndarray, kind: torch.dtype) -> Tensor:
+    """The kept probabilities; numpy multiplies by booleans without a copy of them in float."""
+    return torch.from_numpy(np.multiply(probability.numpy(), keep)).to(kind)
