@@ -50,7 +50,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 if all went well, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and exit: 0 if all went well, 2 for a user's mistake, 130 when interrupted.
+
+    A command may have statuses of its own: `train` returns 75 when it was stopped with work left.
+    """
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:

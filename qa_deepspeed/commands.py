@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train or evaluate.
+    """Train or evaluate; returns 0, or 75 where the run stopped in good order with work left.
 
     Raises:
         UserError: as `train.train` and `evaluate.evaluate_run` say.
@@ -40,9 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
         if RETIRED[name]:
             dist.log0(f"note: {RETIRED[name]}")
     if arguments.command == "train" and run_options.do_train:
+        from qa_deepspeed.pacing import REQUEUE_STATUS, Stopped
         from qa_deepspeed.train import train
 
-        train(run_options)
+        try:
+            train(run_options)
+        except Stopped as stopped:
+            dist.log0(str(stopped))
+            dist.stop()
+            return REQUEUE_STATUS
     else:
         from qa_deepspeed.evaluate import evaluate_run
 

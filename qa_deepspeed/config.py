@@ -88,9 +88,14 @@ class RunOptions:
     bf16: bool = option(False, "train and evaluate in bfloat16")
     fp16: bool = option(False, "train and evaluate in float16 with loss scaling (GPU only)")
     no_cuda: bool = option(False, "run on the CPU even if there is a GPU")
-    timeout: int = option(1800, "seconds after which a collective that some rank does not join is given up")
+    timeout: int = option(600, "seconds after which a rank that hangs is given up")
     logging_steps: int = option(500, "optimizer steps between log lines and TensorBoard points", only=TRAIN)
-    save_steps: int = option(500, "optimizer steps between checkpoints; 0 for none", only=TRAIN)
+    save_steps: float = option(500, "optimizer steps between checkpoints, or below 1 the share of the run, like 0.1; "
+                               "0 for none", only=TRAIN)  # fmt: skip
+    save_on_time: str | None = option(None, "save a checkpoint also so long after the last one, like 15m", only=TRAIN)
+    save_total_limit: int | None = option(None, "keep so many checkpoints; the best and the last one always stay",
+                                          only=TRAIN)  # fmt: skip
+    max_time: str | None = option(None, "save and stop after so long, like 2h; the same command goes on", only=TRAIN)
     verbose_logging: bool = option(False, "show what DeepSpeed and Transformers print while starting")
     # accepted from run_squad.py command lines
     local_rank: int = option(-1, "set by the launchers; the environment's LOCAL_RANK counts", retired=True)

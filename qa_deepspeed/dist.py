@@ -58,6 +58,12 @@ def log0(message: str) -> None:
         print(message, file=sys.stdout, flush=True)
 
 
+def log_rank(message: str) -> None:
+    """Print one line on this rank, whichever it is, with its number where there are several."""
+    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
+    print(prefix + message, file=sys.stdout, flush=True)
+
+
 def describe_lone_process() -> None:
     """Give a process that no launcher started the variables of a run of one rank, so that nothing looks for MPI."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -119,6 +125,15 @@ def sums(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     torch_distributed.all_reduce(total, group=_host_group)
     return total.tolist()
+
+
+def maxima(values: Sequence[float]) -> list[float]:
+    """The greatest of each value over the ranks; every rank gets the same."""
+    if _alone():
+        return [float(value) for value in values]
+    greatest = torch.tensor(values, dtype=torch.float64)
+    torch_distributed.all_reduce(greatest, torch_distributed.ReduceOp.MAX, group=_host_group)
+    return greatest.tolist()
 
 
 def broadcast_json(value: Any) -> Any:

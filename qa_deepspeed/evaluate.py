@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from qa_deepspeed import dist
+from qa_deepspeed.checkpoint_files import checkpoints
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
 from qa_deepspeed.engine import checkpoint, ds_config
@@ -32,7 +33,7 @@ from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.metrics import Gold, Scorer
 from qa_deepspeed.qa.predictions import DecodeSettings, write_predictions
 from qa_deepspeed.qa.reduction import reduce_to_candidates
-from qa_deepspeed.run_folder import checkpoints, writable_folder
+from qa_deepspeed.run_folder import writable_folder
 
 
 @dataclass(frozen=True)

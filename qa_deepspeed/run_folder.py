@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qa_deepspeed import dist
+from qa_deepspeed.checkpoint_files import checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
+from qa_deepspeed.run_lock import LOCK_FILE, RunLock
 
 RUN_FILE = "run.json"
-LOOP_FILE = "loop.json"
-
-
-@dataclass(frozen=True)
-class LoopState:
-    """Where the loop is. Order is a function of the step, so this is all that resuming needs besides the shards."""
-
-    step: int
-    world_size: int
-    zero_stage: int
-    identity: dict[str, Any]
 
 
 def writable_folder(name: str | None) -> Path:
@@ -43,13 +34,28 @@ def writable_folder(name: str | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make output_dir {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir {folder} cannot be written: pass another one")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # root may write by every permission, but not on a read-only disk
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
     return folder
 
 
-def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> tuple[str, Path | None]:
-    """What to do in `output_dir`: ("fresh", None), ("resume", checkpoint) or ("finished", None). For rank 0.
+def claim(output_dir: Path) -> RunLock | None:
+    """On rank 0, hold the folder against other runs; None where it is not a run's and will be refused anyway.
+
+    Raises:
+        UserError: another run is at work in it.
+    """
+    ours = any((output_dir / name).is_file() for name in (RUN_FILE, LOCK_FILE))
+    if not dist.is_first() or (_holds_files(output_dir) and not ours):
+        return None
+    return RunLock(output_dir)
+
+
+def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> str:
+    """What to do in `output_dir`: "fresh", "resume" (from the newest good checkpoint) or "finished". For rank 0.
 
     `identity` is what makes this run this run; a folder that holds another one is refused.
 
@@ -58,13 +64,13 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
     """
     if options.overwrite_output_dir:
         _remove_run(output_dir)
-        return "fresh", None
+        return "fresh"
     asked = options.resume_from_checkpoint
     if asked not in ("auto", "never"):
         _refuse_other_run(read_loop_state(Path(asked)).identity, identity, Path(asked))
-        return "resume", Path(asked)
-    if not any(output_dir.iterdir()):
-        return "fresh", None
+        return "resume"
+    if not _holds_files(output_dir):
+        return "fresh"
     run = _read_run(output_dir)
     if run is None or asked == "never":
         raise UserError(
@@ -72,9 +78,37 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
         )
     _refuse_other_run(run.get("identity", {}), identity, output_dir)
     if run.get("status") == "finished":
-        return "finished", None
-    found = checkpoints(output_dir)
-    return ("resume", found[-1]) if found else ("fresh", None)
+        return "finished"
+    return "resume" if checkpoints(output_dir) else "fresh"
+
+
+def choose_checkpoint(output_dir: Path, asked: str) -> Path:
+    """The checkpoint to go on from: `asked`, or with "auto" the newest that is whole on every disk. Collective.
+
+    Damaged ones that are passed over are named.
+
+    Raises:
+        UserError: none is whole.
+    """
+    auto = asked == "auto"
+    candidates = [str(path) for path in reversed(checkpoints(output_dir))] if auto else [asked]
+    acting = dist.first_on_this_filesystem(output_dir)
+    for name in dist.broadcast_json(candidates):
+        problem = damage(Path(name)) if acting else None
+        if problem:
+            dist.log_rank(f"{name} is damaged and not used: {problem}")
+        if not dist.sums([problem is not None])[0]:
+            return Path(name)
+    if auto:
+        raise UserError(f"no checkpoint in {output_dir} is whole, see above: put a good one there, or start afresh "
+                        "with --overwrite_output_dir")  # fmt: skip
+    raise UserError(f"checkpoint {asked} is damaged, see above: name another one, or leave --resume_from_checkpoint "
+                    "out")  # fmt: skip
+
+
+def _holds_files(output_dir: Path) -> bool:
+    """Whether there is more than what a run leaves that was killed before it had written run.json."""
+    return any(not path.name.startswith((".", "rejected_")) for path in output_dir.iterdir())
 
 
 def write_run(output_dir: Path, status: str, identity: dict[str, Any], **details: Any) -> None:
@@ -99,25 +133,6 @@ def save_model(
     for path in aside.iterdir():
         os.replace(path, output_dir / path.name)
     aside.rmdir()
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    complete = [path for path in named if (path / LOOP_FILE).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
-
-
-def read_loop_state(checkpoint: Path) -> LoopState:
-    """The loop's state of a checkpoint.
-
-    Raises:
-        UserError: `checkpoint` is not a complete checkpoint folder.
-    """
-    try:
-        return LoopState(**json.loads((checkpoint / LOOP_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint of this trainer ({error})") from None
 
 
 def _read_run(output_dir: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from qa_deepspeed import dist
+from qa_deepspeed.checkpoint_files import LoopState, read_loop_state
 from qa_deepspeed.config import RunOptions, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
 from qa_deepspeed.engine import checkpoint, ds_config
@@ -25,10 +26,11 @@ from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_c
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.heads import answer_positions, span_loss
 from qa_deepspeed.models.loading import load_model, quiet_transformers
+from qa_deepspeed.pacing import Pacing, Stopped
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.report import Meter, NullReporter, make_reporter
-from qa_deepspeed.run_folder import LoopState, read_loop_state, save_model, where_to_begin, writable_folder, write_run
+from qa_deepspeed.run_folder import choose_checkpoint, claim, save_model, where_to_begin, writable_folder, write_run
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Run:
     layout: Layout
     evaluation: EvaluationData | None
     steps: int
+    pacing: Pacing
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -51,13 +54,24 @@ def train(options: RunOptions) -> dict[str, Any]:
 
     Raises:
         UserError: options, data, folder or device do not allow it; raised before any weights are loaded where possible.
+        Stopped: a signal or the clock ended it, a checkpoint is saved, and the same call goes on.
     """
+    output_dir = writable_folder(options.output_dir)
+    lock = claim(output_dir)
+    try:
+        with Pacing(options, output_dir) as pacing:
+            return _train(options, output_dir, pacing)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, Any]:
     began = time.perf_counter()
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
     options = resolved.options
     quiet_transformers(options.verbose_logging)
-    output_dir = writable_folder(options.output_dir)
     facts = model_facts(options)
     store, evaluation_store = _features(options, facts, output_dir)
     steps = total_steps(options, len(store), resolved.plan)
@@ -65,16 +79,18 @@ def train(options: RunOptions) -> dict[str, Any]:
     seconds = {"features": time.perf_counter() - began}
 
     dist.start(device, options.timeout)
-    what, resume_from = dist.broadcast_json(_begin(output_dir, options, identity))
+    what = dist.broadcast_json(_begin(output_dir, options, identity))
+    pacing.begin()
     if what == "finished":
         dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts afresh)")
         return {}
+    resume_from = choose_checkpoint(output_dir, options.resume_from_checkpoint) if what == "resume" else None
     began = time.perf_counter()
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
     evaluation = EvaluationData(evaluation_store, layout) if evaluation_store is not None else None
-    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, seconds)
-    first_step = _resume(engine, run, Path(resume_from)) if resume_from else 0
+    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing, seconds)
+    first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
     seconds["loading"] = time.perf_counter() - began
     return _fit_and_finish(engine, run, facts, first_step)
 
@@ -83,7 +99,8 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     reporter = make_reporter(run.output_dir, run.steps, first_step)
     try:
         began = time.perf_counter()
-        _fit(engine, run, reporter, first_step)
+        with run.pacing.looping():
+            _fit(engine, run, reporter, first_step)
         run.seconds["training"] = time.perf_counter() - began
         state = engine.whole_state()
         if state is not None:
@@ -107,6 +124,7 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
     options, plan = run.options, run.resolved.plan
     rank, world_size = dist.rank(), dist.world_size()
     meter = Meter(engine.device)
+    writer = checkpoint.Checkpoints(engine, run.output_dir, options.save_total_limit)
     engine.module.train()
     for step, epoch, step_rows in _steps(run, first_step):
         number = step + 1
@@ -131,9 +149,12 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
         with meter.paused():
             if logs and options.evaluate_during_training and run.evaluation is not None and number < run.steps:
                 _evaluate(engine, run, run.evaluation, reporter, number)
-            if options.save_steps > 0 and number % options.save_steps == 0:  # every rank writes its shards
-                state = LoopState(number, world_size, engine.zero_stage, run.identity)
-                dist.log0(f"saved {checkpoint.save(engine, run.output_dir, state)}")
+            verdict = run.pacing.after_step(number, run.steps)
+            if verdict.save:  # every rank writes its shards
+                writer.save(LoopState(number, world_size, engine.zero_stage, engine.precision, run.identity))
+        if verdict.stop:
+            run.pacing.ask_for_requeue(verdict.stop)
+            raise Stopped(f"stopped by {verdict.stop} after step {number} of {run.steps}; the same command goes on")
 
 
 def _steps(run: Run, first_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -216,14 +237,14 @@ def _identity(resolved: Resolved, store: FeatureStore, steps: int) -> dict[str, 
     }
 
 
-def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> tuple[str, str | None]:
+def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> str:
     """On rank 0, decide whether to start, go on or be done, and mark the folder as this run's."""
     if not dist.is_first():
-        return "", None
-    what, resume_from = where_to_begin(output_dir, options, identity)
+        return ""
+    what = where_to_begin(output_dir, options, identity)
     if what != "finished":
         write_run(output_dir, "running", identity, options=options.to_dict())
-    return what, str(resume_from) if resume_from else None
+    return what
 
 
 def _make_engine(resolved: Resolved, facts: ModelFacts, steps: int, device: torch.device) -> Engine:

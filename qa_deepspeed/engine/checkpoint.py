@@ -1,39 +1,100 @@
 """Checkpoints of a run: DeepSpeed's shards and the state of the loop, complete or not there.
 
-A checkpoint is written as `checkpoint-N.partial` by all ranks and renamed to `checkpoint-N` when every file is there.
+A checkpoint is written as `checkpoint-N.partial` by all ranks and renamed to `checkpoint-N` when every file is on the
+disk and listed in its manifest. A save that fails leaves the run going.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.checkpoint_files import (
+    LoopState,
+    damage,
+    flush_folder,
+    read_loop_state,
+    remove_old,
+    total_bytes,
+    write_loop_state,
+    write_manifest,
+)
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.run_folder import LOOP_FILE, LoopState, read_loop_state
+
+BYTES_OF_A_PARAMETER = 16
+"""What a checkpoint holds of a parameter in float32: weight, its optimizer's copy, two moments. A first guess only."""
 
 
-def save(engine: Engine, output_dir: Path, state: LoopState) -> Path:
-    """Write output_dir/checkpoint-STEP. Collective."""
-    final = output_dir / f"checkpoint-{state.step}"
-    partial = final.with_name(final.name + ".partial")
-    acting = dist.first_on_this_filesystem(output_dir)
-    if acting:
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
-    dist.barrier()
-    engine.save_shards(output_dir, partial.name)
-    if acting:
-        (partial / LOOP_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+class Checkpoints:
+    """Writes the checkpoints of one run and keeps their number down. Every rank has one; its methods are collective."""
+
+    def __init__(self, engine: Engine, output_dir: Path, limit: int | None) -> None:
+        self._engine = engine
+        self._output_dir = output_dir
+        self._limit = limit
+        self._acting = dist.first_on_this_filesystem(output_dir)
+        self._expected_bytes = engine.parameters * BYTES_OF_A_PARAMETER
+
+    def save(self, state: LoopState, keep: Iterable[int] = ()) -> Path | None:
+        """Write output_dir/checkpoint-STEP; steps in `keep` survive the limit on the number of checkpoints.
+
+        Returns None after a failure, which is told: the disk is full or broken, and the run goes on.
+        """
+        final = self._output_dir / f"checkpoint-{state.step}"
+        partial = final.with_name(final.name + ".partial")
+        complete = (
+            self._agree(self._prepare, partial)
+            and self._agree(self._engine.save_shards, self._output_dir, partial.name)
+            and self._agree(self._complete, partial, final, state)
+        )
+        if not complete:
+            if self._acting:
+                shutil.rmtree(partial, ignore_errors=True)
+            dist.log0(f"checkpoint-{state.step} was NOT saved; training goes on, earlier checkpoints are untouched")
+            return None
+        dist.log0(f"saved {final}")
+        if self._limit is not None and self._acting:
+            for path in remove_old(self._output_dir, self._limit, keep):
+                dist.log0(f"removed {path}")
+        return final
+
+    def _agree(self, act: Callable[..., None], *arguments: Any) -> bool:
+        """Do one part of a save on every rank; whether it went well on all of them."""
+        problem = None
+        try:
+            act(*arguments)
+        except OSError as error:
+            problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        if problem:
+            dist.log_rank(f"cannot save a checkpoint: {problem}")
+        return dist.sums([problem is not None])[0] == 0
+
+    def _prepare(self, partial: Path) -> None:
+        if not self._acting:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+        if free < self._expected_bytes:
+            raise OSError(f"{free / 1e9:.2f} GB free at {self._output_dir}, about {self._expected_bytes / 1e9:.2f} GB "
+                          "are needed")  # fmt: skip
+
+    def _complete(self, partial: Path, final: Path, state: LoopState) -> None:
+        if not self._acting:
+            return
+        write_loop_state(partial, state)
+        write_manifest(partial)
+        self._expected_bytes = total_bytes(partial)
+        shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-    dist.barrier()
-    return final
+        flush_folder(self._output_dir)
 
 
 def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
@@ -55,7 +116,14 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
 
 
 def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's model weights in float32, put together from the shards; no DeepSpeed engine is needed."""
+    """A checkpoint's model weights in float32, put together from the shards; no DeepSpeed engine is needed.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    problem = damage(checkpoint)
+    if problem:
+        raise UserError(f"{checkpoint} is damaged: {problem}")
     stage = read_loop_state(checkpoint).zero_stage
     with _plain_values_only():
         if stage == 0:

@@ -84,13 +84,41 @@ class Reader:
             self.module.train(training)
 
 
+class CarefulWriter:
+    """DeepSpeed's writer of checkpoint files, but for one thing: a write that fails is kept, not raised.
+
+    DeepSpeed's save has barriers in it: a rank that left in the middle would leave the others waiting there.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.problem: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file."""
+        try:
+            self._writer.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as a RuntimeError
+            lines = str(error).splitlines()
+            self.problem = error if isinstance(error, OSError) else OSError(f"{lines[0] if lines else error} ({path})")
+
+
 class Engine(Reader):
     """A model in training under DeepSpeed."""
 
     def __init__(self, deepspeed_engine: Any, resolved: Resolved, device: torch.device) -> None:
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
+        self._engine.checkpoint_engine = CarefulWriter(deepspeed_engine.checkpoint_engine)
         self.grad_norm: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model has, on all ranks together."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
 
     @property
     def learning_rate(self) -> float:
@@ -135,8 +163,16 @@ class Engine(Reader):
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_shards(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's checkpoint files to folder/tag. Collective."""
+        """Write DeepSpeed's checkpoint files to folder/tag. Collective; all ranks come through it, whoever fails.
+
+        Raises:
+            OSError: this rank could not write its share.
+        """
+        writer: CarefulWriter = self._engine.checkpoint_engine
+        writer.problem = None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if writer.problem is not None:
+            raise writer.problem
 
     def load_shards(self, folder: Path, tag: str) -> None:
         """Read back what `save_shards` wrote at the same world size. Collective."""
