@@ -28,7 +28,7 @@ SCORES_AT_ONCE = 250_000
 """Attention scores that are worked on together: 1 MB in float32, half of a usual second-level cache."""
 
 
-def speed_up_on_cpu(model: nn.Module) -> None:
+def speed_up_on_cpu(model: Any) -> None:
     """Give `model` this attention and the fast dropout wherever it works by Transformers' attention interface.
 
     Other architectures (XLNet, XLM, DeBERTa, T5) keep their own attention and get the dropout only.
@@ -43,14 +43,14 @@ def speed_up_on_cpu(model: nn.Module) -> None:
         model.set_attn_implementation(NAME)
 
 
-def _rows_or_mask(*arguments: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **rest: Any) -> Any:
+def _rows_or_mask(*, mask_function: Any, attention_mask: Tensor | None, **rest: Any) -> Tensor | None:
     """What the attention gets as its mask: `[rows, 2]`, first and last + 1 real token of each row, if padding is all
     that is masked (real tokens are one run); else the `[rows, 1, length, length]` mask of torch's attention."""
     if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
         real = attention_mask.to(torch.int8)
         begin = real.argmax(dim=1)
         return torch.stack([begin, begin + attention_mask.sum(dim=1)], dim=1)
-    return sdpa_mask(*arguments, mask_function=mask_function, attention_mask=attention_mask, **rest)
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
 
 
 def _attention(
