@@ -10,8 +10,10 @@ from typing import Any
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.options import option
+from qa_deepspeed.qa.normalization import METRIC_LANGUAGES
 
 TRAIN = "train"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class RunOptions:
     overwrite_cache: bool = option(False, "build the features again even if the cache has them")
     # the questions
     version_2_with_negative: bool = option(False, "some questions have no answer (SQuAD v2.0)")
-    null_score_diff_threshold: float = option(0.0, "answer nothing where null odds exceed this")
+    null_score_diff_threshold: float | str = option(
+        0.0, "answer nothing where null odds exceed this; auto: the threshold of best F1 on predict_file, kept in the "
+        "saved model's config; left out, evaluate takes the model's own, if it has one", words=(AUTO,))  # fmt: skip
     max_seq_length: int = option(384, "longest row (question and window of the context), in tokens")
     doc_stride: int = option(128, "tokens from the start of one window of a long context to the start of the next; "
                              "with doc_stride_is overlap, the tokens that neighbouring windows share")  # fmt: skip
@@ -82,6 +86,16 @@ class RunOptions:
     # decoding
     n_best_size: int = option(20, "answers kept for each question")
     max_answer_length: int = option(30, "longest answer, in tokens")
+    decode_mode: str = option("exact", "exact: the best of all spans; hf: as Transformers' question-answering example; "
+                              "classic: as run_squad.py, answer for answer. The last two rank whole rows and imply "
+                              "--gather full", choices=("exact", "hf", "classic"))  # fmt: skip
+    gather: str = option("candidates", "what rank 0 gets of each row: its best spans, or full: all its logits, which "
+                         "are saved as logits.npz", choices=("candidates", "full"))  # fmt: skip
+    best_window_only: bool = option(False, "count a span only in the window that gives its start most context, as "
+                                    "run_squad.py does (decode_mode classic always does)")  # fmt: skip
+    merge_duplicate_texts: bool = option(False, "of several spans with the same text, keep the best only")
+    metric_language: str = option("en", "normalisation and word cutting of the metrics: en is the official one; zh, ja "
+                                  "and th count characters", choices=METRIC_LANGUAGES)  # fmt: skip
     # how it runs
     deepspeed_config: str | None = option(None, "a shipped config by name (zero0 ... zero3, zero2_offload, "
                                           "zero3_offload) or a path to a DeepSpeed JSON file")  # fmt: skip

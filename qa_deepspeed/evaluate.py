@@ -1,7 +1,4 @@
-"""Evaluation: deal the micro-batches, forward, keep each feature's best spans, gather, decode, score.
-
-Everything is keyed by feature id. Micro-batches are cut from the whole set, so no digit depends on the number of ranks.
-"""
+"""Evaluation: forward on every rank (`evaluation_pass`), answer and score on rank 0 (`answers`)."""
 
 from __future__ import annotations
 
@@ -11,104 +8,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from qa_deepspeed import dist
+from qa_deepspeed.answers import LOGITS_FILE, answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.checkpoint_files import checkpoints
-from qa_deepspeed.config import RunOptions
+from qa_deepspeed.config import AUTO, RunOptions
 from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_birth
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.files import write_json
+from qa_deepspeed.evaluation_pass import gather_evaluation
+from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers
-from qa_deepspeed.qa.batching import Batch, Layout, evaluation_batches, make_batch
-from qa_deepspeed.qa.decode import Candidates, decode
+from qa_deepspeed.models.qa_heads import head_of
+from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_store import FeatureStore
-from qa_deepspeed.qa.metrics import Gold, Scorer
-from qa_deepspeed.qa.predictions import DecodeSettings, write_predictions
-from qa_deepspeed.qa.reduction import reduce_to_candidates
 from qa_deepspeed.run_folder import writable_folder
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is evaluated: the features and how the model wants them padded."""
+    """What is evaluated: the features, how the model wants them padded, and the tokenizer that made them."""
 
     store: FeatureStore
     layout: Layout
+    tokenizer: Any
 
 
 def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_dir: Path) -> dict[str, Any]:
     """Answer every question and score the answers. Collective; every rank returns the same metrics.
 
-    Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative) and
-    metrics.json into `output_dir`, which must exist.
+    Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative), metrics.json
+    and, with `--gather full`, logits.npz into `output_dir`, which must exist. A threshold that was tuned goes into the
+    config of the model in `output_dir`, if one is there.
+
+    Raises:
+        UserError: a head without logits of whole rows is asked for them.
     """
-    candidates = best_candidates(reader, data, options)
-    metrics = _answer_and_score(candidates, data.store, options, output_dir) if candidates is not None else {}
+    head = head_of(reader.module, options.version_2_with_negative)
+    if options.gather == "full" and head.null_score_is_odds:
+        raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
+    with reader.evaluating():
+        gathered = gather_evaluation(
+            reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
+        )
+    metrics: dict[str, Any] = {}
+    if gathered is not None:
+        if gathered.logits is not None:
+            save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
+        predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
+        metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir)
+        if options.null_score_diff_threshold == AUTO:
+            keep_threshold(output_dir, metrics["null_score_diff_threshold"])
     return dist.broadcast_json(metrics)
-
-
-def _answer_and_score(
-    candidates: Candidates, store: FeatureStore, options: RunOptions, output_dir: Path
-) -> dict[str, Any]:
-    settings = DecodeSettings(
-        n_best_size=options.n_best_size,
-        max_answer_length=options.max_answer_length,
-        version_2_with_negative=options.version_2_with_negative,
-        null_score_diff_threshold=options.null_score_diff_threshold,
-    )
-    scorer = Scorer(options.version_2_with_negative)
-    golds = (Gold(example.example_id, tuple(answer.text for answer in example.answers)) for example in store.examples)
-    write_predictions(scorer.observe(decode(candidates, store, settings), golds), output_dir, settings)
-    metrics = scorer.result()
-    write_json(output_dir / "metrics.json", metrics)
-    return metrics
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """The metrics as one line for the log."""
-    names = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1")
+    names = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "untuned_exact", "untuned_f1",
+             "crossfit_f1", "best_exact", "best_f1")  # fmt: skip
     line = "  ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
     threshold = f"  (at null odds {metrics['best_f1_thresh']:.3f})" if "best_f1_thresh" in metrics else ""
     return f"{line}{threshold}  questions {metrics['total']}"
-
-
-def best_candidates(reader: Reader, data: EvaluationData, options: RunOptions) -> Candidates | None:
-    """The best spans of every feature, on rank 0; None elsewhere. All ranks make the same number of forwards."""
-    store = data.store
-    if not len(store):  # no context holds a token: every question is answered ""
-        return _no_candidates(options.n_best_size) if dist.is_first() else None
-    batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
-    kept: list[dict[str, np.ndarray]] = []
-    with reader.evaluating():
-        for rows in tqdm(batches, desc="evaluating", unit="batch", disable=None if dist.is_first() else True):
-            batch = make_batch(store.take, rows, data.layout)
-            kept.append(_reduce(reader, batch.to(reader.device), options))
-    gathered = dist.gather_rows({name: np.concatenate([part[name] for part in kept]) for name in kept[0]})
-    if gathered is None:
-        return None
-    order = np.argsort(gathered["feature_id"], kind="stable")
-    gathered = {name: values[order] for name, values in gathered.items()}
-    assert np.array_equal(gathered["feature_id"], np.arange(len(store))), "each feature came back exactly once"
-    return Candidates(**gathered)
-
-
-def _no_candidates(count: int) -> Candidates:
-    places, logits = np.zeros((0, count), np.int32), np.zeros((0, count), np.float32)
-    return Candidates(np.zeros(0, np.int64), places, places, logits, logits, np.zeros(0, np.float32))
-
-
-def _reduce(reader: Reader, batch: Batch, options: RunOptions) -> dict[str, np.ndarray]:
-    """Forward one micro-batch and keep n_best_size spans and the null score of each real row."""
-    start_logits, end_logits = reader.eval_forward(batch.inputs)
-    return reduce_to_candidates(batch, start_logits, end_logits, options.n_best_size, options.max_answer_length)
 
 
 def evaluate_checkpoints(
@@ -143,10 +108,12 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     """
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
-    options = resolved.options
+    options = evaluation_options(resolved.options)
     quiet_transformers(options.verbose_logging)
     output_dir = writable_folder(options.output_dir)
     facts = model_facts(options)
+    if "null_score_diff_threshold" not in options.given:
+        options = dataclasses.replace(options, null_score_diff_threshold=kept_threshold(facts.config))
     store = load_features(options, "evaluate", facts)
     tell_features(store, "evaluate", output_dir)
     dist.start(device, options.timeout)
@@ -157,7 +124,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     if fresh:
         raise UserError(f"{options.model_name_or_path} has no trained question-answering head: train it first "
                         f"({', '.join(fresh)} missing)")  # fmt: skip
-    data = EvaluationData(store, facts.layout(model_columns(model, facts.config), options.lang_id))
+    layout = facts.layout(model_columns(model, facts.config), options.lang_id)
+    data = EvaluationData(store, layout, facts.tokenizer)
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
     metrics = evaluate(evaluation_reader(model, config, resolved, device), data, options, output_dir)

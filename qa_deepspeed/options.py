@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +24,20 @@ _TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
 def option(
-    default: Any, help: str, *, choices: Sequence[str] | None = None, only: str | None = None, retired: bool = False
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    words: Sequence[str] = (),
+    only: str | None = None,
+    retired: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
-    `only` names the one sub-command that takes it; `retired` marks a flag that is accepted and answered, but whose
-    work something else does now.
+    `words` are taken as they are in place of a value of the field's type; `only` names the one sub-command that takes
+    it; `retired` marks a flag that is accepted and answered, but whose work something else does now.
     """
-    metadata = {"help": help, "choices": choices, "only": only, "retired": retired}
+    metadata = {"help": help, "choices": choices, "words": words, "only": only, "retired": retired}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -55,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
         parser.add_argument(
             f"--{field.name}",
             default=argparse.SUPPRESS,
-            metavar="true|false" if kind is bool else kind.__name__.upper(),
+            metavar="true|false" if kind is bool else "|".join([kind.__name__.upper(), *field.metadata["words"]]),
             help=help_text.replace("%", "%%"),
             **extra,
         )
@@ -84,7 +90,7 @@ def build(options_class: type[Options], command: str, given: dict[str, Any], yam
         for name, raw in settings.items():
             if name not in known:
                 raise UserError(f"unknown option '{name}' in {origin}{nearest(name, known)}")
-            values[name] = _convert(name, raw, kinds[name], known[name].metadata["choices"], str(origin))
+            values[name] = _convert(name, raw, kinds[name], known[name].metadata, str(origin))
     return options_class(**values, given=frozenset(values))  # type: ignore[call-arg]
 
 
@@ -113,10 +119,10 @@ def _plain_kind(kind: Any) -> type:
     return kind
 
 
-def _convert(name: str, raw: Any, kind: Any, choices: Sequence[str] | None, origin: str) -> Any:
-    plain = _plain_kind(kind)
-    if raw is None and plain is not kind:
-        return None
+def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin: str) -> Any:
+    plain, choices, words = _plain_kind(kind), metadata["choices"], metadata["words"]
+    if (raw is None and type(None) in typing.get_args(kind)) or (isinstance(raw, str) and raw in words):
+        return raw
     value: Any = raw
     try:
         if plain is bool and not isinstance(raw, bool):
@@ -133,7 +139,8 @@ def _convert(name: str, raw: Any, kind: Any, choices: Sequence[str] | None, orig
         elif plain is str:
             value = str(raw)
     except (TypeError, ValueError):
-        raise UserError(f"option '{name}' in {origin} must be {_spoken(plain)}, not {raw!r}") from None
+        expected = " or ".join([_spoken(plain), *map(repr, words)])
+        raise UserError(f"option '{name}' in {origin} must be {expected}, not {raw!r}") from None
     if choices and value not in choices:
         raise UserError(f"option '{name}' in {origin} must be one of {', '.join(choices)}, not {raw!r}")
     return value

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from qa_deepspeed import dist
+from qa_deepspeed.answers import evaluation_options
 from qa_deepspeed.checkpoint_files import LoopState, read_loop_state
 from qa_deepspeed.config import RunOptions, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
@@ -23,9 +24,10 @@ from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engine
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
+from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.heads import answer_positions, span_loss
 from qa_deepspeed.models.loading import load_model, quiet_transformers
+from qa_deepspeed.models.qa_heads import head_of
 from qa_deepspeed.pacing import Pacing, Stopped
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -70,9 +72,10 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     began = time.perf_counter()
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
-    options = resolved.options
+    options = evaluation_options(resolved.options)
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
+    forget_threshold(facts.config)
     store, evaluation_store = _features(options, facts, output_dir)
     steps = total_steps(options, len(store), resolved.plan)
     identity = _identity(resolved, store, steps)
@@ -88,7 +91,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     began = time.perf_counter()
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
-    evaluation = EvaluationData(evaluation_store, layout) if evaluation_store is not None else None
+    evaluation = EvaluationData(evaluation_store, layout, facts.tokenizer) if evaluation_store is not None else None
     run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing, seconds)
     first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
     seconds["loading"] = time.perf_counter() - began
@@ -125,6 +128,7 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
     rank, world_size = dist.rank(), dist.world_size()
     meter = Meter(engine.device)
     writer = checkpoint.Checkpoints(engine, run.output_dir, options.save_total_limit)
+    head = head_of(engine.module, options.version_2_with_negative)
     engine.module.train()
     for step, epoch, step_rows in _steps(run, first_step):
         number = step + 1
@@ -133,14 +137,11 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
         for micro, rows in enumerate(micro_batches(step_rows, rank, world_size, plan.accumulation)):
             batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
             _seed_dropout(options.seed, step, micro, rank)
-            start_logits, end_logits = engine.train_forward(batch.inputs)
-            length = start_logits.shape[1]
-            possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
-            losses = span_loss(start_logits, end_logits, batch.start, batch.end, possible)
+            losses = head.losses(engine.train_forward(head.training_inputs(batch)), batch)
             share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
             # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
             engine.backward(share * (world_size * plan.accumulation))
-            meter.add(share.detach(), batch.tokens, len(rows), length)
+            meter.add(share.detach(), batch.tokens, len(rows), batch.inputs["input_ids"].shape[1])
             engine.step(want_norm=logs)
         meter.end_step()
         reporter.advance()

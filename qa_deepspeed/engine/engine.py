@@ -62,16 +62,15 @@ class Reader:
         self.precision = resolved.precision
         self._autocast_type = getattr(torch, resolved.config.get("torch_autocast", {}).get("dtype", "bfloat16"))
 
-    def eval_forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start and end logits `[rows, length]`, without dropout and gradients. Collective under ZeRO-3.
+    def eval_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """What the model returns, without dropout and gradients. Collective under ZeRO-3.
 
         ZeRO-3 moves parameters in and out in place, which inference mode forbids.
         """
         no_grad = torch.no_grad if self.zero_stage == 3 else torch.inference_mode
         autocast = torch.autocast(self.device.type, self._autocast_type, enabled=self.precision == "torch_autocast")
         with no_grad(), autocast:
-            outputs = self.module(**inputs)
-        return outputs.start_logits, outputs.end_logits
+            return self.module(**inputs)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -130,10 +129,9 @@ class Engine(Reader):
         """The fp16 loss scale; 1 in other precisions."""
         return float(self._engine.optimizer.cur_scale) if self.precision == "fp16" else 1.0
 
-    def train_forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start and end logits `[rows, length]`, with dropout and gradients."""
-        outputs = self._engine(**inputs)
-        return outputs.start_logits, outputs.end_logits
+    def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """What the model returns, with dropout and gradients."""
+        return self._engine(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's loss. DeepSpeed divides it by the accumulation steps; we never do."""

@@ -43,15 +43,22 @@ def _context(context_begin: Tensor, context_end: Tensor, length: int) -> Tensor:
 
 
 def best_spans(
-    start_logits: Tensor, end_logits: Tensor, context_begin: Tensor, context_end: Tensor, count: int, max_length: int
+    start_logits: Tensor,
+    end_logits: Tensor,
+    first_start: Tensor,
+    stop_start: Tensor,
+    context_end: Tensor,
+    count: int,
+    max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `count` best spans of each row, exactly: all starts in the context, all ends up to max_length - 1 further.
+    """The `count` best spans of each row, exactly: all starts that are allowed, all ends up to max_length - 1 further.
 
     Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads.
 
     Args:
         start_logits, end_logits: `[rows, length]`.
-        context_begin, context_end: `[rows]`; tokens [begin, end) of the row are context.
+        first_start, stop_start: `[rows]`; an answer may start at tokens [first, stop) of the row.
+        context_end: `[rows]`; it ends before this token.
         count: spans to keep for each row.
         max_length: longest span in tokens.
 
@@ -66,7 +73,7 @@ def best_spans(
     band = starts.unsqueeze(2) + ends.unfold(1, width, 1)  # [rows, length, width]: start s, end s + offset
     token = torch.arange(length, device=starts.device)
     offset = torch.arange(width, device=starts.device)
-    inside = _context(context_begin, context_end, length)
+    inside = _context(first_start, stop_start, length)
     valid = inside.unsqueeze(2) & (token.unsqueeze(1) + offset < context_end.view(-1, 1, 1))
     scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
     order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices

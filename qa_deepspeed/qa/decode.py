@@ -125,9 +125,9 @@ def _decode_chunk(
     spans = _sorted_by_score(spans)
     spans = spans.without(_repeats(spans))
     kept, answers = _best_spans(spans, contexts, settings)
-    null_score = np.full(len(examples), np.inf, np.float32)
-    np.minimum.at(null_score, question_of_row, np.asarray(candidates.null_score[rows]))
-    return _predictions(kept, answers, null_score, example_ids, settings)
+    lowest_null = np.full(len(examples), np.inf, np.float32)
+    np.minimum.at(lowest_null, question_of_row, np.asarray(candidates.null_score[rows]))
+    return _predictions(kept, answers, lowest_null, example_ids, settings)
 
 
 class _Texts:
@@ -264,7 +264,7 @@ def _useless(spans: _Spans, question: int, context: str, settings: DecodeSetting
 
 
 def _predictions(
-    kept: _Spans, texts: list[str], null_score: np.ndarray, example_ids: list[str], settings: DecodeSettings
+    kept: _Spans, texts: list[str], lowest_null: np.ndarray, example_ids: list[str], settings: DecodeSettings
 ) -> Iterator[Prediction]:
     size = settings.n_best_size
     first = np.searchsorted(kept.question, np.arange(len(example_ids) + 1))
@@ -273,9 +273,16 @@ def _predictions(
     score = np.full((len(example_ids), size + 1), -np.inf)
     rank = np.arange(len(kept.question)) - first[kept.question]
     score[kept.question, rank] = kept.score
+    answered = first[1:] > first[:-1]
+    null_score = lowest_null.astype(np.float64)
+    null_odds = null_score - score[:, 0]
+    if settings.null_score_is_odds:
+        # The null entry's share of the softmax is then the logistic function of the odds. Questions without a span
+        # have no such share: -inf, or no number where there is no window either.
+        with np.errstate(invalid="ignore"):
+            null_odds, null_score = null_score, null_score + np.logaddexp.reduce(score, axis=1)
     if settings.version_2_with_negative:
         score[:, size] = np.where(np.isfinite(null_score), null_score, -np.inf)
-    answered = first[1:] > first[:-1]
     exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
     probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
@@ -286,10 +293,9 @@ def _predictions(
         {"text": text, "probability": share, "start_logit": start_logit, "end_logit": end_logit, "start": begin}
         for text, share, start_logit, end_logit, begin in zip(*columns)  # type: ignore[misc]  # noqa: B905 (asserted)
     ]
-    null_odds = (null_score.astype(np.float64) - score[:, 0]).tolist()
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
     columns_of_question = zip(
-        example_ids, first[:-1].tolist(), first[1:].tolist(), null_score.tolist(), null_odds, null_rank,
+        example_ids, first[:-1].tolist(), first[1:].tolist(), lowest_null.tolist(), null_odds.tolist(), null_rank,
         probability[:, size].tolist(), strict=True,
     )  # fmt: skip
     v2, threshold = settings.version_2_with_negative, settings.null_score_diff_threshold

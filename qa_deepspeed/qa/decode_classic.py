@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qa_deepspeed.qa.best_window import best_window_ranges
 from qa_deepspeed.qa.classic_text import final_text
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
@@ -33,17 +34,24 @@ class ClassicText:
     """How texts are made.
 
     tokens_to_text: from the ids of a span's tokens to its text as the tokenizer joins them (`wordpiece_joiner`).
-    window_step: tokens from the begin of one window to the next (the classic doc_stride).
     """
 
     tokens_to_text: Callable[[np.ndarray], str]
     do_lower_case: bool
-    window_step: int
 
 
 def wordpiece_joiner(vocabulary: Sequence[str]) -> Callable[[np.ndarray], str]:
     """`tokens_to_text` of BERT's slow tokenizer. `vocabulary` gives the token of each id."""
     return lambda ids: " ".join(vocabulary[i] for i in ids).replace(" ##", "").strip()
+
+
+def classic_text(tokenizer: Any) -> ClassicText:
+    """How a Transformers tokenizer joins its tokens, and whether it lower-cases."""
+    vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    lower = bool(getattr(tokenizer, "do_lower_case", False))
+    if any(piece.startswith("##") for piece in vocabulary):
+        return ClassicText(wordpiece_joiner(vocabulary), lower)
+    return ClassicText(lambda ids: tokenizer.convert_tokens_to_string([vocabulary[i] for i in ids]), lower)
 
 
 class _Span(NamedTuple):
@@ -69,10 +77,9 @@ def decode_classic(
         feature_id = np.asarray(logits.feature_id[rows])
         start_logits, end_logits = np.asarray(logits.start_logits[rows]), np.asarray(logits.end_logits[rows])
         window = store.take(feature_id)
-        best_window = _best_windows(
-            window.context_begin, window.context_end, bounds, how.window_step, start_logits.shape
-        )
-        row, start, end = _valid_pairs(start_logits, end_logits, window, best_window, settings)
+        first, stop = best_window_ranges(np.asarray(store.example_index)[feature_id], *store.windows(feature_id))
+        starts = (window.context_begin + first, window.context_begin + stop)
+        row, start, end = _valid_pairs(start_logits, end_logits, window, starts, settings)
         score = start_logits[row, start].astype(float) + end_logits[row, end]
         begin = store.character_spans(feature_id[row], start, start)[0]
         last = store.character_spans(feature_id[row], end, end)[0]
@@ -95,37 +102,19 @@ def decode_classic(
             yield _prediction(store.examples[index], spans, nulls, settings, how)
 
 
-def _best_windows(
-    context_begin: np.ndarray, context_end: np.ndarray, bounds: np.ndarray, step: int, shape: tuple[int, int]
-) -> np.ndarray:
-    """Whether this is the window in which a token has most context on its poorer side; bool [rows, length].
-
-    A window's length counts a little (0.01 a token), and of equals the first wins, as there.
-    """
-    best = np.zeros(shape, bool)
-    for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        lengths = (context_end - context_begin)[first:stop].astype(np.int64)
-        starts = np.arange(stop - first) * step
-        token = np.arange(int((starts + lengths).max(initial=0)))
-        left, right = token - starts[:, None], (starts + lengths - 1)[:, None] - token
-        score = np.where((left >= 0) & (right >= 0), np.minimum(left, right) + 0.01 * lengths[:, None], -np.inf)
-        winner = score.argmax(axis=0) if len(lengths) else token
-        for window, row in enumerate(range(first, stop)):
-            own = winner[starts[window] : starts[window] + lengths[window]] == window
-            best[row, context_begin[row] : context_end[row]] = own
-    return best
-
-
 def _valid_pairs(
-    start_logits: np.ndarray, end_logits: np.ndarray, window: Any, best_window: np.ndarray,
+    start_logits: np.ndarray, end_logits: np.ndarray, window: Any, allowed: tuple[np.ndarray, np.ndarray],
     settings: DecodeSettings,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Row, start and end of each pair that may be an answer: rows in order, starts best first, ends best first."""
+    """Row, start and end of each pair that may be an answer: rows in order, starts best first, ends best first.
+
+    allowed: the starts [first, stop) of each row that count, int [rows] twice.
+    """
     starts, ends = (
         np.argsort(-x, axis=1, kind="stable")[:, : settings.n_best_size] for x in (start_logits, end_logits)
     )
     begin, stop = window.context_begin[:, None], window.context_end[:, None]
-    inside_start = np.take_along_axis(best_window, starts, axis=1)
+    inside_start = (starts >= allowed[0][:, None]) & (starts < allowed[1][:, None])
     inside_end = (ends >= begin) & (ends < stop)
     length = ends[:, None, :] - starts[:, :, None] + 1
     valid = inside_start[:, :, None] & inside_end[:, None, :] & (length >= 1) & (length <= settings.max_answer_length)

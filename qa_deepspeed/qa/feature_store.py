@@ -177,6 +177,14 @@ class FeatureStore:
             end[places[inside]] = shard.context_end[window + last[inside]]
         return begin, end
 
+    def windows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First context token and number of context tokens of each of these features; int64 `[rows]` twice."""
+        rows = np.asarray(rows, dtype=np.int64)
+        begin, length = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+        for shard, places, features in self._by_shard(rows):
+            begin[places], length[places] = shard.window_begin[features], shard.window_length[features]
+        return begin, length
+
     def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[FeatureShard, np.ndarray, np.ndarray]]:
         """For each shard that holds some of the rows: it, their places in `rows`, their numbers in the shard."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):

@@ -32,6 +32,8 @@ class FeatureRowSource(Protocol):
 
     def take(self, rows: np.ndarray) -> Any: ...  # has row_splits, input_ids, context_begin, context_end
 
+    def windows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
     def character_spans(
         self, rows: np.ndarray, start_positions: np.ndarray, end_positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]: ...

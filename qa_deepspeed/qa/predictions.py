@@ -30,6 +30,7 @@ class DecodeSettings:
     version_2_with_negative: bool = False
     null_score_diff_threshold: float = 0.0  # the answer is "" where null odds exceed this
     merge_duplicate_texts: bool = False  # keep only the best of several spans with the same text
+    null_score_is_odds: bool = False  # null scores are null odds by themselves (beam heads), not to be compared
 
 
 class Prediction(NamedTuple):

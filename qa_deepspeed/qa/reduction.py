@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from qa_deepspeed.models.heads import best_spans
-from qa_deepspeed.qa.batching import Batch
+from qa_deepspeed.qa.batching import FILLER, Batch
+
+
+class BestSpans(NamedTuple):
+    """The best spans of each row, best first, `[rows, kept]`; null_score is `[rows]`, the other scores float32 too.
+
+    start and end are positions in the padded row, -1 (and the logits 0) where a row has fewer valid spans.
+    """
+
+    start: Tensor
+    end: Tensor
+    start_logit: Tensor
+    end_logit: Tensor
+    null_score: Tensor
 
 
 def reduce_to_candidates(
-    batch: Batch, start_logits: torch.Tensor, end_logits: torch.Tensor, n_best_size: int, max_answer_length: int
+    batch: Batch, start_logits: Tensor, end_logits: Tensor, n_best_size: int, max_answer_length: int
 ) -> dict[str, np.ndarray]:
     """The columns of `decode.Candidates` for the real rows of a micro-batch; filler is dropped.
 
@@ -19,27 +35,38 @@ def reduce_to_candidates(
         n_best_size: spans to keep of each row.
         max_answer_length: longest span in tokens.
     """
-    start, end, start_logit, end_logit = best_spans(
-        start_logits, end_logits, batch.context_begin, batch.context_end, n_best_size, max_answer_length
-    )
-    shift = batch.shift.unsqueeze(1) * (start >= 0)
-    real = batch.feature_id >= 0
-    return {
-        "feature_id": batch.feature_id[real],
-        "start": _fixed_width((start - shift).to(torch.int32), n_best_size, -1)[real],
-        "end": _fixed_width((end - shift).to(torch.int32), n_best_size, -1)[real],
-        "start_logit": _fixed_width(start_logit, n_best_size, 0)[real],
-        "end_logit": _fixed_width(end_logit, n_best_size, 0)[real],
-        "null_score": null_scores(batch, start_logits, end_logits).cpu().numpy()[real],
+    places = batch.context_begin, batch.context_end, batch.context_end
+    found = best_spans(start_logits, end_logits, *places, n_best_size, max_answer_length)
+    columns = candidate_columns(batch, BestSpans(*found, null_scores(batch, start_logits, end_logits)), n_best_size)
+    return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[str, Tensor]:
+    """The columns of `decode.Candidates` for the real rows of a micro-batch, on its device; filler is dropped."""
+    shift = batch.shift.unsqueeze(1) * (found.start >= 0)
+    columns = {
+        "feature_id": torch.from_numpy(batch.feature_id).to(found.start.device),
+        "start": _fixed_width((found.start - shift).to(torch.int32), n_best_size, -1),
+        "end": _fixed_width((found.end - shift).to(torch.int32), n_best_size, -1),
+        "start_logit": _fixed_width(found.start_logit, n_best_size, 0),
+        "end_logit": _fixed_width(found.end_logit, n_best_size, 0),
+        "null_score": found.null_score,
     }
+    real = real_rows(batch)
+    return {name: values[:real] for name, values in columns.items()}
 
 
-def null_scores(batch: Batch, start_logits: torch.Tensor, end_logits: torch.Tensor) -> torch.Tensor:
+def real_rows(batch: Batch) -> int:
+    """How many rows of a micro-batch are real: all, or none of filler."""
+    return int((batch.feature_id != FILLER).sum())
+
+
+def null_scores(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:
     """Start plus end logit of the null position, float32 `[rows]`."""
     null = batch.null_position.unsqueeze(1)
     return (start_logits.float().gather(1, null) + end_logits.float().gather(1, null)).squeeze(1)
 
 
-def _fixed_width(values: torch.Tensor, width: int, fill: int) -> np.ndarray:
-    """`[rows, kept]` as `[rows, width]`: very short rows have fewer spans than n_best_size."""
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill).cpu().numpy()
+def _fixed_width(values: Tensor, width: int, fill: int) -> Tensor:
+    """`[rows, kept]` as `[rows, width]`: very short rows, and beams, have fewer spans than n_best_size."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)

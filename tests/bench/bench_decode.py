@@ -67,7 +67,7 @@ def reduce_logits(start_logits, end_logits, store, settings):
     for begin in range(0, len(store), 16):
         rows = store.take(np.arange(begin, min(begin + 16, len(store))))
         part = (torch.from_numpy(logits[rows.feature_id]) for logits in (start_logits, end_logits))
-        bounds = torch.from_numpy(rows.context_begin), torch.from_numpy(rows.context_end)
+        bounds = (torch.from_numpy(limit) for limit in (rows.context_begin, rows.context_end, rows.context_end))
         kept.append(best_spans(*part, *bounds, settings.n_best_size, settings.max_answer_length))
     start, end, start_logit, end_logit = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
     null_score = start_logits[:, 0] + end_logits[:, 0]

@@ -76,6 +76,9 @@ class Window:
             context_end=np.array([1 + self.lengths[r] for r in rows]),
         )
 
+    def windows(self, rows):
+        return np.array(self.starts)[rows], np.array(self.lengths)[rows]
+
     def character_spans(self, rows, starts, ends):
         at = [self.starts[r] - 1 for r in rows]
         begin = [self.offsets[s + a][0] for s, a in zip(starts, at, strict=True)]
@@ -90,7 +93,7 @@ def decoded(scores, **how):
         start[window, 1 + first - Window.starts[window]] = value
         end[window, 1 + last - Window.starts[window]] = value
     start[:, 0], end[:, 0] = -3, -3
-    text = ClassicText(wordpiece_joiner(Window.vocabulary), True, 4)
+    text = ClassicText(wordpiece_joiner(Window.vocabulary), True)
     logits = FullLogits(np.arange(2), start, end)
     return next(decode_classic(logits, Window(), DecodeSettings(n_best_size=3, **how), text))
 
@@ -199,7 +202,7 @@ def test_the_same_answers_as_transformers_4(tmp_path, v2, digits):
     rows = store.take(np.arange(len(store)))
     ours_ids = [rows.input_ids[a:b].tolist() for a, b in zip(rows.row_splits, rows.row_splits[1:], strict=False)]
     assert ours_ids == theirs["input_ids"], "both must cut the same windows, or the logits are not of the same tokens"
-    text = ClassicText(wordpiece_joiner(vocabulary), True, STEP)
+    text = ClassicText(wordpiece_joiner(vocabulary), True)
     predictions = list(decode_classic(FullLogits(np.arange(len(store)), start, end), store, how, text))
     assert {p.example_id: p.text for p in predictions} == theirs["answers"]
     assert len(predictions) > 300

@@ -28,11 +28,13 @@ def test_best_spans_are_those_of_brute_force(data: st.DataObject) -> None:
     # Few values make many ties; 0.0 and -0.0 must tie too.
     values = st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.5, 1.0, 3.25]), min_size=length, max_size=length)
     start, end = data.draw(values), data.draw(values)
-    result = best_spans(
-        torch.tensor([start]), torch.tensor([end]), torch.tensor([begin]), torch.tensor([stop]), count, max_length
-    )
+    first = data.draw(st.integers(begin, stop))
+    last = data.draw(st.integers(first, stop))
+    places = (torch.tensor([position]) for position in (first, last, stop))
+    result = best_spans(torch.tensor([start]), torch.tensor([end]), *places, count, max_length)
     found = [(s, e) for s, e in zip(result[0][0].tolist(), result[1][0].tolist(), strict=True) if s >= 0]
-    expected = brute_force(start, end, begin, stop, count, max_length)
+    everything = brute_force(start, end, begin, stop, 999, max_length)
+    expected = [span for span in everything if first <= span[1] < last][:count]
     assert found == [(s, e) for _, s, e in expected]
     scores = (result[2] + result[3])[0][: len(found)].tolist()
     assert scores == [score for score, _, _ in expected]
@@ -44,7 +46,7 @@ def test_best_spans_of_a_real_size_in_every_precision() -> None:
         start = torch.randn(3, 384, generator=generator).mul(5).to(kind)
         end = torch.randn(3, 384, generator=generator).mul(5).to(kind)
         begin, stop = torch.tensor([12, 40, 0]), torch.tensor([383, 41, 384])
-        result = best_spans(start, end, begin, stop, 20, 30)
+        result = best_spans(start, end, begin, stop, stop, 20, 30)
         for row in range(3):
             expected = brute_force(
                 start[row].float().tolist(), end[row].float().tolist(), int(begin[row]), int(stop[row]), 20, 30

@@ -1,0 +1,123 @@
+"""The evaluation's forward passes on every rank: each feature is reduced to what decoding needs and sent to rank 0.
+
+Everything is keyed by feature id. Micro-batches are cut from the whole set, so no digit depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.models.qa_heads import Head
+from qa_deepspeed.qa.batching import Batch, Layout, evaluation_batches, make_batch
+from qa_deepspeed.qa.best_window import best_window_ranges
+from qa_deepspeed.qa.decode import Candidates
+from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.qa.full_logits import FullLogits
+from qa_deepspeed.qa.reduction import candidate_columns, real_rows
+from qa_deepspeed.qa.row_table import RowTable
+
+BATCHES_PER_EXCHANGE = 64
+"""Micro-batches of a rank whose rows are sent to rank 0 together; until then they stay on the device."""
+
+Forward = Callable[[dict[str, Tensor]], Any]
+
+
+@dataclass
+class Gathered:
+    """What rank 0 has of all features, in the order of feature ids, in mapped files."""
+
+    candidates: Candidates
+    logits: FullLogits | None
+
+
+def gather_evaluation(
+    forward: Forward, head: Head, device: torch.device, store: FeatureStore, layout: Layout, options: RunOptions,
+    folder: Path,
+) -> Gathered | None:  # fmt: skip
+    """Forward every feature once; what is kept of them on rank 0, None elsewhere. Collective.
+
+    Every rank makes the same number of forwards and exchanges. `folder` is where rank 0 spills (unnamed files).
+    """
+    reduce = _Reduction(head, store, options)
+    batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
+    table = RowTable(len(store), reduce.columns, folder) if dist.is_first() else None
+    waiting: list[dict[str, Tensor]] = []
+    for number, rows in enumerate(
+        tqdm(batches, desc="evaluating", unit="batch", disable=None if dist.is_first() else True), 1
+    ):
+        batch = make_batch(store.take, rows, layout).to(device)
+        waiting.append(reduce(forward(head.inputs(batch)), batch))
+        if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
+            arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
+            waiting.clear()
+            arrived = dist.gather_rows(arrays)
+            if table is not None and arrived is not None:
+                table.put(arrived["feature_id"], arrived)
+    return None if table is None else reduce.gathered(table)
+
+
+class _Reduction:
+    """From a model's outputs to the columns that are kept of each row."""
+
+    def __init__(self, head: Head, store: FeatureStore, options: RunOptions):
+        self._head = head
+        self._count, self._max_length = options.n_best_size, options.max_answer_length
+        self._whole = options.gather == "full"
+        self._length = int(store.lengths.max(initial=0))
+        self._best_window: tuple[np.ndarray, np.ndarray] | None = None
+        if options.best_window_only:
+            self._best_window = best_window_ranges(store.example_index, *store.windows(np.arange(len(store))))
+        spans = (self._count,)
+        self.columns: dict[str, tuple[str, tuple[int, ...]]] = {
+            "feature_id": ("i8", ()), "start": ("i4", spans), "end": ("i4", spans),
+            "start_logit": ("f4", spans), "end_logit": ("f4", spans), "null_score": ("f4", ()),
+        }  # fmt: skip
+        if self._whole:
+            self.columns |= dict.fromkeys(("start_logits", "end_logits"), ("f4", (self._length,)))
+
+    def __call__(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The columns of the micro-batch's real rows, on its device; filler is dropped."""
+        starts = self._starts(batch)
+        found = self._head.best(outputs, batch, starts, self._count, self._max_length)
+        kept = candidate_columns(batch, found, self._count)
+        if self._whole:
+            real = real_rows(batch)
+            kept["start_logits"] = self._whole_rows(outputs.start_logits, batch)[:real]
+            kept["end_logits"] = self._whole_rows(outputs.end_logits, batch)[:real]
+        return kept
+
+    def _starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where an answer may start, as positions of the padded row."""
+        if self._best_window is None:
+            return batch.context_begin, batch.context_end
+        first, stop = (
+            torch.from_numpy(limit[batch.feature_id]).to(batch.context_begin.device) for limit in self._best_window
+        )
+        return batch.context_begin + first, batch.context_begin + stop
+
+    def _whole_rows(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`[rows, longest row of all]`, each row's first token in the first place, as low as can be after its last."""
+        length = logits.shape[1]
+        token = torch.arange(length, device=logits.device)
+        real = batch.inputs["attention_mask"].sum(dim=1, keepdim=True)
+        place = (token + batch.shift.unsqueeze(1)).clamp(max=length - 1)
+        unpadded = logits.float().gather(1, place).masked_fill(token >= real, float("-inf"))
+        return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))
+
+    def gathered(self, table: RowTable) -> Gathered:
+        """The table's columns under their names."""
+        columns = table.columns()
+        whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
+        logits = FullLogits(columns["feature_id"], **whole) if whole else None
+        return Gathered(Candidates(**columns), logits)

@@ -1,0 +1,162 @@
+"""What a question-answering head takes and gives, and the best spans in it: one object for each kind of head."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qa_deepspeed.models.heads import answer_positions, best_spans, span_loss
+from qa_deepspeed.qa.batching import Batch
+from qa_deepspeed.qa.reduction import BestSpans, null_scores
+
+BEAM_CLASSES = {"xlnet": "XLNetForQuestionAnswering", "xlm": "XLMForQuestionAnswering"}
+"""The Transformers class with a beam head, by model type."""
+
+
+class Head(Protocol):
+    """A kind of head. `outputs` is what the Transformers model returns."""
+
+    null_score_is_odds: bool
+    """Whether the null score is the null odds themselves; else they are the null score less the best span's."""
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The model's arguments in training."""
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of each row, float32 `[rows]`."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The model's arguments in evaluation."""
+
+    def best(
+        self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int
+    ) -> BestSpans:
+        """The `count` best spans of each row that start at a position [first, stop), `starts`, each `[rows]`."""
+
+
+def head_of(model: torch.nn.Module, version_2_with_negative: bool) -> Head:
+    """The kind of head that a Transformers model has."""
+    if type(model).__name__ in BEAM_CLASSES.values():
+        return BeamHead(model, version_2_with_negative)
+    return SpanHead()
+
+
+class SpanHead:
+    """A start and an end logit for each token, as nearly all models have."""
+
+    null_score_is_odds = False
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The labels stay outside: `losses` is ours."""
+        return batch.inputs
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """As `heads.span_loss`."""
+        length = outputs.start_logits.shape[1]
+        possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+        return span_loss(outputs.start_logits, outputs.end_logits, batch.start, batch.end, possible)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row alone."""
+        return batch.inputs
+
+    def best(
+        self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int
+    ) -> BestSpans:
+        """As `heads.best_spans`; the null score is the sum of both logits at the null position."""
+        start_logits, end_logits = outputs.start_logits, outputs.end_logits
+        found = best_spans(start_logits, end_logits, *starts, batch.context_end, count, max_length)
+        return BestSpans(*found, null_scores(batch, start_logits, end_logits))
+
+
+class BeamHead:
+    """Ends that depend on the start, and a score for "no answer" of its own: XLNet's head, which XLM has too.
+
+    The model finds the start_n_top best starts and, for each, the end_n_top best ends (probabilities, though they are
+    named `..._log_probs`), and whether the question is unanswerable (`cls_logits`). Sources: forward of
+    XLNetForQuestionAnswering and XLMSQuADHead in Transformers 5; p_mask as run_squad.py made it: 0 for the context and
+    the null position.
+    """
+
+    null_score_is_odds = True
+
+    def __init__(self, model: torch.nn.Module, version_2_with_negative: bool):
+        self._model = model
+        self._v2 = version_2_with_negative
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row and its labels: the loss is made inside the model, where the ends are asked for the true start."""
+        labels = {"start_positions": batch.start, "end_positions": batch.end}
+        if self._v2:
+            labels["is_impossible"] = (batch.start == batch.null_position).to(self._dtype())
+        return self.inputs(batch) | labels
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """The model's loss is a mean over the rows; each row is given it, so that sums over rows are right."""
+        return outputs.loss.float().expand(len(batch.start))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row, where its null position is, and which tokens cannot be in an answer."""
+        length = batch.inputs["input_ids"].shape[1]
+        possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+        return batch.inputs | {"cls_index": batch.null_position, "p_mask": (~possible).to(self._dtype())}
+
+    def _dtype(self) -> torch.dtype:
+        return next(self._model.parameters()).dtype  # the model's code mixes these arguments with its hidden states
+
+    def best(
+        self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int
+    ) -> BestSpans:
+        """As `heads.best_beam_spans`."""
+        found = best_beam_spans(
+            outputs.start_top_index, outputs.start_top_log_probs, outputs.end_top_index, outputs.end_top_log_probs,
+            starts, batch.context_end, count, max_length,
+        )  # fmt: skip
+        return BestSpans(*found, outputs.cls_logits.float())
+
+
+def best_beam_spans(
+    start: Tensor,
+    start_probability: Tensor,
+    end: Tensor,
+    end_probability: Tensor,
+    starts: tuple[Tensor, Tensor],
+    context_end: Tensor,
+    count: int,
+    max_length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `count` likeliest valid spans among a beam head's pairs; equal scores are ordered by start, then end.
+
+    Args:
+        start, start_probability: `[rows, start_n_top]`.
+        end, end_probability: `[rows, end_n_top * start_n_top]`; the end's number is the slower index.
+        starts, context_end: a span starts in [first, stop) and ends before context_end; each `[rows]`.
+
+    Returns:
+        start, end (int64), log p(start), log p(end | start) (float32), each `[rows, kept]` with kept = min(count,
+        pairs); start and end are -1 and the scores 0 where a row has fewer valid spans.
+    """
+    rows, width = start.shape
+    end = end.view(rows, -1, width)  # [rows, end_n_top, start_n_top]
+    start_score = start_probability.float().log().unsqueeze(1).expand(end.shape)
+    end_score = end_probability.float().log().view(end.shape)
+    begin = start.unsqueeze(1).expand(end.shape)
+    first, stop = (limit.view(-1, 1, 1) for limit in starts)
+    valid = (begin >= first) & (begin < stop) & (end < context_end.view(-1, 1, 1))
+    valid &= (end >= begin) & (end - begin < max_length)
+    score = (start_score + end_score).masked_fill(~valid, float("-inf"))
+    begin, end, start_score, end_score, score = (
+        column.reshape(rows, -1) for column in (begin, end, start_score, end_score, score)
+    )
+    order = (begin * (end.max() + 1) + end).argsort(dim=1)  # by position; the sort by score keeps it for equals
+    order = order.gather(1, score.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :count]
+    begin, end, start_score, end_score, score = (
+        column.gather(1, order) for column in (begin, end, start_score, end_score, score)
+    )
+    none = score == float("-inf")
+    return (
+        begin.masked_fill(none, -1), end.masked_fill(none, -1),
+        start_score.masked_fill(none, 0), end_score.masked_fill(none, 0),
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""The evaluation of a small model in one process: what its options do, checked against slow ways to the same files."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+
+from qa_deepspeed.answers import evaluation_options
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.data import load_features, model_facts
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.evaluate import EvaluationData, evaluate
+from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.qa.decode_classic import classic_text, decode_classic
+from qa_deepspeed.qa.decode_hf import decode_like_transformers
+from qa_deepspeed.qa.full_logits import FullLogits
+from qa_deepspeed.qa.metrics import score
+from qa_deepspeed.qa.predictions import DecodeSettings
+from qa_deepspeed.qa.scoring_files import read_gold, read_null_odds, read_predictions
+from qa_deepspeed.sample import write_sample
+
+
+class PlainReader:
+    """A model on this process, without DeepSpeed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module):
+        self.module = module.eval()
+        self.evaluating = contextlib.nullcontext
+
+    def eval_forward(self, inputs):
+        with torch.inference_mode():
+            return self.module(**inputs)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, 3, 4, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(sample):
+    """(reader, data, options) of an untrained model, whose logits are far apart, on questions of several windows."""
+    options = RunOptions(
+        model_name_or_path=str(sample / "model"), predict_file=str(sample / "dev.json"),
+        cache_dir=str(sample / "cache"), version_2_with_negative=True, max_seq_length=36, max_query_length=16,
+        doc_stride=8, n_best_size=7,
+    )  # fmt: skip
+    facts = model_facts(options)
+    torch.manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_config(AutoConfig.from_pretrained(sample / "model"))
+    model.qa_outputs.weight.data.mul_(8)
+    layout = facts.layout(model_columns(model, facts.config), 0)
+    data = EvaluationData(load_features(options, "evaluate", facts), layout, facts.tokenizer)
+    assert len(data.store) > 2 * len(data.store.examples) and len(data.store.examples) > 20
+    return PlainReader(model), data, options
+
+
+def run(setup, folder: Path, **changes):
+    reader, data, options = setup
+    options = evaluation_options(replace(options, **changes, given=frozenset(changes)))
+    folder.mkdir(exist_ok=True)
+    return evaluate(reader, data, options, folder)
+
+
+def saved_logits(folder: Path):
+    with np.load(folder / "logits.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_full_logits_are_the_models_own_and_give_the_same_answers(setup, tmp_path):
+    run(setup, tmp_path / "few")
+    run(setup, tmp_path / "full", gather="full")
+    for name in ("predictions.json", "nbest_predictions.json", "null_odds.json", "metrics.json"):
+        assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
+    assert not (tmp_path / "few" / "logits.npz").exists()
+    logits = saved_logits(tmp_path / "full")
+    reader, data, _ = setup
+    assert logits["example_id"].tolist() == [data.store.examples.ids[i] for i in data.store.example_index]
+    rows = data.store.take(np.arange(len(data.store)))
+    for row in range(0, len(data.store), 9):
+        ids = rows.input_ids[rows.row_splits[row] : rows.row_splits[row + 1]]
+        types = rows.token_type_ids[rows.row_splits[row] : rows.row_splits[row + 1]]
+        alone = reader.eval_forward({"input_ids": torch.tensor(ids[None]).long(),
+                                     "token_type_ids": torch.tensor(types[None]).long()})  # fmt: skip
+        np.testing.assert_allclose(logits["start_logits"][row, : len(ids)], alone.start_logits[0], atol=1e-4)
+        np.testing.assert_allclose(logits["end_logits"][row, : len(ids)], alone.end_logits[0], atol=1e-4)
+        assert np.isneginf(logits["start_logits"][row, len(ids) :]).all()
+
+
+def best_by_brute_force(setup, logits, best_window_only):
+    """The best text of each question: every pair of every window, the classic best-window rule token by token."""
+    _, data, options = setup
+    store, best = data.store, {}
+    rows = store.take(np.arange(len(store)))
+    begins, lengths = store.windows(np.arange(len(store)))
+
+    def context(row, token):  # on the poorer side, by the rule of run_squad.py
+        left, right = token - begins[row], begins[row] + lengths[row] - 1 - token
+        return min(left, right) + 0.01 * lengths[row] if left >= 0 and right >= 0 else -np.inf
+
+    for row, example in enumerate(store.example_index):
+        mates = np.flatnonzero(store.example_index == example)
+        first, stop = int(rows.context_begin[row]), int(rows.context_end[row])
+        for start in range(first, stop):
+            token = begins[row] + start - first
+            if best_window_only and row != max(mates, key=lambda mate: (context(mate, token), -mate)):  # noqa: B023
+                continue
+            for end in range(start, min(stop, start + options.max_answer_length)):
+                score = logits["start_logits"][row, start] + logits["end_logits"][row, end]
+                place = store.character_spans(np.array([row]), np.array([start]), np.array([end]))
+                found = (score, -place[0][0], -place[1][0])
+                best[example] = max(best.get(example, (-np.inf,)), found)
+    texts = {}
+    for index, example in enumerate(store.examples):
+        _, begin, end = best[index]
+        texts[example.example_id] = example.context[-begin : -end].strip()
+    return texts
+
+
+def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
+    run(setup, tmp_path / "all", gather="full", null_score_diff_threshold=1e9)
+    run(setup, tmp_path / "best", best_window_only=True, null_score_diff_threshold=1e9)
+    logits = saved_logits(tmp_path / "all")
+    everywhere, best = (read_predictions(str(tmp_path / name / "predictions.json")) for name in ("all", "best"))
+    assert everywhere == best_by_brute_force(setup, logits, False)
+    assert best == best_by_brute_force(setup, logits, True)
+    assert everywhere != best
+
+
+def test_modes_decode_as_their_functions_do(setup, tmp_path):
+    _, data, options = setup
+    run(setup, tmp_path / "hf", decode_mode="hf")
+    run(setup, tmp_path / "classic", decode_mode="classic")
+    logits = FullLogits(*(saved_logits(tmp_path / "hf")[name] for name in ("feature_id", "start_logits", "end_logits")))
+    settings = DecodeSettings(n_best_size=7, version_2_with_negative=True)
+    hf = {p.example_id: p.text for p in decode_like_transformers(logits, data.store, settings)}
+    how = classic_text(AutoTokenizer.from_pretrained(options.model_name_or_path))
+    assert how.do_lower_case
+    classic = {p.example_id: p.text for p in decode_classic(logits, data.store, settings, how)}
+    assert read_predictions(str(tmp_path / "hf" / "predictions.json")) == hf
+    assert read_predictions(str(tmp_path / "classic" / "predictions.json")) == classic
+    assert hf != classic
+
+
+def test_equal_texts_are_merged_on_request(setup, tmp_path):
+    """Long lists, so that words which occur twice are in them."""
+    run(setup, tmp_path / "plain", n_best_size=300)
+    run(setup, tmp_path / "merged", n_best_size=300, merge_duplicate_texts=True)
+
+    def repeated(folder):
+        lists = json.loads((tmp_path / folder / "nbest_predictions.json").read_text()).values()
+        return sum(len(entries) - len({entry["text"] for entry in entries}) for entries in lists)
+
+    assert repeated("plain") > 0 and repeated("merged") == 0
+
+
+def test_the_threshold_is_tuned_used_and_kept(setup, tmp_path):
+    _, _, options = setup
+    (tmp_path / "auto").mkdir()
+    (tmp_path / "auto" / "config.json").write_text('{"model_type": "bert"}')
+    metrics = run(setup, tmp_path / "auto", null_score_diff_threshold="auto")
+    plain = run(setup, tmp_path / "plain")
+    threshold = metrics["null_score_diff_threshold"]
+    assert threshold == metrics["tuned_f1_thresh"] != 0
+    assert json.loads((tmp_path / "auto" / "config.json").read_text()) == {
+        "model_type": "bert", "null_score_diff_threshold": threshold
+    }  # fmt: skip
+    assert (metrics["untuned_exact"], metrics["untuned_f1"]) == (plain["exact"], plain["f1"])
+    assert metrics["f1"] == pytest.approx(metrics["tuned_f1"])
+    assert metrics["tuned_f1"] > max(plain["f1"], metrics["crossfit_f1"])
+    answers = read_predictions(str(tmp_path / "auto" / "predictions.json"))
+    odds = read_null_odds(str(tmp_path / "auto" / "null_odds.json"))
+    assert all((text == "") == (odds[k] > threshold) for k, text in answers.items())
+    assert any(text == "" for text in answers.values())
+    again = score(read_gold(options.predict_file).questions, answers, odds)
+    assert again["f1"] == pytest.approx(metrics["f1"]) and again["exact"] == pytest.approx(metrics["exact"])
+
+
+def test_metrics_in_another_language(setup, tmp_path):
+    assert run(setup, tmp_path / "zh", metric_language="zh")["f1"] != run(setup, tmp_path / "en")["f1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decode_mode": "hf", "gather": "candidates"}, "needs --gather full"),
+        ({"decode_mode": "classic", "merge_duplicate_texts": True}, "leave --merge_duplicate_texts out"),
+        ({"null_score_diff_threshold": "auto", "version_2_with_negative": False}, "--version_2_with_negative"),
+    ],
+)
+def test_what_contradicts_itself_is_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluation_options(RunOptions(**{"version_2_with_negative": True, **changes}, given=frozenset(changes)))
