@@ -1,1 +1,21 @@
-"""Fine-tuning readers for extractive question answering with DeepSpeed."""
+"""Fine-tuning readers for extractive question answering with DeepSpeed, and answers from them.
+
+`from qa_deepspeed import QuestionAnswerer` (or `pipeline`); importing the package alone loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qa_deepspeed.predict import QuestionAnswerer, pipeline
+
+__all__ = ["QuestionAnswerer", "pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from qa_deepspeed import predict
+
+        return getattr(predict, name)
+    raise AttributeError(f"module 'qa_deepspeed' has no attribute '{name}'")

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("qa_deepspeed.commands", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
     "evaluate": ("qa_deepspeed.commands", "answer and score a file with a trained reader"),
     "score": ("qa_deepspeed.qa.score", "score any system's predictions against a gold file, without a model"),
+    "predict": ("qa_deepspeed.predict_command", "answer questions with a trained reader, from a file or one by one"),
     "ensemble": ("qa_deepspeed.qa.ensemble", "one set of answers out of the n-best files of several runs"),
     "prepare": ("qa_deepspeed.prepare", "build the features of a run beforehand"),
     "audit": ("qa_deepspeed.audit", "what training on a file would do: faults, lengths, windows"),

@@ -23,7 +23,7 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluation_pass import gather_evaluation
 from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers
+from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers, require_trained_head
 from qa_deepspeed.models.qa_heads import head_of
 from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -121,9 +121,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     birth = partitioned_birth(config, options.verbose_logging)  # must outlive the loading
     model, fresh = load_model(options, facts.config)
     del birth
-    if fresh:
-        raise UserError(f"{options.model_name_or_path} has no trained question-answering head: train it first "
-                        f"({', '.join(fresh)} missing)")  # fmt: skip
+    require_trained_head(options.model_name_or_path, fresh)
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)
     if options.eval_all_checkpoints:

@@ -73,6 +73,14 @@ def _forget_unused_renamings(model: Any) -> None:
         model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
+def require_trained_head(name: str | None, fresh: list[str]) -> None:
+    """Raises UserError if the checkpoint `name` lacked weights (`fresh`): its answers would be drawn at random."""
+    if fresh:
+        raise UserError(
+            f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)"
+        )
+
+
 def model_from_config(config: PretrainedConfig) -> torch.nn.Module:
     """The model with weights drawn at random, to be filled from a checkpoint."""
     return AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)

@@ -48,10 +48,12 @@ class FeatureShard:
 
     context_ids, context_begin, context_end `[context tokens]` by context_splits; question_ids by question_splits;
     example_question, example_context `[examples]`; gold_first, gold_last (context tokens) by gold_splits;
-    feature_example, window_begin, window_length (context tokens) `[features]`.
+    feature_example, window_begin, window_length (context tokens) `[features]`. Features that are made for answering
+    have context_word `[context tokens]` too.
     """
 
     def __init__(self, columns: Columns):
+        self._columns = columns
         self.context_ids = columns.array("context_ids")
         self.context_begin = columns.array("context_begin")
         self.context_end = columns.array("context_end")
@@ -76,6 +78,19 @@ class FeatureShard:
         """Tokens of the unpadded row of every feature, int32 `[features]`."""
         every = np.arange(len(self.feature_example))
         return (self.question_lengths(every) + self.window_length + special_tokens).astype(np.int32)
+
+    def word_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last token of the word that each context token is of, int64 `[context tokens]` twice.
+
+        A token that is of no word stands alone. Only for features that have context_word.
+        """
+        word = self._columns.array("context_word")
+        changes = np.ones(len(word) + 1, dtype=bool)
+        changes[1:-1] = (word[1:] != word[:-1]) | (word[1:] < 0)
+        changes[self.context_splits] = True
+        borders = np.flatnonzero(changes)
+        lengths = np.diff(borders)
+        return np.repeat(borders[:-1], lengths), np.repeat(borders[1:] - 1, lengths)
 
     def window_start(self, features: np.ndarray) -> np.ndarray:
         """Where the window of each feature begins in the context arrays, int64 `[features]`."""
@@ -164,11 +179,8 @@ class FeatureStore:
         """
         rows = np.asarray(rows, dtype=np.int64)
         begin, end = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
-        template = self._template
         for shard, places, features in self._by_shard(rows):
-            at = np.full(len(features), len(template.before.ids), dtype=np.int64)
-            if not template.context_first:
-                at += shard.question_lengths(features) + len(template.between.ids)
+            at = self._context_position(shard, features)
             first = np.asarray(start_positions)[places] - at
             last = np.asarray(end_positions)[places] - at
             inside = (first >= 0) & (first <= last) & (last < shard.window_length[features])
@@ -184,6 +196,12 @@ class FeatureStore:
         for shard, places, features in self._by_shard(rows):
             begin[places], length[places] = shard.window_begin[features], shard.window_length[features]
         return begin, length
+
+    def _context_position(self, shard: FeatureShard, features: np.ndarray) -> np.ndarray:
+        """Where the context begins in the unpadded row of each feature, int64 `[features]`."""
+        template = self._template
+        at = np.full(len(features), len(template.before.ids), dtype=np.int64)
+        return at if template.context_first else at + shard.question_lengths(features) + len(template.between.ids)
 
     def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[FeatureShard, np.ndarray, np.ndarray]]:
         """For each shard that holds some of the rows: it, their places in `rows`, their numbers in the shard."""

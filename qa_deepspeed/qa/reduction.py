@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qa_deepspeed.models.heads import best_spans
+from qa_deepspeed.models.heads import answer_positions
 from qa_deepspeed.qa.batching import FILLER, Batch
 
 
@@ -23,22 +22,6 @@ class BestSpans(NamedTuple):
     start_logit: Tensor
     end_logit: Tensor
     null_score: Tensor
-
-
-def reduce_to_candidates(
-    batch: Batch, start_logits: Tensor, end_logits: Tensor, n_best_size: int, max_answer_length: int
-) -> dict[str, np.ndarray]:
-    """The columns of `decode.Candidates` for the real rows of a micro-batch; filler is dropped.
-
-    Args:
-        start_logits, end_logits: `[rows, length]`, any float type.
-        n_best_size: spans to keep of each row.
-        max_answer_length: longest span in tokens.
-    """
-    places = batch.context_begin, batch.context_end, batch.context_end
-    found = best_spans(start_logits, end_logits, *places, n_best_size, max_answer_length)
-    columns = candidate_columns(batch, BestSpans(*found, null_scores(batch, start_logits, end_logits)), n_best_size)
-    return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
 def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[str, Tensor]:
@@ -65,6 +48,19 @@ def null_scores(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tenso
     """Start plus end logit of the null position, float32 `[rows]`."""
     null = batch.null_position.unsqueeze(1)
     return (start_logits.float().gather(1, null) + end_logits.float().gather(1, null)).squeeze(1)
+
+
+def normalizers(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:
+    """Log of what the start softmax and the end softmax over the possible answers divide by, added; float32 `[rows]`.
+
+    exp(start logit + end logit - this) is the product of a span's two shares.
+    """
+    length = start_logits.shape[1]
+    possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+    start, end = (
+        logits.float().masked_fill(~possible, float("-inf")).logsumexp(dim=1) for logits in (start_logits, end_logits)
+    )
+    return start + end
 
 
 def _fixed_width(values: Tensor, width: int, fill: int) -> Tensor:
