@@ -19,6 +19,7 @@ COMMANDS = {
     "score": ("qa_deepspeed.qa.score", "score any system's predictions against a gold file, without a model"),
     "predict": ("qa_deepspeed.predict_command", "answer questions with a trained reader, from a file or one by one"),
     "ensemble": ("qa_deepspeed.qa.ensemble", "one set of answers out of the n-best files of several runs"),
+    "compare": ("qa_deepspeed.compare", "runs side by side: what differs, and whether F1 does by more than chance"),
     "prepare": ("qa_deepspeed.prepare", "build the features of a run beforehand"),
     "audit": ("qa_deepspeed.audit", "what training on a file would do: faults, lengths, windows"),
     "sample": ("qa_deepspeed.sample", "make the quickstart's corpus and tiny model"),
