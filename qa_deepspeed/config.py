@@ -13,6 +13,11 @@ from qa_deepspeed.options import option
 from qa_deepspeed.qa.normalization import METRIC_LANGUAGES
 
 TRAIN = "train"
+
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup",
+)  # fmt: skip
+"""The learning-rate schedules on offer: those of transformers.get_scheduler that need nothing but steps."""
 AUTO = "auto"
 
 
@@ -58,6 +63,8 @@ class RunOptions:
     windows_without_answer: str = option("keep", "windows that miss the answer of their question, in training without "
                                          "unanswerable questions: keep, drop, or sample one of a question",
                                          choices=("keep", "drop", "sample"), only=TRAIN)  # fmt: skip
+    answers: str = option("first", "gold answers of a question to learn from: its first, or all annotators' (which the "
+                          "marginal objective uses)", choices=("first", "all"), only=TRAIN)  # fmt: skip
     max_train_examples: int | None = option(None, "train on this many questions, drawn at random by seed", only=TRAIN)
     max_eval_examples: int | None = option(None, "evaluate on the first so many questions")
     do_lower_case: bool = option(False, "lower-case the text; left out, the tokenizer does as it was saved")
@@ -75,7 +82,16 @@ class RunOptions:
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", only=TRAIN)
     global_batch_size: int | None = option(None, "rows of one optimizer step over all ranks; accumulation follows "
                                            "from it", only=TRAIN)  # fmt: skip
+    max_tokens_per_batch: int | None = option(None, "padded tokens of one micro-batch on one rank, at most: steps of "
+                                              "long rows are cut into more micro-batches, of short ones into fewer; "
+                                              "the rows of a step stay the same", only=TRAIN)  # fmt: skip
+    objective: str = option("mean", "loss of a row: mean of the start's and the end's cross-entropy, or marginal, over "
+                            "all gold spans of the row (needs answers all)", choices=("mean", "marginal"),
+                            only=TRAIN)  # fmt: skip
+    label_smoothing: float = option(0.0, "share of the target that is spread over all possible positions", only=TRAIN)
     learning_rate: float = option(5e-5, "highest learning rate", only=TRAIN)
+    lr_scheduler_type: str = option("linear", "learning rate after the warm-up: linear or cosine decay to 0, ... as "
+                                    "transformers.get_scheduler", choices=SCHEDULES, only=TRAIN)  # fmt: skip
     weight_decay: float = option(0.0, "decoupled weight decay (none on biases and norms)", only=TRAIN)
     adam_epsilon: float = option(1e-8, "epsilon of Adam", only=TRAIN)
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 for no clipping", only=TRAIN)
@@ -99,6 +115,10 @@ class RunOptions:
     # how it runs
     deepspeed_config: str | None = option(None, "a shipped config by name (zero0 ... zero3, zero2_offload, "
                                           "zero3_offload) or a path to a DeepSpeed JSON file")  # fmt: skip
+    gradient_checkpointing: bool = option(False, "keep each layer's input only and compute the rest again in the "
+                                          "backward pass: less memory, a third more work", only=TRAIN)  # fmt: skip
+    attn_implementation: str | None = option(None, "attention of Transformers: eager, sdpa, flash_attention_2, "
+                                             "flash_attention_3; unset: the fastest that is here")  # fmt: skip
     bf16: bool = option(False, "train and evaluate in bfloat16")
     fp16: bool = option(False, "train and evaluate in float16 with loss scaling (GPU only)")
     no_cuda: bool = option(False, "run on the CPU even if there is a GPU")
@@ -135,6 +155,19 @@ class RunOptions:
             return named
         version = "v2.0" if self.version_2_with_negative else "v1.1"
         return str(Path(self.data_dir) / f"{'train' if purpose == 'train' else 'dev'}-{version}.json")
+
+
+def check_objective(options: RunOptions) -> None:
+    """Raises UserError where the options of the loss and of micro-batches by tokens cannot be had together."""
+    if options.objective == "marginal" and options.answers != "all":
+        raise UserError("objective marginal sums over all gold spans: it needs --answers all")
+    if not 0 <= options.label_smoothing < 1:
+        raise UserError(f"label_smoothing must be at least 0 and less than 1, not {options.label_smoothing}")
+    if options.max_tokens_per_batch is not None and options.max_tokens_per_batch < options.max_seq_length:
+        raise UserError(
+            f"max_tokens_per_batch {options.max_tokens_per_batch} does not hold one row of max_seq_length "
+            f"{options.max_seq_length}: raise it, or lower --max_seq_length"
+        )
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def feature_settings(options: RunOptions) -> FeatureSettings:
         doc_stride=options.doc_stride,
         doc_stride_is=cast(Any, options.doc_stride_is),
         max_query_length=options.max_query_length,
+        answers=cast(Any, options.answers),
         windows_without_answer=cast(Any, options.windows_without_answer),
     )
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from qa_deepspeed import dist
@@ -64,46 +61,3 @@ class Reporter(NullReporter):
 def make_reporter(output_dir: Path, total_steps: int, done_steps: int) -> NullReporter:
     """A Reporter on rank 0, a null object elsewhere."""
     return Reporter(output_dir, total_steps, done_steps) if dist.is_first() else NullReporter()
-
-
-class Meter:
-    """Adds up what the log lines tell. The loss stays on the device until it is read, so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._clear()
-
-    def _clear(self) -> None:
-        self._loss = torch.zeros((), device=self._device)
-        self._tokens = self._rows = self._places = self._steps = 0
-        self._began = time.perf_counter()
-
-    def add(self, share: torch.Tensor, tokens: int, rows: int, length: int) -> None:
-        """Count a micro-batch: its share of the global batch's loss, real tokens, real rows, padded length."""
-        self._loss += share
-        self._tokens += tokens
-        self._rows += rows
-        self._places += rows * length
-
-    def end_step(self) -> None:
-        """Count an optimizer step."""
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
-
-    def read(self) -> dict[str, float]:
-        """Loss per step and rates over all ranks since the last reading. Collective."""
-        loss, tokens, rows, places = dist.sums([float(self._loss), self._tokens, self._rows, self._places])
-        steps, elapsed = self._steps, time.perf_counter() - self._began
-        self._clear()
-        return {
-            "train/loss": loss / steps,
-            "speed/questions_per_second": rows / elapsed,
-            "speed/tokens_per_second": tokens / elapsed,
-            "speed/padding_share": 1 - tokens / max(places, 1),
-        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,26 +11,30 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers import PretrainedConfig
 
 from qa_deepspeed import dist
 from qa_deepspeed.answers import evaluation_options
 from qa_deepspeed.checkpoint_files import LoopState, read_loop_state
-from qa_deepspeed.config import RunOptions, total_steps
+from qa_deepspeed.config import RunOptions, check_objective, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engine
+from qa_deepspeed.engine.roof import training_flops
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
 from qa_deepspeed.kept_threshold import forget_threshold
+from qa_deepspeed.loss_watch import LossWatch
+from qa_deepspeed.meter import Meter
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, quiet_transformers
-from qa_deepspeed.models.qa_heads import head_of
+from qa_deepspeed.models.qa_heads import Objective, head_of
 from qa_deepspeed.pacing import Pacing, Stopped
-from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches
+from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.feature_store import FeatureStore
-from qa_deepspeed.report import Meter, NullReporter, make_reporter
+from qa_deepspeed.report import NullReporter, make_reporter
 from qa_deepspeed.run_folder import choose_checkpoint, claim, save_model, where_to_begin, writable_folder, write_run
 
 
@@ -48,7 +51,22 @@ class Run:
     evaluation: EvaluationData | None
     steps: int
     pacing: Pacing
+    model_config: PretrainedConfig
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last may be a partial batch."""
+        return -(-len(self.store) // self.resolved.plan.global_rows)
+
+    def order_of_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The rows of every step of an epoch."""
+        return epoch_order(self.store.lengths, self.resolved.plan.global_rows, self.options.seed, epoch)
+
+    def ids_of_step(self, step: int) -> list[str]:
+        """The questions of an optimizer step (counted from 0), each once."""
+        rows = self.order_of_epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]
+        return [self.store.examples[int(index)].example_id for index in np.unique(self.store.example_index[rows])]
 
 
 def train(options: RunOptions) -> dict[str, Any]:
@@ -73,6 +91,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
     options = evaluation_options(resolved.options)
+    check_objective(options)
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
     forget_threshold(facts.config)
@@ -92,7 +111,8 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
     evaluation = EvaluationData(evaluation_store, layout, facts.tokenizer) if evaluation_store is not None else None
-    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing, seconds)
+    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing,
+              facts.config, seconds)  # fmt: skip
     first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
     seconds["loading"] = time.perf_counter() - began
     return _fit_and_finish(engine, run, facts, first_step)
@@ -126,32 +146,43 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
     """The loop, from optimizer step `first_step` (counted from 0) to the last."""
     options, plan = run.options, run.resolved.plan
     rank, world_size = dist.rank(), dist.world_size()
-    meter = Meter(engine.device)
+    meter = Meter(engine.device, training_flops(engine.module, run.model_config), engine.measured_roof())
+    watch = LossWatch(engine.device)
     writer = checkpoint.Checkpoints(engine, run.output_dir, options.save_total_limit)
-    head = head_of(engine.module, options.version_2_with_negative)
+    objective = Objective(options.objective == "marginal", options.label_smoothing)
+    head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
     for step, epoch, step_rows in _steps(run, first_step):
         number = step + 1
         logs = number % options.logging_steps == 0 or number == run.steps
         rate = engine.learning_rate
-        for micro, rows in enumerate(micro_batches(step_rows, rank, world_size, plan.accumulation)):
-            batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
+        parts = _micro_batches(run, step_rows)
+        for micro, rows in enumerate(parts):
+            engine.begin_micro_batch(last=micro == len(parts) - 1)
+            with meter.clock.phase("data"):
+                batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
             _seed_dropout(options.seed, step, micro, rank)
-            losses = head.losses(engine.train_forward(head.training_inputs(batch)), batch)
-            share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
-            # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
-            engine.backward(share * (world_size * plan.accumulation))
-            meter.add(share.detach(), batch.tokens, len(rows), batch.inputs["input_ids"].shape[1])
-            engine.step(want_norm=logs)
+            with meter.clock.phase("forward"):
+                losses = head.losses(engine.train_forward(head.training_inputs(batch)), batch)
+                share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
+            with meter.clock.phase("backward"):
+                # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
+                engine.backward(share * (world_size * plan.accumulation))
+            meter.add(share.detach(), run.store.lengths[rows], batch.inputs["input_ids"].shape[1])
+            watch.note(step, share.detach(), rate)
+            with meter.clock.phase("update"):
+                engine.step(want_norm=logs)
         meter.end_step()
         reporter.advance()
         if logs:  # every rank takes part in the sums, rank 0 writes
+            watch.check(run.ids_of_step, run.output_dir)
             _log(engine, meter, reporter, number, run.steps, epoch, rate)
         with meter.paused():
             if logs and options.evaluate_during_training and run.evaluation is not None and number < run.steps:
                 _evaluate(engine, run, run.evaluation, reporter, number)
             verdict = run.pacing.after_step(number, run.steps)
             if verdict.save:  # every rank writes its shards
+                watch.check(run.ids_of_step, run.output_dir)
                 writer.save(LoopState(number, world_size, engine.zero_stage, engine.precision, run.identity))
         if verdict.stop:
             run.pacing.ask_for_requeue(verdict.stop)
@@ -160,13 +191,22 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
 
 def _steps(run: Run, first_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """(step, epoch, rows of the global batch), by counting: any step of any epoch is found without replaying."""
-    per_epoch = -(-len(run.store) // run.resolved.plan.global_rows)
     epoch, order = -1, []
     for step in range(first_step, run.steps):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = epoch_order(run.store.lengths, run.resolved.plan.global_rows, run.options.seed, epoch)
-        yield step, epoch, order[step % per_epoch]
+        if step // run.steps_per_epoch != epoch:
+            epoch = step // run.steps_per_epoch
+            order = run.order_of_epoch(epoch)
+        yield step, epoch, order[step % run.steps_per_epoch]
+
+
+def _micro_batches(run: Run, step_rows: np.ndarray) -> list[np.ndarray]:
+    """This rank's share of a step, cut by rows or by tokens."""
+    rank, world_size = dist.rank(), dist.world_size()
+    if run.options.max_tokens_per_batch:
+        return micro_batches_by_tokens(
+            step_rows, run.store.lengths, rank, world_size, run.options.max_tokens_per_batch
+        )
+    return micro_batches(step_rows, rank, world_size, run.resolved.plan.accumulation)
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
@@ -177,7 +217,7 @@ def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
 def _log(
     engine: Engine, meter: Meter, reporter: NullReporter, number: int, steps: int, epoch: int, rate: float
 ) -> None:
-    """Read the meter on all ranks, tell on rank 0, and stop a run whose loss is no number any more."""
+    """Read the meter on all ranks, tell on rank 0."""
     values = meter.read()
     values |= {"train/learning_rate": rate, "train/epoch": float(epoch)}
     if engine.grad_norm is not None:
@@ -190,13 +230,8 @@ def _log(
         values,
         f"step {number}/{steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
         f"{values['speed/questions_per_second']:.1f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
-        f"padding {values['speed/padding_share']:.1%}",
+        f"padding {values['speed/padding_share']:.1%}  of roof {values['speed/model_flops_utilization']:.0%}",
     )
-    if not math.isfinite(values["train/loss"]):
-        raise UserError(
-            f"the loss is {values['train/loss']} at step {number} (learning rate {rate:.3e}): lower --learning_rate, "
-            "or go on from an earlier checkpoint with another precision"
-        )
 
 
 def _evaluate(
@@ -229,7 +264,8 @@ def _features(
 def _identity(resolved: Resolved, store: FeatureStore, steps: int) -> dict[str, Any]:
     """What must be the same for a run to be gone on with; everything else may change between two starts."""
     options = resolved.options
-    numbers = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "seed")
+    numbers = ("learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
+               "objective", "label_smoothing", "seed")  # fmt: skip
     return {name: getattr(options, name) for name in ("model_name_or_path", *numbers)} | {
         "features": store.fingerprint,
         "steps": steps,

@@ -35,6 +35,8 @@ def choose_device(no_cuda: bool) -> torch.device:
         dist.log0(f"note: one of {count} GPUs is used; deepspeed --num_gpus {count} --module qa_deepspeed ... uses all")
     device = torch.device("cuda", dist.local_rank())
     torch.cuda.set_device(device)
+    # cuDNN's attention plans anew for every length, a tenth of a second each: micro-batches are of many lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

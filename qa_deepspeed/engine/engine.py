@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
+from qa_deepspeed.engine.roof import measured_roof
+from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 
 
@@ -127,11 +130,20 @@ class Engine(Reader):
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in other precisions."""
-        return float(self._engine.optimizer.cur_scale) if self.precision == "fp16" else 1.0
+        return float(self._engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
+
+    def measured_roof(self) -> float:
+        """Matrix operations a second that this rank's device does in the type of the training."""
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": self._autocast_type}
+        return measured_roof(self.device, kinds.get(self.precision, torch.float32))
 
     def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the model returns, with dropout and gradients."""
         return self._engine(**inputs)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Say before each forward whether the optimizer step ends with this micro-batch."""
+        self._engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's loss. DeepSpeed divides it by the accumulation steps; we never do."""
@@ -147,7 +159,15 @@ class Engine(Reader):
         norm: Any = None
         if want_norm and self.zero_stage == 0 and self.precision in ("fp32", "torch_autocast"):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed's own kind for this is Exception itself
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise UserError(
+                f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or take --bf16 "
+                "or float32; the checkpoints saved before are good"
+            ) from None
         if want_norm:
             norm = norm if norm is not None else self._engine.get_global_grad_norm()
             self.grad_norm = float(norm) if norm is not None else None
@@ -178,14 +198,26 @@ class Engine(Reader):
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
 
 
+def choose_attention(model: Any, resolved: Resolved, device: torch.device) -> None:
+    """The fastest attention that is here, where the options name none: our own on CPUs, flash attention where it is
+    installed and works (half precision on GPUs), else torch's."""
+    if device.type == "cpu":
+        speed_up_on_cpu(model, keep_attention=resolved.options.attn_implementation is not None)
+        return
+    flash = is_flash_attn_2_available() and getattr(model, "_supports_flash_attn", False)
+    if resolved.options.attn_implementation is None and flash and resolved.precision in ("bf16", "fp16"):
+        model.set_attn_implementation("flash_attention_2")
+
+
 def training_engine(
-    model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, total_steps: int, device: torch.device
+    model: Any, config: dict[str, Any], resolved: Resolved, total_steps: int, device: torch.device
 ) -> Engine:
     """`deepspeed.initialize` with the default optimizer and schedule, or those that the config's sections name."""
     deepspeed = import_deepspeed(resolved.options.verbose_logging)
     options: RunOptions = resolved.options
-    if device.type == "cpu":
-        speed_up_on_cpu(model)
+    choose_attention(model, resolved, device)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = None if "optimizer" in config else default_optimizer(model, options)
     schedule = None
     if "scheduler" not in config:
@@ -204,8 +236,7 @@ def evaluation_reader(
     model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, device: torch.device
 ) -> Reader:
     """The model for forward passes only: partitioned over the ranks under ZeRO-3, whole on each rank otherwise."""
-    if device.type == "cpu":
-        speed_up_on_cpu(model)
+    choose_attention(model, resolved, device)
     if resolved.zero_stage == 3:
         deepspeed = import_deepspeed(resolved.options.verbose_logging)
         engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from qa_deepspeed.config import RunOptions
 
@@ -31,6 +31,6 @@ def default_optimizer(model: torch.nn.Module, options: RunOptions) -> AdamW:
     return AdamW(groups, lr=options.learning_rate, eps=options.adam_epsilon, fused=True)
 
 
-def default_schedule(optimizer: Optimizer, options: RunOptions, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then linear decay to 0, counted in optimizer steps."""
-    return get_linear_schedule_with_warmup(optimizer, options.warmup_steps, total_steps)
+def default_schedule(optimizer: Optimizer, options: RunOptions, total_steps: int) -> LRScheduler:
+    """Linear warm-up, then what lr_scheduler_type says, counted in optimizer steps."""
+    return get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, total_steps)

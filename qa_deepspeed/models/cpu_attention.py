@@ -28,15 +28,18 @@ SCORES_AT_ONCE = 250_000
 """Attention scores that are worked on together: 1 MB in float32, half of a usual second-level cache."""
 
 
-def speed_up_on_cpu(model: Any) -> None:
+def speed_up_on_cpu(model: Any, keep_attention: bool = False) -> None:
     """Give `model` this attention and the fast dropout wherever it works by Transformers' attention interface.
 
-    Other architectures (XLNet, XLM, DeBERTa, T5) keep their own attention and get the dropout only.
+    Other architectures (XLNet, XLM, DeBERTa, T5) keep their own attention and get the dropout only, as
+    any does with `keep_attention`.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, CpuDropout(child.p))
+    if keep_attention:
+        return
     if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _rows_or_mask)

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, possible: Tensor) -> Tensor:
+def span_loss(
+    start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, possible: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
 
     The softmax runs over the positions that an answer can have, as decoding does: question and special tokens need not
@@ -20,15 +22,33 @@ def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tens
         start_logits, end_logits: `[rows, length]`, any float type.
         start, end: `[rows]` token positions; the null position for a row without an answer.
         possible: `[rows, length]` bool, true where an answer may start and end (`answer_positions`).
+        smoothing: share of the target that is spread evenly over the possible positions (Szegedy et al. 2016).
 
     Returns:
         `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
     """
-    start_loss, end_loss = (
-        functional.cross_entropy(logits.float().masked_fill(~possible, float("-inf")), position, reduction="none")
-        for logits, position in ((start_logits, start), (end_logits, end))
-    )
-    return (start_loss + end_loss) / 2
+    return marginal_loss(start_logits, end_logits, start.unsqueeze(1), end.unsqueeze(1), possible, smoothing)
+
+
+def marginal_loss(
+    start_logits: Tensor, end_logits: Tensor, starts: Tensor, ends: Tensor, possible: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """Half the negative logarithm of the probability of any of a row's gold spans (Clark & Gardner 2018, section 2.3).
+
+    With one gold span it is `span_loss`. Arguments and result as there, but for
+        starts, ends: `[rows, golds]`; -1 fills rows that have fewer, none has none.
+    """
+    start_log_p, end_log_p = (_log_probabilities(logits, possible) for logits in (start_logits, end_logits))
+    together = start_log_p.gather(1, starts.clamp(min=0)) + end_log_p.gather(1, ends.clamp(min=0))
+    loss = -together.masked_fill(starts < 0, float("-inf")).logsumexp(dim=1) / 2
+    if smoothing == 0.0:
+        return loss
+    everywhere = (start_log_p + end_log_p).masked_fill(~possible, 0).sum(dim=1) / (2 * possible.sum(dim=1))
+    return (1 - smoothing) * loss - smoothing * everywhere
+
+
+def _log_probabilities(logits: Tensor, possible: Tensor) -> Tensor:
+    return functional.log_softmax(logits.float().masked_fill(~possible, float("-inf")), dim=1)
 
 
 def answer_positions(context_begin: Tensor, context_end: Tensor, null_position: Tensor, length: int) -> Tensor:

@@ -56,7 +56,7 @@ def load_model(options: RunOptions, config: PretrainedConfig) -> tuple[torch.nn.
     """
     model, report = _from_pretrained(
         AutoModelForQuestionAnswering, options.model_name_or_path, options, config=config, dtype=torch.float32,
-        output_loading_info=True,
+        output_loading_info=True, attn_implementation=options.attn_implementation,
     )  # fmt: skip
     _forget_unused_renamings(model)
     return model, sorted(report["missing_keys"])

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qa_deepspeed.models.heads import answer_positions, best_spans, span_loss
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.heads import answer_positions, best_spans, marginal_loss, span_loss
 from qa_deepspeed.qa.batching import Batch
 from qa_deepspeed.qa.reduction import BestSpans, null_scores
 
 BEAM_CLASSES = {"xlnet": "XLNetForQuestionAnswering", "xlm": "XLMForQuestionAnswering"}
 """The Transformers class with a beam head, by model type."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head is trained for: `heads.span_loss`, or `marginal_loss` over all gold spans; smoothing as there."""
+
+    marginal: bool = False
+    smoothing: float = 0.0
+
+
+CLASSIC = Objective()
 
 
 class Head(Protocol):
@@ -36,11 +49,17 @@ class Head(Protocol):
         """The `count` best spans of each row that start at a position [first, stop), `starts`, each `[rows]`."""
 
 
-def head_of(model: torch.nn.Module, version_2_with_negative: bool) -> Head:
-    """The kind of head that a Transformers model has."""
-    if type(model).__name__ in BEAM_CLASSES.values():
-        return BeamHead(model, version_2_with_negative)
-    return SpanHead()
+def head_of(model: torch.nn.Module, version_2_with_negative: bool, objective: Objective = CLASSIC) -> Head:
+    """The kind of head that a Transformers model has.
+
+    Raises:
+        UserError: an objective that a beam head, whose loss is the model's own, does not have.
+    """
+    if type(model).__name__ not in BEAM_CLASSES.values():
+        return SpanHead(objective)
+    if objective != CLASSIC:
+        raise UserError("--objective marginal and --label_smoothing are for span heads: leave them out for a beam head")
+    return BeamHead(model, version_2_with_negative)
 
 
 class SpanHead:
@@ -48,15 +67,21 @@ class SpanHead:
 
     null_score_is_odds = False
 
+    def __init__(self, objective: Objective = CLASSIC):
+        self._objective = objective
+
     def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The labels stay outside: `losses` is ours."""
         return batch.inputs
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """As `heads.span_loss`."""
+        """As the objective says."""
         length = outputs.start_logits.shape[1]
         possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
-        return span_loss(outputs.start_logits, outputs.end_logits, batch.start, batch.end, possible)
+        logits, smoothing = (outputs.start_logits, outputs.end_logits), self._objective.smoothing
+        if self._objective.marginal:
+            return marginal_loss(*logits, batch.gold_starts, batch.gold_ends, possible, smoothing)
+        return span_loss(*logits, batch.start, batch.end, possible, smoothing)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The row alone."""

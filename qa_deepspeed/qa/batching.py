@@ -63,6 +63,29 @@ def micro_batches(step_rows: np.ndarray, rank: int, world_size: int, accumulatio
     return [part[rank::world_size] for part in np.array_split(step_rows, accumulation)]
 
 
+def micro_batches_by_tokens(
+    step_rows: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, max_tokens: int
+) -> list[np.ndarray]:
+    """One rank's share of a step, in as few micro-batches of at most `max_tokens` padded tokens as the order allows.
+
+    All ranks get the same number; in the last ones an array may be empty.
+
+    Args:
+        step_rows: the step's rows, long to short. lengths: `[features]` tokens of each row, at most max_tokens.
+    """
+    parts, begin = [], 0
+    while begin < len(step_rows):
+        height = max(1, max_tokens // padded_length(int(lengths[step_rows[begin]]))) * world_size
+        parts.append(step_rows[begin : begin + height][rank::world_size])
+        begin += height
+    return parts
+
+
+def padded_length(longest: int) -> int:
+    """The length that a micro-batch whose longest row has this many tokens is padded to."""
+    return -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 def evaluation_batches(lengths: np.ndarray, rows: int, rank: int, world_size: int) -> list[np.ndarray]:
     """One rank's micro-batches of the whole evaluation set; every rank gets the same number.
 
@@ -93,6 +116,8 @@ class Batch:
     inputs: dict[str, torch.Tensor]  # each [rows, length]
     start: torch.Tensor
     end: torch.Tensor
+    gold_starts: torch.Tensor  # [rows, golds], -1 fills: all gold spans if the features keep them, else start and end
+    gold_ends: torch.Tensor
     null_position: torch.Tensor
     context_begin: torch.Tensor
     context_end: torch.Tensor
@@ -111,8 +136,8 @@ class Batch:
 
         return Batch(
             {name: move(tensor) for name, tensor in self.inputs.items()}, move(self.start), move(self.end),
-            move(self.null_position), move(self.context_begin), move(self.context_end), move(self.shift),
-            move(self.weight), self.feature_id, self.tokens,
+            move(self.gold_starts), move(self.gold_ends), move(self.null_position), move(self.context_begin),
+            move(self.context_end), move(self.shift), move(self.weight), self.feature_id, self.tokens,
         )  # fmt: skip
 
 
@@ -121,7 +146,7 @@ def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layo
     filler = len(rows) == 0
     features = take(rows if not filler else np.zeros(1, np.int64))
     lengths = np.diff(features.row_splits)
-    length = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    length = padded_length(int(lengths.max()))
     shift = length - lengths if layout.padding_side == "left" else np.zeros_like(lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
     column = np.arange(len(features.input_ids)) - np.repeat(features.row_splits[:-1] - shift, lengths)
@@ -140,10 +165,29 @@ def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layo
     def position(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy((values + shift).astype(np.int64))
 
+    start, end = position(features.start), position(features.end)
     return Batch(
-        inputs, position(features.start), position(features.end), position(features.null_position),
+        inputs, start, end, *_golds(features, shift, start, end), position(features.null_position),
         position(features.context_begin), position(features.context_end), torch.from_numpy(shift.astype(np.int64)),
         torch.full((len(lengths),), 0.0 if filler else 1.0),
         np.full(1, FILLER, np.int64) if filler else features.feature_id,
         0 if filler else len(features.input_ids),
     )  # fmt: skip
+
+
+def _golds(
+    features: FeatureRows, shift: np.ndarray, start: torch.Tensor, end: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All gold spans of each row, `[rows, golds]` twice; the label of a row that holds none is its only one."""
+    if features.gold_splits is None or features.gold_starts is None or features.gold_ends is None:
+        return start.unsqueeze(1), end.unsqueeze(1)
+    counts = np.diff(features.gold_splits)
+    row = np.repeat(np.arange(len(counts)), counts)
+    column = np.arange(len(row)) - np.repeat(features.gold_splits[:-1], counts)
+    blocks = []
+    for golds, label in ((features.gold_starts, start), (features.gold_ends, end)):
+        block = np.full((len(counts), max(1, int(counts.max(initial=0)))), -1, np.int64)
+        block[:, 0] = label.numpy()
+        block[row, column] = golds + shift[row]
+        blocks.append(torch.from_numpy(block))
+    return blocks[0], blocks[1]

@@ -20,10 +20,11 @@ HANG_SECONDS = 240
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a launch: this checkout, no network, one thread a rank, nothing of an outer launcher."""
+    """The environment of a launch: this checkout, no network, one thread a rank, nothing of an outer launcher, no GPU."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    settings = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    settings = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     # What lies beside this interpreter (deepspeed, torchrun, ninja) comes first, as in an activated environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return {**kept, **settings, "PATH": path, **extra}
@@ -72,17 +73,22 @@ def flags(**options: object) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
-def run_many(ranks: int, runs: Mapping[str, Mapping[str, object]], folder: Path) -> None:
+def run_many(ranks: int, runs: Mapping[str, Mapping[str, object]], folder: Path, **extra: str) -> None:
     """Train several runs, one after another, in one launch of `ranks` ranks; each into folder/NAME."""
     listed = folder / f"runs-{ranks}.json"
     listed.write_text(json.dumps(runs))
     command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "tests.dist.worker",
                str(listed), str(folder)]  # fmt: skip
-    done = run(command, REPOSITORY)
+    done = run(command, REPOSITORY, **extra)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def losses(run_folder: Path) -> np.ndarray:
-    """The loss of every logged step of a run, float64 `[log steps]`."""
+def logged(run_folder: Path, name: str) -> np.ndarray:
+    """A number of every log step of a run, float64 `[log steps]`."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return np.array([line["train/loss"] for line in lines if "train/loss" in line])
+    return np.array([line[name] for line in lines if name in line])
+
+
+def losses(run_folder: Path) -> np.ndarray:
+    """The loss of every log step of a run, float64 `[log steps]`."""
+    return logged(run_folder, "train/loss")

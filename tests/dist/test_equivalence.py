@@ -1,4 +1,4 @@
-"""The same loss in every optimizer step and the same weights, however the work is cut up: ZeRO stage, ranks, accumulation.
+"""The same loss in every optimizer step and the same weights, however the work is cut up: ZeRO stage, ranks, micro-batches.
 
 60 rows in global batches of 8 over 20 steps: every eighth step is a partial batch of 4 rows, and a third epoch begins.
 Adam's epsilon is large: with a small one, Adam makes rounding noise in parameters without a gradient (the bias of the
@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import get_scheduler
 
-from tests.dist.launching import losses, run_many
+from qa_deepspeed.config import SCHEDULES
+from tests.dist.launching import logged, losses, run_many
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 20
+STEPS, SCHEDULED_STEPS = 20, 8
 TWO_RANKS = {
     "zero0": {"deepspeed_config": "zero0"},
     "zero1": {"deepspeed_config": "zero1"},
@@ -24,6 +27,10 @@ TWO_RANKS = {
     "zero2_offload": {"deepspeed_config": "zero2_offload"},
     "zero3_offload": {"deepspeed_config": "zero3_offload"},
     "zero2_accumulated": {"deepspeed_config": "zero2", "per_gpu_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "zero1_by_tokens": {"deepspeed_config": "zero1", "max_tokens_per_batch": 384},
+    "zero3_by_tokens": {"deepspeed_config": "zero3", "max_tokens_per_batch": 240},
+    "zero2_recomputed": {"deepspeed_config": "zero2", "gradient_checkpointing": True},
+    "zero0_marginal_of_one": {"deepspeed_config": "zero0", "answers": "all", "objective": "marginal"},
     "other_rate": {"deepspeed_config": "zero2", "learning_rate": 1.1e-3},
 }
 ONE_RANK = {
@@ -39,6 +46,9 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
     folder: Path = tmp_path_factory.mktemp("equivalence")
     base_options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3}
     two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
+    short = {**base_options, "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 2, "deepspeed_config": "zero2"}
+    for name in SCHEDULES:
+        two[name] = {**short, "max_steps": SCHEDULED_STEPS, "warmup_steps": 3, "lr_scheduler_type": name}
     run_many(2, two, folder)
     run_many(1, {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}, folder)
     return folder
@@ -80,3 +90,16 @@ def test_the_control_saves_other_weights(runs: Path) -> None:
 
 def test_the_runs_learn(loss_of: dict[str, np.ndarray]) -> None:
     assert loss_of["zero0"][-3:].mean() < loss_of["zero0"][:3].mean() - 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_are_those_of_get_scheduler(runs: Path, name: str) -> None:
+    """Step for step, under accumulation and on two ranks."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = get_scheduler(name, optimizer, 3, SCHEDULED_STEPS)
+    expected = []
+    for _ in range(SCHEDULED_STEPS):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(logged(runs / name, "train/learning_rate"), expected, rtol=1e-12)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qa_deepspeed.qa.batching import (
@@ -12,6 +12,8 @@ from qa_deepspeed.qa.batching import (
     evaluation_batches,
     make_batch,
     micro_batches,
+    micro_batches_by_tokens,
+    padded_length,
 )
 from qa_deepspeed.qa.feature_store import FeatureRows
 
@@ -100,3 +102,19 @@ def test_an_empty_share_becomes_a_row_without_weight() -> None:
     layout = Layout(pad_token_id=0, pad_type_id=0, padding_side="right", columns=frozenset())
     batch = make_batch(lambda rows: rows_of([4] * len(rows)), np.arange(0), layout)
     assert batch.weight.tolist() == [0.0] and batch.feature_id.tolist() == [FILLER] and batch.tokens == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 96), min_size=1, max_size=60),
+    world_size=st.integers(1, 5),
+    max_tokens=st.integers(96, 1000),
+)
+def test_micro_batches_by_tokens_hold_every_row_once_and_no_more_than_the_budget(lengths, world_size, max_tokens):
+    lengths = np.array(lengths)
+    step_rows = np.argsort(-lengths, kind="stable")
+    shares = [micro_batches_by_tokens(step_rows, lengths, rank, world_size, max_tokens) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1, "all ranks make the same number of forwards"
+    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(len(lengths)))
+    for part in (part for share in shares for part in share if len(part)):
+        assert len(part) * padded_length(int(lengths[part].max())) <= max_tokens

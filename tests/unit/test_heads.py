@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_deepspeed.models.heads import best_spans, span_loss
+from qa_deepspeed.models.heads import best_spans, marginal_loss, span_loss
 
 
 def brute_force(start: list[float], end: list[float], begin: int, stop: int, count: int, max_length: int) -> list:
@@ -72,3 +72,34 @@ def test_the_loss_is_float32_whatever_the_logits_are() -> None:
     everywhere = torch.ones(2, 5, dtype=torch.bool)
     loss = span_loss(logits, logits, torch.tensor([0, 1]), torch.tensor([2, 3]), everywhere)
     assert loss.dtype == torch.float32
+
+
+def test_smoothing_is_that_of_torch_where_all_positions_are_possible() -> None:
+    torch.manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 5, 9)
+    start, end = torch.randint(0, 9, (2, 5))
+    everywhere = torch.ones(5, 9, dtype=torch.bool)
+    expected = [
+        torch.nn.functional.cross_entropy(logits, position, reduction="none", label_smoothing=0.2)
+        for logits, position in ((start_logits, start), (end_logits, end))
+    ]
+    found = span_loss(start_logits, end_logits, start, end, everywhere, smoothing=0.2)
+    torch.testing.assert_close(found, sum(expected) / 2)
+
+
+def test_the_marginal_loss_sums_the_probabilities_of_all_gold_spans() -> None:
+    torch.manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 2, 6, requires_grad=True)
+    possible = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    golds = [[(2, 3), (4, 4), (2, 5)], [(0, 0)]]
+    starts = torch.tensor([[2, 4, 2], [0, -1, -1]])
+    ends = torch.tensor([[3, 4, 5], [0, -1, -1]])
+    found = marginal_loss(start_logits, end_logits, starts, ends, possible)
+    for row, spans in enumerate(golds):
+        both = [
+            torch.softmax(logits[row].masked_fill(~possible[row], -1e9), 0) for logits in (start_logits, end_logits)
+        ]
+        probability = sum(both[0][first] * both[1][last] for first, last in spans)
+        torch.testing.assert_close(found[row], -probability.log() / 2)
+    for gradient in torch.autograd.grad(found.sum(), (start_logits, end_logits)):
+        assert gradient.isfinite().all() and gradient.any()

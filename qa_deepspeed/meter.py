@@ -1,0 +1,70 @@
+"""What the log lines tell of the training: loss, rates, padding, where the time goes, how much of the roof is used."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from qa_deepspeed import dist
+from qa_deepspeed.phases import PhaseClock
+
+
+class Meter:
+    """Adds up what the log lines tell. The loss stays on the device until it is read, so that no step waits for it."""
+
+    def __init__(self, device: torch.device, flops: tuple[float, float], roof: float) -> None:
+        """flops: operations per token, and per pair of tokens of a row, of a training step; roof: operations a second
+        that this rank's device can do."""
+        self._device, self._flops, self._roof = device, flops, roof
+        self.clock = PhaseClock(device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss = torch.zeros((), device=self._device)
+        self._tokens = self._pairs = self._rows = self._places = self._steps = 0
+        self._began = time.perf_counter()
+
+    def add(self, share: torch.Tensor, lengths: np.ndarray, padded: int) -> None:
+        """Count a micro-batch: its share of the global batch's loss, its rows' real and padded lengths, in tokens."""
+        self._loss += share
+        self._rows += len(lengths)
+        self._tokens += int(lengths.sum())
+        self._pairs += int((lengths.astype(np.int64) ** 2).sum())
+        self._places += len(lengths) * padded
+
+    def end_step(self) -> None:
+        """Count an optimizer step."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """Loss per step and rates over all ranks since the last reading; times are means over the ranks. Collective."""
+        phases = self.clock.read()
+        counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._places, self._roof]
+        sums = dist.sums([*counts, *phases.values()])
+        loss, tokens, pairs, rows, places, roof = sums[: len(counts)]
+        steps, elapsed = self._steps, time.perf_counter() - self._began
+        self._clear()
+        operations = self._flops[0] * tokens + self._flops[1] * pairs
+        milliseconds = {
+            f"step/{name}_ms": 1000 * total / dist.world_size() / steps
+            for name, total in zip(phases, sums[len(counts) :], strict=True)
+        }
+        return {
+            "train/loss": loss / steps,
+            "speed/questions_per_second": rows / elapsed,
+            "speed/tokens_per_second": tokens / elapsed,
+            "speed/padding_share": 1 - tokens / max(places, 1),
+            "speed/model_flops_utilization": operations / elapsed / roof,
+            **milliseconds,
+        }
