@@ -11,6 +11,7 @@ import torch
 
 from qa_deepspeed import dist
 from qa_deepspeed.phases import PhaseClock
+from qa_deepspeed.record import memory
 
 
 class Meter:
@@ -21,6 +22,7 @@ class Meter:
         that this rank's device can do."""
         self._device, self._flops, self._roof = device, flops, roof
         self.clock = PhaseClock(device)
+        self._whole = {"questions": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._clear()
 
     def _clear(self) -> None:
@@ -48,13 +50,16 @@ class Meter:
         self._began += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Loss per step and rates over all ranks since the last reading; times are means over the ranks. Collective."""
+        """Loss per step and rates over all ranks since the last reading; times are means over the ranks, memory
+        is this rank's. Collective."""
         phases = self.clock.read()
         counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._places, self._roof]
         sums = dist.sums([*counts, *phases.values()])
         loss, tokens, pairs, rows, places, roof = sums[: len(counts)]
         steps, elapsed = self._steps, time.perf_counter() - self._began
         self._clear()
+        for name, value in (("questions", rows), ("tokens", tokens), ("seconds", elapsed)):
+            self._whole[name] += value
         operations = self._flops[0] * tokens + self._flops[1] * pairs
         milliseconds = {
             f"step/{name}_ms": 1000 * total / dist.world_size() / steps
@@ -67,4 +72,10 @@ class Meter:
             "speed/padding_share": 1 - tokens / max(places, 1),
             "speed/model_flops_utilization": operations / elapsed / roof,
             **milliseconds,
+            **{f"memory/{name}": value for name, value in memory(self._device).items()},
         }
+
+    def throughput(self) -> dict[str, float]:
+        """Rates over all ranks and all that was read so far: evaluations and checkpoints do not count."""
+        seconds = max(self._whole["seconds"], 1e-9)
+        return {f"{name}_per_second": self._whole[name] / seconds for name in ("questions", "tokens")}

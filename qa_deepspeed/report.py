@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from qa_deepspeed import dist
+from qa_deepspeed.qa.evaluation_view import EvaluationView
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class NullReporter:
@@ -18,7 +23,13 @@ class NullReporter:
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Nothing."""
 
+    def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
+        """Nothing; the view is not made."""
+
     def advance(self) -> None:
+        """Nothing."""
+
+    def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -29,33 +40,53 @@ class Reporter(NullReporter):
     """Writes TensorBoard events, metrics.jsonl and the lines on the screen, with a progress bar on terminals."""
 
     def __init__(self, output_dir: Path, total_steps: int, done_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from qa_deepspeed.tracking import TensorBoard
 
-        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=done_steps + 1 if done_steps else None)
-        self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = TensorBoard(output_dir, done_steps)
+        self._metrics = _open_metrics(output_dir / METRICS_FILE, done_steps)
         self._bar = tqdm(
             total=total_steps, initial=done_steps, unit="step", desc="training", disable=not sys.stderr.isatty()
         )
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._board.scalars(step, values)
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
+    def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
+        """Show an evaluation question by question."""
+        self._board.evaluation(step, view())
+
     def advance(self) -> None:
         """Count one optimizer step."""
         self._bar.update()
 
+    def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """The run is finished: what it was, and its final scores."""
+        self._board.end(hyperparameters, metrics)
+
     def close(self) -> None:
         """End the files and the bar."""
         self._bar.close()
-        self._writer.close()
+        self._board.close()
         self._metrics.close()
+
+
+def _open_metrics(path: Path, done_steps: int) -> TextIO:
+    """metrics.jsonl for appending, without lines of steps that are to come again, or that were cut off."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= done_steps:
+                    kept.append(line + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def make_reporter(output_dir: Path, total_steps: int, done_steps: int) -> NullReporter:

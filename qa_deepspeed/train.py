@@ -25,6 +25,7 @@ from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engin
 from qa_deepspeed.engine.roof import training_flops
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
+from qa_deepspeed.finish import finish_run, hyperparameters
 from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.loss_watch import LossWatch
 from qa_deepspeed.meter import Meter
@@ -33,7 +34,9 @@ from qa_deepspeed.models.loading import load_model, quiet_transformers
 from qa_deepspeed.models.qa_heads import Objective, head_of
 from qa_deepspeed.pacing import Pacing, Stopped
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
+from qa_deepspeed.qa.evaluation_view import view_evaluation
 from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.record import peak_memory
 from qa_deepspeed.report import NullReporter, make_reporter
 from qa_deepspeed.run_folder import choose_checkpoint, claim, save_model, where_to_begin, writable_folder, write_run
 
@@ -53,6 +56,7 @@ class Run:
     pacing: Pacing
     model_config: PretrainedConfig
     seconds: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,11 +137,15 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             metrics = _evaluate(engine, run, run.evaluation, reporter, run.steps)
         if run.evaluation is not None and run.options.eval_all_checkpoints:
             evaluate_checkpoints(run.options, run.resolved, facts, run.evaluation, run.output_dir, engine.device)
+        reporter.end(hyperparameters(run.options, run.identity, run.resolved.name), metrics)
     finally:
         reporter.close()
+    peak = peak_memory(engine.device)
     if dist.is_first():
-        details = {"metrics": metrics, "seconds": run.seconds, "options": run.options.to_dict()}
-        write_run(run.output_dir, "finished", run.identity, **details)
+        stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
+        config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
+        costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
+        finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores)
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
     return metrics
 
@@ -177,6 +185,7 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
         if logs:  # every rank takes part in the sums, rank 0 writes
             watch.check(run.ids_of_step, run.output_dir)
             _log(engine, meter, reporter, number, run.steps, epoch, rate)
+            run.throughput = meter.throughput()
         with meter.paused():
             if logs and options.evaluate_during_training and run.evaluation is not None and number < run.steps:
                 _evaluate(engine, run, run.evaluation, reporter, number)
@@ -242,6 +251,8 @@ def _evaluate(
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
     numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
+    v2, language = run.options.version_2_with_negative, run.options.metric_language
+    reporter.evaluation(number, lambda: view_evaluation(run.output_dir, data.store, v2, language))
     return metrics
 
 

@@ -1,5 +1,6 @@
 """The main job as users start it: alone, under DeepSpeed's launcher, under torchrun; and what it leaves behind."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -140,3 +141,19 @@ def _forget_after(output_dir: Path, checkpoint: str) -> None:
     (output_dir / "model.safetensors").unlink()
     run_file = output_dir / "run.json"
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "status": "running"}))
+
+
+def test_the_run_record_tells_what_made_the_run_and_sums_what_it_left(trained: Path) -> None:
+    record = json.loads((trained / "run.json").read_text())
+    assert record["status"] == "finished" and record["options"]["learning_rate"] == 1e-3
+    assert record["ds_config"]["zero_optimization"]["stage"] == 2 and "auto" not in json.dumps(record["ds_config"])
+    for purpose in ("train", "evaluate"):
+        assert record["data"][purpose]["questions"]["usable"] > 0 and len(record["data"][purpose]["fingerprint"]) == 64
+    assert record["software"]["versions"]["torch"] == torch.__version__
+    assert record["hardware"]["ranks"] == 2 and record["hardware"]["cores"] > 0
+    assert record["throughput"]["questions_per_second"] > 0 and record["peak_memory"]["host_gib"] > 0.1
+    assert {"features", "loading", "training", "evaluation"} <= record["seconds"].keys()
+    assert record["metrics"] == json.loads((trained / "metrics.json").read_text())
+    assert {"model.safetensors", "config.json", "predictions.json"} <= record["files"].keys()
+    for name, digest in record["files"].items():
+        assert hashlib.sha256((trained / name).read_bytes()).hexdigest() == digest

@@ -1,0 +1,45 @@
+"""What rank 0 leaves of a finished run beside model and predictions: run.json, the model card, the hub's copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed import record
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.run_folder import write_run
+
+HYPERPARAMETERS = ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "max_grad_norm",
+                   "max_seq_length", "doc_stride", "seed", "model_name_or_path")  # fmt: skip
+"""The options by which runs are compared, beside what is derived of them."""
+
+
+def hyperparameters(options: RunOptions, identity: Mapping[str, Any], ds_config_name: str) -> dict[str, Any]:
+    """What tells this run from others."""
+    derived = {name: identity[name] for name in ("steps", "global_batch_size", "precision")}
+    return {name: getattr(options, name) for name in HYPERPARAMETERS} | derived | {"ds_config": ds_config_name}
+
+
+def finish_run(
+    folder: Path, options: RunOptions, identity: dict[str, Any], metrics: dict[str, Any],
+    costs: dict[str, dict[str, float]], ds_config: dict[str, Any], stores: Mapping[str, FeatureStore],
+) -> None:  # fmt: skip
+    """Write run.json of the finished run in `folder`.
+
+    Args:
+        costs: seconds by stage, throughput and peak_memory.
+        ds_config: as DeepSpeed got it.
+        stores: the features by purpose, "train" and, if there was an evaluation, "evaluate".
+    """
+    details = {
+        "metrics": metrics,
+        **costs,
+        "options": options.to_dict(),
+        "ds_config": ds_config,
+        "data": {purpose: record.data_record(store) for purpose, store in stores.items()},
+        "software": record.software(),
+        "hardware": record.hardware(),
+    }
+    write_run(folder, "finished", identity, **details, files=record.checksums(folder))
