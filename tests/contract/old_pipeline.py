@@ -16,7 +16,7 @@ work = json.load(sys.stdin)
 torch.set_num_threads(int(work.get("threads", 1)))
 transformers.logging.set_verbosity_error()
 answerer = transformers.pipeline(
-    "question-answering", model=work["model"], device=work.get("device", "cpu"), torch_dtype=torch.float32
+    "question-answering", model=work["model"], device=work.get("device", "cpu"), dtype=torch.float32
 )
 results = []
 for call in work["calls"]:
