@@ -165,8 +165,8 @@ class Engine(Reader):
             if "loss scale already at minimum" not in str(error):
                 raise
             raise UserError(
-                f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or take --bf16 "
-                "or float32; the checkpoints saved before are good"
+                f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or take "
+                "--bf16 or float32; the checkpoints saved before are good"
             ) from None
         if want_norm:
             norm = norm if norm is not None else self._engine.get_global_grad_norm()
