@@ -30,6 +30,9 @@ class RunOptions:
     model_name_or_path: str | None = option(None, "checkpoint folder or hub name to start from")
     config_name: str | None = option(None, "model config folder or name, if not the model's own")
     tokenizer_name: str | None = option(None, "tokenizer folder or name, if not the model's own")
+    qa_head: str | None = option(None, "span: a start and an end logit for each token; beam: ends that depend on the "
+                                 "start and a score for no answer (XLNet, XLM). Left out, the checkpoint's own, or "
+                                 "span", choices=("span", "beam"))  # fmt: skip
     cache_dir: str | None = option(None, "folder for caches, hub files in hub/ and features in features/; unset:"
                                    " Hugging Face's own place, and a folder beside the data, or ~/.cache")  # fmt: skip
     output_dir: str | None = option(None, "folder for the model, checkpoints, predictions and TensorBoard")

@@ -90,7 +90,7 @@ def evaluate_checkpoints(
     """
     results: dict[str, dict[str, Any]] = {}
     for folder in checkpoints(run_dir):
-        model = model_from_config(facts.config)
+        model = model_from_config(facts.config, options.qa_head)
         model.load_state_dict(checkpoint.whole_weights(folder))
         target = run_dir / "evaluations" / folder.name
         target.mkdir(parents=True, exist_ok=True)

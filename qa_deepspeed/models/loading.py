@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.qa_heads import BEAM_CLASSES
 
 
 def quiet_transformers(verbose: bool) -> None:
@@ -55,7 +56,7 @@ def load_model(options: RunOptions, config: PretrainedConfig) -> tuple[torch.nn.
         UserError: no weights found, or no question-answering head exists for this architecture.
     """
     model, report = _from_pretrained(
-        AutoModelForQuestionAnswering, options.model_name_or_path, options, config=config, dtype=torch.float32,
+        _model_class(config, options.qa_head), options.model_name_or_path, options, config=config, dtype=torch.float32,
         output_loading_info=True, attn_implementation=options.attn_implementation,
     )  # fmt: skip
     _forget_unused_renamings(model)
@@ -81,9 +82,29 @@ def require_trained_head(name: str | None, fresh: list[str]) -> None:
         )
 
 
-def model_from_config(config: PretrainedConfig) -> torch.nn.Module:
-    """The model with weights drawn at random, to be filled from a checkpoint."""
-    return AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
+def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> torch.nn.Module:
+    """The model with weights drawn at random, to be filled from a checkpoint.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    kind = _model_class(config, qa_head)
+    make = kind.from_config if kind is AutoModelForQuestionAnswering else kind._from_config
+    return make(config, dtype=torch.float32)
+
+
+def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
+    """The Transformers class for `qa_head` (span or beam), or for the head that the checkpoint has, if none is asked.
+
+    AutoModelForQuestionAnswering gives XLNet and XLM their simple, the span head.
+    """
+    beam = BEAM_CLASSES.get(config.model_type)
+    if qa_head == "span" or (qa_head is None and beam not in (config.architectures or ())):
+        return AutoModelForQuestionAnswering
+    if beam is None:
+        raise UserError(f"a {config.model_type} has no beam head, only {' and '.join(BEAM_CLASSES)} have: "
+                        "leave --qa_head out")  # fmt: skip
+    return getattr(transformers, beam)
 
 
 def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **extra: Any) -> Any:
