@@ -11,16 +11,20 @@ import numpy as np
 
 from qa_deepspeed.config import AUTO, RunOptions
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.files import write_json
+from qa_deepspeed.files import write_json, write_text
+from qa_deepspeed.qa.analysis import Analysis
 from qa_deepspeed.qa.decode import Candidates, decode
 from qa_deepspeed.qa.decode_classic import classic_text, decode_classic
 from qa_deepspeed.qa.decode_hf import decode_like_transformers
+from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.full_logits import FullLogits
 from qa_deepspeed.qa.metrics import Gold, Scorer
 from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, write_predictions
+from qa_deepspeed.qa.report_page import page
 
-LOGITS_FILE = "logits.npz"
+LOGITS_FILE, REPORT_FILE, PAGE_FILE = "logits.npz", "report.json", "report.html"
+EXAMPLES_AT_ONCE = 4096
 
 Decoder = Callable[[DecodeSettings], Iterator[Prediction]]
 
@@ -60,7 +64,8 @@ def decoder(
 def answer_and_score(
     predict: Decoder, store: FeatureStore, options: RunOptions, null_score_is_odds: bool, output_dir: Path
 ) -> dict[str, Any]:
-    """Write predictions.json, nbest_predictions.json, null_odds.json (v2) and metrics.json; the metrics.
+    """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html;
+    the metrics.
 
     With null_score_diff_threshold auto the questions are answered twice: to find the threshold of best F1, and to use
     it. What the threshold 0 gives is then told as untuned_exact and untuned_f1.
@@ -76,23 +81,49 @@ def answer_and_score(
     )  # fmt: skip
     untuned: dict[str, Any] = {}
     if options.null_score_diff_threshold == AUTO:
-        first = Scorer(True, options.metric_language)
-        for _ in first.observe(predict(settings), _golds(store)):
-            pass
+        first = Scorer(True, options.metric_language, output_dir)
+        for example, prediction in zip(store.examples, predict(settings), strict=True):
+            _score(first, example, prediction)
         found = first.result()
         untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
         settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
-    scorer = Scorer(options.version_2_with_negative, options.metric_language)
-    write_predictions(scorer.observe(predict(settings), _golds(store)), output_dir, settings)
+    scorer = Scorer(options.version_2_with_negative, options.metric_language, output_dir)
+    analysis = Analysis(options.version_2_with_negative, options.metric_language, output_dir)
+    write_predictions(_observed(predict(settings), store, scorer, analysis), output_dir, settings)
     metrics = scorer.result() | untuned
     if options.version_2_with_negative:
         metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
     write_json(output_dir / "metrics.json", metrics)
+    report = {"metrics": metrics, **analysis.report(scorer.records())}
+    write_json(output_dir / REPORT_FILE, report)
+    title = f"Evaluation on {options.data_file('evaluate') or options.dataset_name}"
+    write_text(output_dir / PAGE_FILE, page(report, title), errors="xmlcharrefreplace")
     return metrics
 
 
-def _golds(store: FeatureStore) -> Iterator[Gold]:
-    return (Gold(example.example_id, tuple(answer.text for answer in example.answers)) for example in store.examples)
+def _observed(
+    predictions: Iterator[Prediction], store: FeatureStore, scorer: Scorer, analysis: Analysis
+) -> Iterator[Prediction]:
+    """Pass the predictions through; scorer and analysis take in each."""
+    windows = _windows_of_examples(store)
+    for example, prediction in zip(store.examples, predictions, strict=True):
+        analysis.add(example, prediction, next(windows), *_score(scorer, example, prediction))
+        yield prediction
+
+
+def _score(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float]:
+    assert prediction.example_id == example.example_id, "predictions and examples are in different orders"
+    gold = Gold(example.example_id, tuple(answer.text for answer in example.answers))
+    return scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
+
+
+def _windows_of_examples(store: FeatureStore) -> Iterator[int]:
+    """The number of features of each example, in order."""
+    row = 0
+    for begin in range(0, len(store.examples), EXAMPLES_AT_ONCE):
+        ends = np.searchsorted(store.example_index, np.arange(begin + 1, begin + EXAMPLES_AT_ONCE + 1))
+        yield from np.diff(ends, prepend=row).tolist()
+        row = int(ends[-1])
 
 
 def save_logits(logits: FullLogits, store: FeatureStore, path: Path) -> None:

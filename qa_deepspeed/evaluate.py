@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed import dist
-from qa_deepspeed.answers import LOGITS_FILE, answer_and_score, decoder, evaluation_options, save_logits
+from qa_deepspeed.answers import LOGITS_FILE, PAGE_FILE, answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.checkpoint_files import checkpoints
 from qa_deepspeed.config import AUTO, RunOptions
 from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
@@ -20,6 +20,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_birth
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.evaluation_board import write_board
 from qa_deepspeed.evaluation_pass import gather_evaluation
 from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
@@ -128,6 +129,9 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
     metrics = evaluate(evaluation_reader(model, config, resolved, device), data, options, output_dir)
     dist.log0(describe(metrics))
+    if dist.is_first():
+        write_board(output_dir)
+        dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
     return metrics
 
 

@@ -12,11 +12,16 @@ from typing import Any
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all (temporary name, then rename)."""
+    # half a surrogate pair, which has no UTF-8 form, becomes the escape that JSON has for it
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write UTF-8 text, whole or not at all. `errors` as in `str.encode`."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=False, ensure_ascii=False)
-            file.write("\n")
+        with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as file:
+            file.write(text)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from qa_deepspeed import dist
+from qa_deepspeed.evaluation_board import read_report
 from qa_deepspeed.qa.evaluation_view import EvaluationView
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,6 +26,9 @@ class NullReporter:
 
     def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
         """Nothing; the view is not made."""
+
+    def show_evaluation(self, step: int, output_dir: Path) -> None:
+        """Nothing."""
 
     def advance(self) -> None:
         """Nothing."""
@@ -59,6 +63,10 @@ class Reporter(NullReporter):
     def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
         """Show an evaluation question by question."""
         self._board.evaluation(step, view())
+
+    def show_evaluation(self, step: int, output_dir: Path) -> None:
+        """Add figures and tables of the evaluation whose report lies in `output_dir`."""
+        self._board.report(step, read_report(output_dir))
 
     def advance(self) -> None:
         """Count one optimizer step."""

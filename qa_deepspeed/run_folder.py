@@ -158,5 +158,5 @@ def _remove_run(output_dir: Path) -> None:
     for path in [*output_dir.glob("checkpoint-*"), output_dir / "tensorboard", output_dir / ".model.partial"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (RUN_FILE, "metrics.jsonl", "metrics.json", "predictions.json", "nbest_predictions.json",
-                 "null_odds.json", "logits.npz", "model.safetensors"):  # fmt: skip
+                 "null_odds.json", "logits.npz", "report.json", "report.html", "model.safetensors"):  # fmt: skip
         (output_dir / name).unlink(missing_ok=True)

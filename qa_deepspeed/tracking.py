@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from qa_deepspeed.evaluation_board import show_report
 from qa_deepspeed.qa.evaluation_view import EvaluationView
 
 FOLDER = "tensorboard"
@@ -67,6 +68,11 @@ class TensorBoard:
             answerable = 1 / (1 + np.exp(shown))
             self._writer.add_pr_curve("question has an answer, by its null odds", has_answer, answerable, step)
         self._writer.add_text("answers", view.table(), step)
+        self._writer.flush()
+
+    def report(self, step: int, report: Mapping[str, Any]) -> None:
+        """Add an evaluation's report: its figures and tables."""
+        show_report(self._writer, report, step)
         self._writer.flush()
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

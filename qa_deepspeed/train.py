@@ -253,6 +253,7 @@ def _evaluate(
     reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
     v2, language = run.options.version_2_with_negative, run.options.metric_language
     reporter.evaluation(number, lambda: view_evaluation(run.output_dir, data.store, v2, language))
+    reporter.show_evaluation(number, run.output_dir)
     return metrics
 
 

@@ -4,52 +4,50 @@ from __future__ import annotations
 
 import heapq
 import re
-from array import array
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qa_deepspeed.qa.examples import Example
-from qa_deepspeed.qa.metrics import score_answer
 from qa_deepspeed.qa.normalization import normalized_tokens
 from qa_deepspeed.qa.predictions import Prediction
+from qa_deepspeed.qa.question_records import QuestionRecords
+from qa_deepspeed.qa.significance import interval_of_sums
+from qa_deepspeed.qa.thresholds import QUESTIONS_AT_ONCE, by_odds
 
 CALIBRATION_BINS = 10
 CURVE_POINTS = 200
 MISTAKES_KEPT = 50
+MOST_CLUSTERS = 10_000  # of the bootstrap, whose memory grows with them
 SNIPPET_CHARACTERS = 80  # of context on either side of the predicted answer
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "where", "when", "why", "how many", "how much", "how")
 
 
 class Analysis:
-    """Takes questions one at a time and keeps a few numbers of each; `report` sums up."""
+    """Takes questions one at a time, after a `Scorer` did, and keeps a few numbers of each; `report` sums up."""
 
-    def __init__(self, version_2_with_negative: bool, language: str = "en"):
+    def __init__(self, version_2_with_negative: bool, language: str = "en", folder: Path | None = None):
+        """folder: on whose disk the records of many questions lie."""
         self._v2 = version_2_with_negative
         self._language = language
-        self._confidence, self._f1 = array("d"), array("d")
-        self._exact, self._has_answer = array("b"), array("b")
-        self._odds, self._best_exact, self._best_f1 = array("d"), array("b"), array("d")
+        self._records = QuestionRecords(np.dtype([("confidence", "f4"), ("paragraph", "i4")]), folder)
+        self._paragraphs = 0
+        self._context: str | None = None
         # slice -> value -> [questions, exact, f1]
         self._slices: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0, 0.0, 0.0]))
         self._mistakes: list[tuple[float, int, dict[str, Any]]] = []
 
-    def add(self, example: Example, prediction: Prediction, windows: int) -> None:
-        """Take in one question; `windows` is the number of its features."""
+    def add(self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float) -> None:
+        """Take in one question with what it scored; `windows` is the number of its features."""
         golds = tuple(answer.text for answer in example.answers)
-        exact, f1 = score_answer(prediction.text, golds, self._v2, self._language)
         confidence = next((e["probability"] for e in prediction.nbest if e["text"] == prediction.text), 0.0)
-        self._exact.append(exact)
-        self._f1.append(f1)
-        self._confidence.append(confidence)
-        if prediction.null_odds is not None:
-            best = prediction.best_span_text
-            best_exact, best_f1 = score_answer(best, golds, self._v2, self._language) if best else (0, 0.0)
-            self._odds.append(prediction.null_odds)
-            self._has_answer.append(bool(golds))
-            self._best_exact.append(best_exact)
-            self._best_f1.append(best_f1)
+        if example.context != self._context:  # the questions of a paragraph come one after another
+            self._paragraphs += 1
+            self._context = example.context
+        self._records.append((confidence, self._paragraphs - 1))
         for name, value in self._kinds(example, golds, windows).items():
             cell = self._slices[name][value]
             cell[0] += 1
@@ -75,7 +73,7 @@ class Analysis:
         self, example: Example, prediction: Prediction, golds: tuple[str, ...], confidence: float, f1: float
     ) -> None:
         # the running number settles ties, so that the mistake seen first stays
-        key = (confidence, -len(self._exact))
+        key = (confidence, -len(self._records))
         if len(self._mistakes) == MISTAKES_KEPT and key < self._mistakes[0][:2]:
             return
         mistake = {
@@ -90,23 +88,44 @@ class Analysis:
         push = heapq.heappushpop if len(self._mistakes) == MISTAKES_KEPT else heapq.heappush
         push(self._mistakes, (*key, mistake))  # type: ignore[arg-type]
 
-    def report(self) -> dict[str, Any]:
-        """JSON-able: `calibration`, `slices`, `mistakes` and, with null odds, `precision_recall`."""
+    def report(self, scores: np.ndarray) -> dict[str, Any]:
+        """JSON-able: `questions`, `intervals`, `calibration`, `slices`, `mistakes` and, with null odds,
+        `precision_recall`.
+
+        Args:
+            scores: `Scorer.records` of the same questions.
+        """
+        records = self._records.columns()
+        assert len(records) == len(scores), "scorer and analysis have seen the same questions"
         mistakes = [mistake for *_, mistake in sorted(self._mistakes, key=lambda m: m[:2], reverse=True)]
         report = {
-            "questions": len(self._exact),
-            "calibration": calibration(np.array(self._confidence), np.array(self._exact)),
+            "questions": len(records),
+            "intervals": self._intervals(scores, records["paragraph"]),
+            "calibration": calibration(records["confidence"], scores["exact"]),
             "slices": {name: _shares(values) for name, values in self._slices.items()},
             "mistakes": mistakes,
         }
-        if self._odds:
-            has_answer, odds = np.array(self._has_answer, bool), np.array(self._odds)
+        if self._v2:
+            has_answer, odds = scores["has_answer"], scores["odds"]
+            earned = {"exact": scores["best_exact"], "f1": scores["best_f1"], "oracle": None}
+            order = by_odds(odds)
             report["precision_recall"] = {
-                "exact": precision_recall(np.array(self._best_exact, float), has_answer, odds),
-                "f1": precision_recall(np.array(self._best_f1), has_answer, odds),
-                "oracle": precision_recall(np.ones(len(odds)), has_answer, odds),
+                name: precision_recall(column, has_answer, odds, order) for name, column in earned.items()
             }
         return report
+
+    def _intervals(self, scores: np.ndarray, paragraph: np.ndarray) -> dict[str, list[float]]:
+        """95% bootstrap intervals in percent; paragraphs are drawn, many of them in groups of neighbours."""
+        clusters = min(self._paragraphs, MOST_CLUSTERS)
+        sums = {name: np.zeros(clusters) for name in ("questions", "exact", "f1")}
+        for begin in range(0, len(scores), QUESTIONS_AT_ONCE):
+            part = slice(begin, begin + QUESTIONS_AT_ONCE)
+            number = paragraph[part].astype(np.int64) * clusters // self._paragraphs
+            sums["questions"] += np.bincount(number, minlength=clusters)
+            for name in ("exact", "f1"):
+                sums[name] += np.bincount(number, weights=scores[name][part], minlength=clusters)
+        found = {name: interval_of_sums(sums[name], sums["questions"]) for name in ("exact", "f1")}
+        return {name: [100 * interval.low, 100 * interval.high] for name, interval in found.items()}
 
 
 def question_word(question: str) -> str:
@@ -122,42 +141,61 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     Args:
         confidence: float [questions] in 0..1. correct: 0 or 1 [questions].
     """
-    number = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    counts, confident, right = np.zeros((3, CALIBRATION_BINS))
+    for begin in range(0, len(confidence), QUESTIONS_AT_ONCE):
+        part = np.asarray(confidence[begin : begin + QUESTIONS_AT_ONCE], np.float64)
+        number = np.clip(np.ceil(part * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+        counts += np.bincount(number, minlength=CALIBRATION_BINS)
+        confident += np.bincount(number, part, CALIBRATION_BINS)
+        right += np.bincount(number, correct[begin : begin + QUESTIONS_AT_ONCE], CALIBRATION_BINS)
     bins, error = [], 0.0
-    for i in range(CALIBRATION_BINS):
-        inside = number == i
-        count = int(inside.sum())
-        if count:
-            mean, accuracy = float(confidence[inside].mean()), float(correct[inside].mean())
-            error += abs(mean - accuracy) * count / len(confidence)
-            edges = {"from": i / CALIBRATION_BINS, "to": (i + 1) / CALIBRATION_BINS}
-            bins.append(edges | {"questions": count, "confidence": mean, "accuracy": accuracy})
+    for i in np.flatnonzero(counts).tolist():
+        mean, accuracy = float(confident[i] / counts[i]), float(right[i] / counts[i])
+        error += abs(mean - accuracy) * float(counts[i]) / len(confidence)
+        edges = {"from": i / CALIBRATION_BINS, "to": (i + 1) / CALIBRATION_BINS}
+        bins.append(edges | {"questions": int(counts[i]), "confidence": mean, "accuracy": accuracy})
     return {"expected_calibration_error": error, "bins": bins}
 
 
-def precision_recall(score: np.ndarray, has_answer: np.ndarray, odds: np.ndarray) -> dict[str, Any]:
+def precision_recall(
+    score: np.ndarray | None, has_answer: np.ndarray, odds: np.ndarray, order: np.ndarray
+) -> dict[str, Any]:
     """Precision and recall of the answers given while the threshold on the null odds rises, and average precision in
     percent, as the official v2.0 script has them (`make_precision_recall_eval`); at most CURVE_POINTS points are kept.
 
     Args:
-        score: float [questions], what the best span earns. has_answer: bool. odds: float, the null odds.
+        score: float [questions], what the best span earns; None for 1 everywhere. has_answer: bool. odds: float, the
+            null odds. order: int [questions], by rising odds.
     """
-    if not has_answer.any():
-        return {"average_precision": 0.0, "threshold": [], "precision": [], "recall": []}
-    order = np.argsort(odds, kind="stable")
-    odds = odds[order]
-    earned = np.cumsum(np.where(has_answer, score, 0.0)[order])
-    last_of_equals = np.append(odds[1:] != odds[:-1], True)
-    precision = (earned / np.arange(1, len(odds) + 1))[last_of_equals]
-    recall = (earned / has_answer.sum())[last_of_equals]
-    average = float((precision * np.diff(recall, prepend=0.0)).sum())
-    shown = np.unique(np.linspace(0, len(precision) - 1, CURVE_POINTS).round().astype(int))
-    return {
-        "average_precision": 100.0 * average,
-        "threshold": odds[last_of_equals][shown].tolist(),
-        "precision": precision[shown].tolist(),
-        "recall": recall[shown].tolist(),
-    }
+    curve: dict[str, Any] = {"average_precision": 0.0, "threshold": [], "precision": [], "recall": []}
+    answerable = int(has_answer.sum())
+    if not answerable:
+        return curve
+    distinct = sum(int(ends.sum()) for _, ends in _odds_in_order(odds, order))
+    shown = np.unique(np.linspace(0, distinct - 1, CURVE_POINTS).round().astype(int))
+    earned = recall_before = average = 0.0
+    done = passed = 0
+    for questions, ends in _odds_in_order(odds, order):
+        gains = has_answer[questions] * (1.0 if score is None else score[questions])
+        totals = np.cumsum(np.concatenate(([earned], gains)))[1:]
+        precision = (totals / np.arange(done + 1, done + len(questions) + 1))[ends]
+        recall = (totals / answerable)[ends]
+        average += float((precision * np.diff(recall, prepend=recall_before)).sum())
+        here = shown[(shown >= passed) & (shown < passed + len(recall))] - passed
+        for name, values in (("threshold", odds[questions[ends]]), ("precision", precision), ("recall", recall)):
+            curve[name] += values[here].tolist()
+        earned, done, passed = float(totals[-1]), done + len(questions), passed + len(recall)
+        recall_before = float(recall[-1]) if len(recall) else recall_before
+    return curve | {"average_precision": 100.0 * average}
+
+
+def _odds_in_order(odds: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Questions by rising odds, a chunk at a time, and whether each is the last of those with its odds."""
+    for begin in range(0, len(order), QUESTIONS_AT_ONCE):
+        questions = order[begin : begin + QUESTIONS_AT_ONCE]
+        following = odds[order[begin + len(questions)]] if begin + len(questions) < len(order) else np.nan
+        values = odds[questions]
+        yield questions, np.append(values[1:], following) != values
 
 
 def _bucket(value: int, ends: tuple[int, ...]) -> str:

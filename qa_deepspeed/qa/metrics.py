@@ -13,18 +13,17 @@ from __future__ import annotations
 import functools
 import operator
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import compress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.normalization import normalized_tokens
-from qa_deepspeed.qa.predictions import Prediction
-from qa_deepspeed.qa.thresholds import ThresholdData, best_threshold, cross_fitted, official_best, scores_at
+from qa_deepspeed.qa.question_records import QuestionRecords
+from qa_deepspeed.qa.thresholds import ThresholdData, best_threshold, by_odds, cross_fitted, mean_score, official_best
 
 
 class Gold(NamedTuple):
@@ -56,59 +55,60 @@ def score_answer(text: str, golds: tuple[str, ...], v2: bool, language: str = "e
     return exact, max((f1_of_tokens(tokens, predicted) for tokens in accepted), default=0.0)
 
 
+RECORD = np.dtype(
+    [
+        ("exact", "i1"), ("f1", "f8"), ("has_answer", "?"), ("given", "?"),  # the answer given is not ""
+        # of the best span, whatever the null odds say; odds are not a number where none are known
+        ("odds", "f8"), ("best_exact", "i1"), ("best_f1", "f8"), ("best_given", "?"),
+        ("half", "?"),  # of the questions, drawn by their ids
+    ]
+)  # fmt: skip
+"""What is kept of each question."""
+
+
 class Scorer:
     """Takes questions one at a time, keeping a few bytes of each, and sums up at the end."""
 
-    def __init__(self, version_2_with_negative: bool, language: str = "en"):
+    def __init__(self, version_2_with_negative: bool, language: str = "en", folder: Path | None = None):
+        """folder: on whose disk the records of many questions lie (`QuestionRecords`)."""
         self._v2 = version_2_with_negative
         self._language = language
-        self._exact: array[int] = array("b")
-        self._f1: array[float] = array("d")
-        self._best_exact: array[int] = array("b")  # best_*: of the best span, whatever the null odds say
-        self._best_f1: array[float] = array("d")
-        self._best_given: array[int] = array("b")
-        self._has_answer: array[int] = array("b")
-        self._given: array[int] = array("b")
-        self._half: array[int] = array("b")
-        self._odds: array[float] = array("d")
-        self._missing = self._missing_unanswerable = 0
+        self._records = QuestionRecords(RECORD, folder)
+        self._with_odds = self._missing = self._missing_unanswerable = 0
 
     def add_missing(self, gold: Gold) -> None:
         """Take note of a question without a prediction."""
         self._missing += 1
         self._missing_unanswerable += not gold.texts
 
-    def add(self, gold: Gold, text: str, null_odds: float | None = None, best_span_text: str | None = None) -> None:
-        """Score one answer. Either all questions come with null odds or none does.
+    def add(
+        self, gold: Gold, text: str, null_odds: float | None = None, best_span_text: str | None = None
+    ) -> tuple[int, float]:
+        """Score one answer; its exact match and F1. Either all questions come with null odds or none does.
 
         Args:
             text: the answer given, "" for none.
             best_span_text: what would have been answered if the null odds were low enough, where that is known.
         """
-        exact, f1 = score_answer(text, gold.texts, self._v2, self._language)
-        self._exact.append(exact)
-        self._f1.append(f1)
+        exact, f1 = best_exact, best_f1 = score_answer(text, gold.texts, self._v2, self._language)
         if not self._v2:
-            return
-        self._has_answer.append(bool(gold.texts))
-        self._given.append(bool(text))
-        if null_odds is None:
-            return
-        self._odds.append(null_odds)
-        if best_span_text is not None and best_span_text != text:
-            exact, f1 = score_answer(best_span_text, gold.texts, self._v2, self._language)
-        self._best_exact.append(exact)
-        self._best_f1.append(f1)
-        self._best_given.append(bool(text if best_span_text is None else best_span_text))
-        self._half.append(zlib.crc32(gold.example_id.encode("utf-8", "surrogatepass")) & 1)
+            self._records.append((exact, f1, True, bool(text), np.nan, 0, 0.0, False, False))
+            return exact, f1
+        best_text = text if best_span_text is None else best_span_text
+        if null_odds is not None:
+            self._with_odds += 1
+            if best_text != text:
+                best_exact, best_f1 = score_answer(best_text, gold.texts, self._v2, self._language)
+        half = zlib.crc32(gold.example_id.encode("utf-8", "surrogatepass")) & 1
+        odds = np.nan if null_odds is None else null_odds
+        self._records.append(
+            (exact, f1, bool(gold.texts), bool(text), odds, best_exact, best_f1, bool(best_text), half)
+        )
+        return exact, f1
 
-    def observe(self, predictions: Iterable[Prediction], golds: Iterable[Gold]) -> Iterator[Prediction]:
-        """Pass predictions through, scoring each against the gold at the same place."""
-        for prediction, gold in zip(predictions, golds, strict=True):
-            assert prediction.example_id == gold.example_id, "predictions and golds are in different orders"
-            best = prediction.best_span_text if self._v2 else None
-            self.add(gold, prediction.text, prediction.null_odds, best)
-            yield prediction
+    def records(self) -> np.ndarray:
+        """What is kept of each question, `[questions]` with the fields of `RECORD`, perhaps mapped."""
+        return self._records.columns()
 
     def result(self, threshold: float | None = None, odds_order: np.ndarray | None = None) -> dict[str, Any]:
         """The metrics by name: exact, f1 (percent), total; for v2 the same of answerable questions (HasAns_) and of
@@ -119,48 +119,65 @@ class Scorer:
             odds_order: int [questions], the order of the null odds file, if that is not the order of adding.
         """
         if not self._v2:
-            total = len(self._exact) + self._missing
-            f1_sum = functools.reduce(operator.add, self._f1, 0.0)  # the v1.1 script adds up one by one
-            return {"exact": _percent(sum(self._exact), total), "f1": _percent(f1_sum, total), "total": total}
-        exact: array[int] = self._exact[:]
-        f1: array[float] = self._f1[:]
-        if threshold is not None:
-            for i, odds in enumerate(self._odds):
-                if odds > threshold:
-                    exact[i] = f1[i] = not self._has_answer[i]
-        metrics: dict[str, Any] = _summed(exact, f1, array("b", [1]) * len(exact), "")
-        for prefix, part in (("HasAns_", self._has_answer), ("NoAns_", array("b", (not h for h in self._has_answer)))):
-            if any(part):
-                metrics.update(_summed(exact, f1, part, prefix))
-        assert len(self._odds) in (0, len(self._exact)), "either all questions come with null odds or none does"
-        if self._odds:
-            metrics.update(self._threshold_metrics(odds_order))
+            total = len(self._records) + self._missing
+            exact = sum(int(chunk["exact"].sum()) for chunk in self._records.chunks())
+            f1 = functools.reduce(operator.add, self._f1_values(), 0.0)  # the v1.1 script adds up one by one
+            return {"exact": _percent(exact, total), "f1": _percent(f1, total), "total": total}
+        metrics: dict[str, Any] = {}
+        for prefix, answerable in (("", None), ("HasAns_", True), ("NoAns_", False)):
+            found = self._summed(answerable, threshold)
+            if found["total"] or not prefix:
+                metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        assert self._with_odds in (0, len(self._records)), "either all questions come with null odds or none does"
+        if self._with_odds:
+            metrics |= self._threshold_metrics(odds_order)
         return metrics
+
+    def _f1_values(self) -> Iterator[float]:
+        return (value for chunk in self._records.chunks() for value in chunk["f1"].tolist())
+
+    def _summed(self, answerable: bool | None, threshold: float | None) -> dict[str, Any]:
+        """exact, f1 and total of the questions of a kind, summed by the built-in `sum` as the v2.0 script does."""
+        exact_sum = total = 0
+
+        def f1_values() -> Iterator[float]:
+            nonlocal exact_sum, total
+            for chunk in self._records.chunks():
+                exact, f1 = chunk["exact"].astype(np.int64), chunk["f1"]
+                if threshold is not None:
+                    silenced = chunk["odds"] > threshold
+                    exact, f1 = (np.where(silenced, ~chunk["has_answer"], scores) for scores in (exact, f1))
+                kind = slice(None) if answerable is None else chunk["has_answer"] == answerable
+                exact_sum += int(exact[kind].sum())
+                total += len(exact[kind])
+                yield from f1[kind].tolist()
+
+        f1_sum = sum(f1_values())
+        if not total:
+            return {"total": 0}
+        return {"exact": _percent(exact_sum, total), "f1": _percent(f1_sum, total), "total": total}
 
     def _threshold_metrics(self, odds_order: np.ndarray | None) -> dict[str, float]:
         """best_*: the official search on the answers given. tuned_*: the best that one threshold reaches on the best
         spans, equal odds taken together. crossfit_*: each half of the questions with the other half's threshold.
         """
         metrics: dict[str, float] = {}
-        has_answer, given, best_given, half = (
-            np.frombuffer(flags, np.int8).view(bool)
-            for flags in (self._has_answer, self._given, self._best_given, self._half)
-        )
-        odds = np.frombuffer(self._odds)
+        records = self._records.columns()
+        odds, has_answer = records["odds"], records["has_answer"]
         unanswerable = int((~has_answer).sum()) + self._missing_unanswerable
-        answers = (("exact", np.frombuffer(self._exact, np.int8)), ("f1", np.frombuffer(self._f1)))
-        for name, scores in answers:
-            data = ThresholdData(odds, has_answer, scores, given)
-            best, threshold = official_best(data if odds_order is None else data.take(odds_order), unanswerable)
+        order = by_odds(odds)
+        official = order if odds_order is None else odds_order[by_odds(odds[odds_order])]
+        for name in ("exact", "f1"):
+            data = ThresholdData(odds, has_answer, records[name], records["given"])
+            best, threshold = official_best(data, official, unanswerable)
             metrics[f"best_{name}"] = _percent(best, len(odds))
             metrics[f"best_{name}_thresh"] = threshold
-        best_spans = (("exact", np.frombuffer(self._best_exact, np.int8)), ("f1", np.frombuffer(self._best_f1)))
-        for name, scores in best_spans:
-            data = ThresholdData(odds, has_answer, scores, best_given)
-            threshold = best_threshold(data)
-            metrics[f"tuned_{name}"] = 100.0 * float(scores_at(data, threshold).mean())
+        for name in ("exact", "f1"):
+            data = ThresholdData(odds, has_answer, records[f"best_{name}"], records["best_given"])
+            threshold = best_threshold(data, order)
+            metrics[f"tuned_{name}"] = 100.0 * mean_score(data, threshold)
             metrics[f"tuned_{name}_thresh"] = threshold
-            metrics[f"crossfit_{name}"] = 100.0 * float(cross_fitted(data, half).mean())
+            metrics[f"crossfit_{name}"] = 100.0 * cross_fitted(data, order, records["half"])
         return metrics
 
 
@@ -216,15 +233,6 @@ def _check_odds(golds: list[Gold], null_odds: Mapping[str, float]) -> None:
             f"the null odds lack {len(without)} questions that have a prediction (first: {without[0]}); "
             "give the null odds file that was written with these predictions"
         )
-
-
-def _summed(exact: array[int], f1: array[float], counted: array[int], prefix: str) -> dict[str, Any]:
-    total = sum(counted)
-    return {
-        f"{prefix}exact": _percent(sum(compress(exact, counted)), total),
-        f"{prefix}f1": _percent(sum(compress(f1, counted)), total),
-        f"{prefix}total": total,
-    }
 
 
 def _percent(part: float, total: int) -> float:

@@ -37,7 +37,11 @@ def confidence_interval(scores: np.ndarray, paragraph: np.ndarray, level: float 
         paragraph: int [questions], which paragraph each question is of.
         level: the share of resamples that the interval holds.
     """
-    sums, counts = _by_paragraph(scores, paragraph)
+    return interval_of_sums(*_by_paragraph(scores, paragraph), level, seed)
+
+
+def interval_of_sums(sums: np.ndarray, counts: np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
+    """The same from each paragraph's summed score and number of questions; float [paragraphs] twice."""
     return _interval(_resampled_means(sums, counts, seed), level)
 
 

@@ -1,22 +1,28 @@
-"""The threshold on null odds above which no answer is given: the official search, and one that can be lived by."""
+"""The threshold on null odds above which no answer is given: the official search, and one that can be lived by.
+
+Questions are gone through a chunk at a time, so that mapped columns are not read into memory as a whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+QUESTIONS_AT_ONCE = 65536
+
 
 @dataclass
 class ThresholdData:
-    """What the search needs of each scored question with known null odds; arrays are [questions]."""
+    """What the search needs of each scored question with known null odds; arrays are [questions], perhaps mapped."""
 
     odds: np.ndarray  # float64 null odds; a question is answered while they do not exceed the threshold
     has_answer: np.ndarray  # bool, the question is answerable
     answered_score: np.ndarray  # in 0..1, what the answer earns if given
     given: np.ndarray  # bool, the answer is not ""
 
-    def take(self, index: np.ndarray) -> ThresholdData:
+    def chunk(self, index: np.ndarray) -> ThresholdData:
         return ThresholdData(self.odds[index], self.has_answer[index], self.answered_score[index], self.given[index])
 
     @property
@@ -25,44 +31,80 @@ class ThresholdData:
         return np.where(self.has_answer, 0.0, 1.0)
 
 
-def official_best(data: ThresholdData, unanswerable: int) -> tuple[float, float]:
+def by_odds(odds: np.ndarray) -> np.ndarray:
+    """The questions by rising odds, equal ones in their order; int64 [questions]."""
+    return np.argsort(odds, kind="stable")
+
+
+def official_best(data: ThresholdData, order: np.ndarray, unanswerable: int) -> tuple[float, float]:
     """Best summed score and its threshold as the official v2.0 script finds them (`find_best_thresh`).
 
     The script goes through the questions by rising odds, equal ones in file order, as if a threshold could part
     equal odds; it names 0.0 for answering nothing; an answer to an unanswerable question costs 1 whatever it says.
 
     Args:
-        data: in the order of the null odds file.
+        order: int [questions], by rising odds, equal ones in the order of the null odds file.
         unanswerable: number of unanswerable questions in the gold file.
     """
-    order = np.argsort(data.odds, kind="stable")
-    change = np.where(data.has_answer, data.answered_score, np.where(data.given, -1.0, 0.0))[order]
-    total = np.cumsum(np.concatenate(([float(unanswerable)], change)))
-    best = int(np.argmax(total))
-    return float(total[best]), float(data.odds[order[best - 1]]) if best else 0.0
+    total = best = float(unanswerable)
+    threshold = 0.0
+    for part in _in_order(data, order):
+        change = np.where(part.has_answer, part.answered_score, np.where(part.given, -1.0, 0.0))
+        totals = np.cumsum(np.concatenate(([total], change)))[1:]  # added up one by one, as there
+        highest = int(np.argmax(totals))
+        if totals[highest] > best:
+            best, threshold = float(totals[highest]), float(part.odds[highest])
+        total = float(totals[-1])
+    return best, threshold
 
 
-def best_threshold(data: ThresholdData) -> float:
-    """The threshold that scores most on these questions: the lowest such of the odds that occur, or one just below
-    them all if answering nothing is best. Questions of equal odds are answered together or not at all.
+def best_threshold(data: ThresholdData, order: np.ndarray) -> float:
+    """The threshold that scores most on the questions of `order`: the lowest such of the odds that occur, or one just
+    below them all if answering nothing is best. Questions of equal odds are answered together or not at all.
+
+    Args:
+        order: int, some or all of the questions, by rising odds.
     """
-    if not len(data.odds):
+    if not len(order):
         return 0.0
-    order = np.argsort(data.odds, kind="stable")
-    odds = data.odds[order]
-    gain = (data.answered_score - data.silent_score)[order]
-    last_of_equals = np.append(odds[1:] != odds[:-1], True)
-    total = np.concatenate(([0.0], np.cumsum(gain)[last_of_equals]))
-    best = int(np.argmax(total))
-    return float(odds[last_of_equals][best - 1]) if best else float(np.nextafter(odds[0], -np.inf))
+    threshold = float(np.nextafter(data.odds[order[0]], -np.inf))
+    total = best = 0.0
+    done = 0
+    for part in _in_order(data, order):
+        done += len(part.odds)
+        following = data.odds[order[done]] if done < len(order) else np.nan  # differs from everything
+        last_of_equals = np.append(part.odds[1:], following) != part.odds
+        totals = np.cumsum(np.concatenate(([total], part.answered_score - part.silent_score)))[1:]
+        total = float(totals[-1])
+        totals = np.where(last_of_equals, totals, -np.inf)
+        highest = int(np.argmax(totals))
+        if totals[highest] > best:
+            best, threshold = float(totals[highest]), float(part.odds[highest])
+    return threshold
 
 
-def scores_at(data: ThresholdData, threshold: float | np.ndarray) -> np.ndarray:
-    """What each question earns with this threshold (a number, or one per question); float64 [questions]."""
-    return np.where(data.odds > threshold, data.silent_score, data.answered_score)
+def mean_score(data: ThresholdData, threshold: float, questions: np.ndarray | None = None) -> float:
+    """The mean score with this threshold over some of the questions (int), or all."""
+    questions = np.arange(len(data.odds)) if questions is None else questions
+    earned = 0.0
+    for part in _in_order(data, questions):
+        earned += float(np.where(part.odds > threshold, part.silent_score, part.answered_score).sum())
+    return earned / len(questions) if len(questions) else 0.0
 
 
-def cross_fitted(data: ThresholdData, half: np.ndarray) -> np.ndarray:
-    """What each question earns when the threshold is tuned on the other half. `half` is bool [questions]."""
-    threshold = np.where(half, best_threshold(data.take(~half)), best_threshold(data.take(half)))
-    return scores_at(data, threshold)
+def cross_fitted(data: ThresholdData, order: np.ndarray, half: np.ndarray) -> float:
+    """The mean score when each half of the questions has the threshold that was tuned on the other half.
+
+    Args:
+        order: int [questions], by rising odds. half: bool [questions].
+    """
+    inside = half[order]
+    first, second = order[inside], order[~inside]
+    of_first = mean_score(data, best_threshold(data, second), first)
+    of_second = mean_score(data, best_threshold(data, first), second)
+    return (of_first * len(first) + of_second * len(second)) / len(order)
+
+
+def _in_order(data: ThresholdData, order: np.ndarray) -> Iterator[ThresholdData]:
+    for begin in range(0, len(order), QUESTIONS_AT_ONCE):
+        yield data.chunk(order[begin : begin + QUESTIONS_AT_ONCE])

@@ -185,6 +185,21 @@ def test_the_threshold_is_tuned_used_and_kept(setup, tmp_path):
     assert again["f1"] == pytest.approx(metrics["f1"]) and again["exact"] == pytest.approx(metrics["exact"])
 
 
+def test_the_report_adds_up_to_the_metrics(setup, tmp_path):
+    metrics = run(setup, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metrics"] == metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for values in (report["slices"][name].values() for name in ("question_word", "windows", "answerable")):
+        assert sum(cell["questions"] for cell in values) == metrics["total"]
+        assert sum(cell["questions"] * cell["f1"] for cell in values) / metrics["total"] == pytest.approx(metrics["f1"])
+    windows = np.bincount(setup[1].store.example_index)
+    assert {name: cell["questions"] for name, cell in report["slices"]["windows"].items() if name != "4+"} == {
+        str(number): int((windows == number).sum()) for number in (1, 2, 3) if (windows == number).any()
+    }
+    assert report["intervals"]["f1"][0] <= metrics["f1"] <= report["intervals"]["f1"][1]
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_metrics_in_another_language(setup, tmp_path):
     assert run(setup, tmp_path / "zh", metric_language="zh")["f1"] != run(setup, tmp_path / "en")["f1"]
 

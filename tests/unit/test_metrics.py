@@ -243,7 +243,8 @@ def test_streaming_gives_what_scoring_at_once_gives():
         for gold, text, odds in zip(golds, ("yes", "no", "way"), (-2.0, 1.0, 0.5), strict=True)
     ]
     scorer = Scorer(version_2_with_negative=True)
-    assert list(scorer.observe(iter(predictions), iter(golds))) == predictions
+    for gold, prediction in zip(golds, predictions, strict=True):
+        scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
     at_once = score(
         golds, {p.example_id: p.text for p in predictions}, {p.example_id: p.null_odds for p in predictions}
     )

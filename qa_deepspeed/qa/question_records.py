@@ -1,0 +1,57 @@
+"""A few numbers of each question, added one question at a time and read back as arrays, however many there are."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+RECORDS_IN_MEMORY = 8192
+"""Records that are kept as Python values; more go into an unnamed file, which is mapped when they are read."""
+
+RECORDS_AT_ONCE = 65536
+
+
+class QuestionRecords:
+    """Records of one dtype, in the order of adding."""
+
+    def __init__(self, dtype: np.dtype, folder: Path | None = None):
+        """folder: on whose disk the file lies; None for the usual place of temporary files."""
+        self._dtype = dtype
+        self._folder = folder
+        self._waiting: list[tuple[Any, ...]] = []
+        self._file: IO[bytes] | None = None
+        self._written = 0
+
+    def __len__(self) -> int:
+        return self._written + len(self._waiting)
+
+    def append(self, record: tuple[Any, ...]) -> None:
+        """Add one record: a value for each field of the dtype."""
+        self._waiting.append(record)
+        if len(self._waiting) == RECORDS_IN_MEMORY:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (lives as long as the records)
+            self._file.write(np.array(self._waiting, self._dtype).tobytes())
+            self._written += len(self._waiting)
+            self._waiting.clear()
+
+    def columns(self) -> np.ndarray:
+        """All records, `[questions]` with the dtype's fields; those in the file are mapped, not read."""
+        waiting = np.array(self._waiting, self._dtype)
+        if self._file is None:
+            return waiting
+        self._file.seek(self._written * self._dtype.itemsize)
+        self._file.write(waiting.tobytes())  # the next record that spills overwrites them
+        self._file.flush()
+        self._file.seek(self._written * self._dtype.itemsize)
+        return np.memmap(self._file, self._dtype, "r", shape=(len(self),))
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The records, RECORDS_AT_ONCE at a time."""
+        columns = self.columns()
+        for begin in range(0, len(columns), RECORDS_AT_ONCE):
+            yield columns[begin : begin + RECORDS_AT_ONCE]

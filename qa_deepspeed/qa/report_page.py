@@ -1,0 +1,81 @@
+"""The report of an evaluation as one HTML file that needs nothing beside it, and as tables for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from qa_deepspeed.qa.charts import figures
+
+STYLE = """
+body { font: 15px sans-serif; margin: 2em auto; max-width: 1120px; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 }
+td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: left; vertical-align: top }
+td.number { text-align: right }
+figure { display: inline-block; margin: 1em 0 }
+"""
+
+MISTAKE_COLUMNS = ("probability", "question", "gold", "prediction", "f1", "context", "example_id")
+
+
+def page(report: Mapping[str, Any], title: str) -> str:
+    """The HTML document of a report (`Analysis.report` with `metrics`). Every text of the data is escaped."""
+    drawn = "".join(
+        f"<figure>{figure.svg()}<figcaption>{escape(figure.title)}</figcaption></figure>\n"
+        for figure in figures(report).values()
+    )
+    mistakes = [[_cell(mistake[name]) for name in MISTAKE_COLUMNS] for mistake in report["mistakes"]]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>
+<body>
+<h1>{escape(title)}</h1>
+<h2>Scores</h2>
+{_html_table(("", "value", "95% interval"), score_rows(report))}
+<h2>Figures</h2>
+{drawn}
+<h2>The {len(mistakes)} most confident mistakes</h2>
+{_html_table(MISTAKE_COLUMNS, mistakes)}
+</body>
+</html>
+"""
+
+
+def score_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Name, value and interval of every metric."""
+    rows = []
+    for name, value in report["metrics"].items():
+        interval = report["intervals"].get(name)
+        rows.append([name, _cell(value), f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""])
+    return rows
+
+
+def markdown_tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """The same tables in markdown, by name."""
+    mistakes = [[_cell(mistake[name]) for name in MISTAKE_COLUMNS] for mistake in report["mistakes"]]
+    return {
+        "scores": _markdown_table(("metric", "value", "95% interval"), score_rows(report)),
+        "mistakes": _markdown_table(MISTAKE_COLUMNS, mistakes),
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return " | ".join(value) if isinstance(value, list) else str(value)
+
+
+def _html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+
+
+def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        whole = (cell.encode("utf-8", "replace").decode() for cell in cells)  # halves of surrogate pairs are lost
+        plain = (escape(" ".join(cell.split())).replace("\\", "\\\\").replace("|", "\\|") for cell in whole)
+        return f"| {' | '.join(plain)} |"
+
+    return "\n".join([line(names), line(["---"] * len(names)), *map(line, rows)])
