@@ -7,12 +7,14 @@ exchanged between ranks travels over a host-side (gloo) group, as plain bytes: n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as torch_distributed
 
+from qa_deepspeed.errors import UserError
+
 GATHER_ROWS = 8192
 """Rows of one exchange in `gather_rows`, so that its buffers stay small however many rows there are."""
+
+LOST_RANK = r"closed by peer|connection reset|broken pipe|timed out|timeout|remote process exited|socket error"
+"""How gloo and NCCL speak of a rank that is gone or does not come."""
 
 _host_group: Any = None
 
@@ -110,6 +117,23 @@ def stop() -> None:
 
 def _alone() -> bool:
     return world_size() == 1 or not torch_distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(stage: str) -> Iterator[None]:
+    """Inside, a collective that fails since another rank has ended, or does not come within the timeout, says so.
+
+    Raises:
+        UserError: in place of the communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _alone() or not re.search(LOST_RANK, str(error), re.IGNORECASE):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"rank {rank()} ends in the {stage}: another rank has ended or hangs, see what it said before "
+                        f"({reason})") from None  # fmt: skip
 
 
 def barrier() -> None:

@@ -53,7 +53,7 @@ def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_d
     head = head_of(reader.module, options.version_2_with_negative)
     if options.gather == "full" and head.null_score_is_odds:
         raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
-    with reader.evaluating():
+    with reader.evaluating(), dist.naming_lost_ranks("evaluation"):
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
         )
@@ -65,7 +65,8 @@ def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_d
         metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir)
         if options.null_score_diff_threshold == AUTO:
             keep_threshold(output_dir, metrics["null_score_diff_threshold"])
-    return dist.broadcast_json(metrics)
+    with dist.naming_lost_ranks("evaluation"):
+        return dist.broadcast_json(metrics)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

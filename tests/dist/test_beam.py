@@ -27,16 +27,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     whole = {"do_eval": True, "max_steps": 120, "logging_steps": 40, "learning_rate": 3e-3,
              "null_score_diff_threshold": "auto"}  # fmt: skip
-    alone, pair = {}, {}
+    runs = {}
     for kind in ("xlnet", "xlm"):
         save_model(kind, folder / "questions.json", folder / kind)
         model = {**common, "model_name_or_path": str(folder / kind)}
-        alone[f"{kind}_whole"] = {**model, **whole}
-        alone[f"{kind}_8x1"] = {**model, "max_train_examples": 29}
-        pair[f"{kind}_2x2x2"] = {**model, "max_train_examples": 29, "per_gpu_train_batch_size": 2,
-                                 "gradient_accumulation_steps": 2, "deepspeed_config": "zero3"}  # fmt: skip
-    run_many(1, alone, folder)
-    run_many(2, pair, folder)
+        runs[f"{kind}_whole"] = {**model, **whole}
+        runs[f"{kind}_8x1"] = {**model, "max_train_examples": 29}
+        runs[f"{kind}_2x4"] = {**model, "max_train_examples": 29, "per_gpu_train_batch_size": 2,
+                               "gradient_accumulation_steps": 4}  # fmt: skip
+    run_many(1, runs, folder)
     return folder
 
 
@@ -50,14 +49,29 @@ def test_questions_are_learnt_by_heart(runs: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [("xlnet", "XLNetForQuestionAnswering"), ("xlm", "XLMForQuestionAnswering")])
 def test_the_saved_model_names_its_class(runs: Path, kind: str, name: str) -> None:
-    for run in ("whole", "2x2x2"):
+    for run in ("whole", "2x4"):
         assert json.loads((runs / f"{kind}_{run}/config.json").read_text())["architectures"] == [name]
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "xlm"])
 def test_losses_are_means_over_the_global_batch(runs: Path, kind: str) -> None:
     """However it is cut up, partial batches included; the steps differ from each other by far more."""
-    whole, cut = losses(runs / f"{kind}_8x1"), losses(runs / f"{kind}_2x2x2")
+    whole, cut = losses(runs / f"{kind}_8x1"), losses(runs / f"{kind}_2x4")
     assert len(whole) == STEPS
     np.testing.assert_allclose(cut, whole, rtol=2e-5)
     assert np.abs(np.diff(whole)).min() > 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_with_partitioned_weights_have_the_same_losses(runs: Path) -> None:
+    two: dict[str, dict[str, object]] = {}
+    for kind in ("xlnet", "xlm"):
+        options = json.loads((runs / f"{kind}_8x1/training_args.json").read_text())
+        changed = {"per_gpu_train_batch_size": 2, "gradient_accumulation_steps": 2, "deepspeed_config": "zero3"}
+        given = {name: value for name, value in options.items() if value is not None and name != "output_dir"}
+        two[f"{kind}_2x2x2"] = {**given, **changed}
+    run_many(2, two, runs)
+    for kind in ("xlnet", "xlm"):
+        np.testing.assert_allclose(losses(runs / f"{kind}_2x2x2"), losses(runs / f"{kind}_8x1"), rtol=2e-5)
+        config = json.loads((runs / f"{kind}_2x2x2/config.json").read_text())
+        assert config["architectures"] == json.loads((runs / f"{kind}_8x1/config.json").read_text())["architectures"]
