@@ -158,6 +158,24 @@ def awkward_pairs():
     return pairs
 
 
+def answers_of_transformers_4(folder, store, vocabulary, logits, how, lengths, pairs=()):
+    """What golden/classic_answers.py makes of these logits (start, end), each [features, length]."""
+    np.savez(folder / "logits.npz", start=logits[0], end=logits[1])
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    task = {
+        "questions": [(e.example_id, e.question, e.context) for e in store.examples],
+        "vocabulary": str(folder / "vocab.txt"), "do_lower_case": True, "n_best_size": how.n_best_size,
+        "max_answer_length": how.max_answer_length, "v2": how.version_2_with_negative,
+        "threshold": how.null_score_diff_threshold, "pairs": pairs, **lengths,
+    }  # fmt: skip
+    (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    script = REPOSITORY / "tests" / "golden" / "classic_answers.py"
+    paths = [folder / name for name in ("task.json", "logits.npz", "out.json", "odds.json")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([TRANSFORMERS_4, script, *paths], check=True, timeout=280, env=environment)
+    return json.loads(Path(paths[2]).read_text())
+
+
 @needs_real_data
 @needs_real_model
 @needs_transformers_4
@@ -183,22 +201,11 @@ def test_the_same_answers_as_transformers_4(tmp_path, v2, digits):
     start, end = np.round(generator.normal(0, 3, (2, len(store), LENGTH)), digits).astype(np.float32)
     start[:, 0] += 6
     end[:, 0] += 6
-    np.savez(tmp_path / "logits.npz", start=start, end=end)
-    vocabulary = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     how = DecodeSettings(version_2_with_negative=v2, null_score_diff_threshold=-1.0)
-    task = {
-        "questions": [(e.example_id, e.question, e.context) for e in store.examples],
-        "vocabulary": str(tmp_path / "vocab.txt"), "do_lower_case": True, "max_seq_length": LENGTH, "doc_stride": STEP,
-        "max_query_length": QUERY, "n_best_size": how.n_best_size, "max_answer_length": how.max_answer_length,
-        "v2": v2, "threshold": how.null_score_diff_threshold, "pairs": awkward_pairs(),
-    }  # fmt: skip
-    (tmp_path / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    script = REPOSITORY / "tests" / "golden" / "classic_answers.py"
-    paths = [tmp_path / name for name in ("task.json", "logits.npz", "out.json", "odds.json")]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([TRANSFORMERS_4, script, *paths], check=True, timeout=280, env=environment)
-    theirs = json.loads(Path(paths[2]).read_text())
+    vocabulary = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    lengths = {"max_seq_length": LENGTH, "doc_stride": STEP, "max_query_length": QUERY}
+    pairs = awkward_pairs()
+    theirs = answers_of_transformers_4(tmp_path, store, vocabulary, (start, end), how, lengths, pairs)
     rows = store.take(np.arange(len(store)))
     ours_ids = [rows.input_ids[a:b].tolist() for a, b in zip(rows.row_splits, rows.row_splits[1:], strict=False)]
     assert ours_ids == theirs["input_ids"], "both must cut the same windows, or the logits are not of the same tokens"
@@ -209,4 +216,4 @@ def test_the_same_answers_as_transformers_4(tmp_path, v2, digits):
     if v2:
         assert 20 < sum(p.text == "" for p in predictions) < len(predictions) - 20
         assert {p.example_id: p.null_odds for p in predictions} == pytest.approx(theirs["null_odds"], abs=1e-9)
-    assert [final_text(*pair, True) for pair in task["pairs"]] == theirs["texts"]
+    assert [final_text(*pair, True) for pair in pairs] == theirs["texts"]
