@@ -133,6 +133,8 @@ class RunOptions:
     save_total_limit: int | None = option(None, "keep so many checkpoints; the best and the last one always stay",
                                           only=TRAIN)  # fmt: skip
     max_time: str | None = option(None, "save and stop after so long, like 2h; the same command goes on", only=TRAIN)
+    push_to_hub: str | None = option(None, "repository of the hub to put the finished model into, made if it is not "
+                                     "there (needs a login)", only=TRAIN)  # fmt: skip
     verbose_logging: bool = option(False, "show what DeepSpeed and Transformers print while starting")
     # accepted from run_squad.py command lines
     local_rank: int = option(-1, "set by the launchers; the environment's LOCAL_RANK counts", retired=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qa_deepspeed import record
+from qa_deepspeed import dist, record
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.hub_upload import upload
+from qa_deepspeed.model_card import write_model_card
 from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.qa.predictions import PREDICTIONS_FILE
+from qa_deepspeed.qa.question_scores import score_questions
+from qa_deepspeed.qa.significance import Interval
 from qa_deepspeed.run_folder import write_run
 
 HYPERPARAMETERS = ("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "max_grad_norm",
@@ -26,12 +32,14 @@ def finish_run(
     folder: Path, options: RunOptions, identity: dict[str, Any], metrics: dict[str, Any],
     costs: dict[str, dict[str, float]], ds_config: dict[str, Any], stores: Mapping[str, FeatureStore],
 ) -> None:  # fmt: skip
-    """Write run.json of the finished run in `folder`.
+    """Write the model card and run.json of the finished run in `folder`, and upload the model if that is asked for.
 
     Args:
         costs: seconds by stage, throughput and peak_memory.
         ds_config: as DeepSpeed got it.
         stores: the features by purpose, "train" and, if there was an evaluation, "evaluate".
+    Raises:
+        UserError: the upload failed; the run is finished all the same.
     """
     details = {
         "metrics": metrics,
@@ -42,4 +50,12 @@ def finish_run(
         "software": record.software(),
         "hardware": record.hardware(),
     }
+    intervals: dict[str, Interval] = {}
+    if metrics:
+        predictions = json.loads((folder / PREDICTIONS_FILE).read_text(encoding="utf-8"))
+        v2, language = options.version_2_with_negative, options.metric_language
+        intervals = score_questions(stores["evaluate"], predictions, v2, language).intervals()
+    write_model_card(folder, options, {"identity": identity, **details}, intervals)
     write_run(folder, "finished", identity, **details, files=record.checksums(folder))
+    if options.push_to_hub:
+        dist.log0(f"uploaded to {upload(folder, options.push_to_hub)}")

@@ -22,7 +22,7 @@ from qa_deepspeed.qa.feature_store import FeatureStore
 PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "datasets", "numpy", "pyarrow")
 """Those whose versions can change a figure."""
 
-MODEL_FILES = ("*.safetensors", "*.json", "training_args.bin", "*.txt", "*.model")
+MODEL_FILES = ("*.safetensors", "*.json", "training_args.bin", "*.txt", "*.model", "README.md")
 """What a saved model is made of; the run's own JSON files are among them and are part of what it leaves."""
 
 READ_BYTES = 1 << 22

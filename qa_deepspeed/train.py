@@ -26,6 +26,7 @@ from qa_deepspeed.engine.roof import training_flops
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
 from qa_deepspeed.finish import finish_run, hyperparameters
+from qa_deepspeed.hub_upload import check_upload
 from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.loss_watch import LossWatch
 from qa_deepspeed.meter import Meter
@@ -96,6 +97,8 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
     options = evaluation_options(resolved.options)
     check_objective(options)
+    if options.push_to_hub:
+        check_upload(options.push_to_hub)
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
     forget_threshold(facts.config)

@@ -154,6 +154,6 @@ def test_the_run_record_tells_what_made_the_run_and_sums_what_it_left(trained: P
     assert record["throughput"]["questions_per_second"] > 0 and record["peak_memory"]["host_gib"] > 0.1
     assert {"features", "loading", "training", "evaluation"} <= record["seconds"].keys()
     assert record["metrics"] == json.loads((trained / "metrics.json").read_text())
-    assert {"model.safetensors", "config.json", "predictions.json"} <= record["files"].keys()
+    assert {"model.safetensors", "config.json", "predictions.json", "README.md"} <= record["files"].keys()
     for name, digest in record["files"].items():
         assert hashlib.sha256((trained / name).read_bytes()).hexdigest() == digest
