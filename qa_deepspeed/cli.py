@@ -22,6 +22,8 @@ COMMANDS = {
     "compare": ("qa_deepspeed.compare", "runs side by side: what differs, and whether F1 does by more than chance"),
     "prepare": ("qa_deepspeed.prepare", "build the features of a run beforehand"),
     "audit": ("qa_deepspeed.audit", "what training on a file would do: faults, lengths, windows"),
+    "check": ("qa_deepspeed.check", "say whether a run would start and what it would do, without loading weights"),
+    "plan": ("qa_deepspeed.plan", "memory and traffic of a model under every shipped DeepSpeed config"),
     "sample": ("qa_deepspeed.sample", "make the quickstart's corpus and tiny model"),
 }
 """Sub-command -> module that has its add_arguments and run, and what it does."""

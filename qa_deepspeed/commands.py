@@ -39,6 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name in sorted(run_options.given & RETIRED.keys()):
         if RETIRED[name]:
             dist.log0(f"note: {RETIRED[name]}")
+    if run_options.dry_run:
+        from qa_deepspeed.check import check
+
+        return check(run_options) if dist.is_first() else 0
     if arguments.command == "train" and run_options.do_train:
         from qa_deepspeed.pacing import REQUEUE_STATUS, Stopped
         from qa_deepspeed.train import train

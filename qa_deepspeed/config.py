@@ -74,6 +74,8 @@ class RunOptions:
     lang_id: int = option(0, "language id of the text, for multilingual XLM models")
     # what to do
     do_train: bool = option(True, "train; false with do_eval: only evaluate", only=TRAIN)
+    dry_run: bool = option(False, "only say whether the run would start and what it would do, as qa-deepspeed check",
+                           only=TRAIN)  # fmt: skip
     do_eval: bool = option(False, "evaluate at the end", only=TRAIN)
     evaluate_during_training: bool = option(False, "evaluate also every logging_steps", only=TRAIN)
     eval_all_checkpoints: bool = option(False, "evaluate every checkpoint in output_dir, not only the final model")

@@ -15,7 +15,7 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import Family, family_of
 from qa_deepspeed.models.loading import load_config, load_tokenizer
 from qa_deepspeed.qa.batching import Layout
-from qa_deepspeed.qa.feature_cache import prepare_features
+from qa_deepspeed.qa.feature_cache import look_up, prepare_features
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.features import FeatureSettings
 from qa_deepspeed.qa.hub import hub_file
@@ -64,6 +64,13 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     source = data_source(options, purpose, files)
     settings = feature_settings(options)
     return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+
+
+def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> tuple[str, dict[str, int] | None]:
+    """The fingerprint of the features that `load_features` would give, and their counts if they are built already."""
+    folder, files = _cache_folder_and_files(options, purpose)
+    source = data_source(options, purpose, files)
+    return look_up(source, facts.tokenizer, facts.family, feature_settings(options), folder)
 
 
 def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:

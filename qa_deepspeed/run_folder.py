@@ -42,6 +42,20 @@ def writable_folder(name: str | None) -> Path:
     return folder
 
 
+def run_identity(
+    options: RunOptions, features: str, steps: int, global_rows: int, precision: str
+) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with; everything else may change between two starts."""
+    numbers = ("learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
+               "objective", "label_smoothing", "seed")  # fmt: skip
+    return {name: getattr(options, name) for name in ("model_name_or_path", *numbers)} | {
+        "features": features,
+        "steps": steps,
+        "global_batch_size": global_rows,
+        "precision": precision,
+    }
+
+
 def claim(output_dir: Path) -> RunLock | None:
     """On rank 0, hold the folder against other runs; None where it is not a run's and will be refused anyway.
 

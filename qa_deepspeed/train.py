@@ -39,7 +39,15 @@ from qa_deepspeed.qa.evaluation_view import view_evaluation
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.record import peak_memory
 from qa_deepspeed.report import NullReporter, make_reporter
-from qa_deepspeed.run_folder import choose_checkpoint, claim, save_model, where_to_begin, writable_folder, write_run
+from qa_deepspeed.run_folder import (
+    choose_checkpoint,
+    claim,
+    run_identity,
+    save_model,
+    where_to_begin,
+    writable_folder,
+    write_run,
+)
 
 
 @dataclass
@@ -104,7 +112,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     forget_threshold(facts.config)
     store, evaluation_store = _features(options, facts, output_dir)
     steps = total_steps(options, len(store), resolved.plan)
-    identity = _identity(resolved, store, steps)
+    identity = run_identity(options, store.fingerprint, steps, resolved.plan.global_rows, resolved.precision)
     seconds = {"features": time.perf_counter() - began}
 
     dist.start(device, options.timeout)
@@ -274,19 +282,6 @@ def _features(
         if built is not None:
             tell_features(built, purpose, output_dir)
     return store, evaluation
-
-
-def _identity(resolved: Resolved, store: FeatureStore, steps: int) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with; everything else may change between two starts."""
-    options = resolved.options
-    numbers = ("learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
-               "objective", "label_smoothing", "seed")  # fmt: skip
-    return {name: getattr(options, name) for name in ("model_name_or_path", *numbers)} | {
-        "features": store.fingerprint,
-        "steps": steps,
-        "global_batch_size": resolved.plan.global_rows,
-        "precision": resolved.precision,
-    }
 
 
 def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> str:

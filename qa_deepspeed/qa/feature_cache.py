@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qa_deepspeed.qa.python_tokenizers import PythonEncoder, serialize_python
 from qa_deepspeed.qa.readers import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.windows import splits_of
 
-__all__ = ["FeatureSettings", "FeatureStore", "prepare_features"]
+__all__ = ["FeatureSettings", "FeatureStore", "look_up", "prepare_features"]
 
 STARTED = time.time()
 """When this process began: an entry older than this is what `overwrite` replaces, a younger one a fellow's work."""
@@ -50,6 +51,43 @@ def prepare_features(
     Raises:
         UserError: settings, tokenizer or input cannot be used, or the cache cannot be written.
     """
+    place = _find(source, tokenizer, family, settings, cache_dir)
+    entry = place.entry
+    if overwrite:
+        entry.discard(older_than=STARTED)
+    manifest = entry.manifest()
+    built = manifest is None
+    if manifest is None:
+        check_template(tokenizer, place.template, place.encoder)
+        manifest = entry.build(progress)
+    entry.tidy()
+    entry.check_sizes(manifest)
+    return _open(entry, manifest, built, source, place.template, family, settings)
+
+
+def look_up(
+    source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path
+) -> tuple[str, dict[str, int] | None]:
+    """The fingerprint of the features that `prepare_features` would give, and their counts if the cache has them.
+
+    Raises: UserError as `prepare_features`, except for what only reading the input shows.
+    """
+    place = _find(source, tokenizer, family, settings, cache_dir)
+    manifest = place.entry.manifest()
+    return place.fingerprint, None if manifest is None else manifest["counts"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where features are, or will be, and what is needed to build them."""
+
+    entry: CacheEntry
+    fingerprint: str
+    template: Template
+    encoder: Encoder
+
+
+def _find(source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path) -> _Place:
     encoder = _LazyEncoder(tokenizer)
     template = find_template(tokenizer, family, encoder)
     check_settings(settings, template.special_tokens)
@@ -59,16 +97,7 @@ def prepare_features(
     fingerprint = cache_key(digests.of(source.files), source, encoder.state, template, family, settings)
     work.identities = identities
     entry = CacheEntry(Path(cache_dir) / f"{source.purpose}-{fingerprint[:24]}", fingerprint, work)
-    if overwrite:
-        entry.discard(older_than=STARTED)
-    manifest = entry.manifest()
-    built = manifest is None
-    if manifest is None:
-        check_template(tokenizer, template, encoder)
-        manifest = entry.build(progress)
-    entry.tidy()
-    entry.check_sizes(manifest)
-    return _open(entry, manifest, built, source, template, family, settings)
+    return _Place(entry, fingerprint, template, encoder)
 
 
 class _Work:

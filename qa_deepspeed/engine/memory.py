@@ -1,0 +1,189 @@
+"""What one rank of a training run needs, by arithmetic: bytes of memory, and bytes moved in an optimizer step.
+
+The terms are those of DeepSpeed 0.19's own code for the default optimizer (AdamW, two moments). P is the number of
+parameters, N the number of ranks, e the size of one element (4 in float32, 2 in half precision):
+
+    stage   parameters            gradients              optimizer (master weights and moments)
+    0       eP                    eP, in half +4P        8P, in half 12P
+    1       eP                    eP, in half +4P/N      12P/N
+    2       eP                    eP/N, in half +4P/N    12P/N
+    3       eP/N and gathered     eP/N, in half +4P/N    8P/N, in half 12P/N
+
+In half precision the step makes a float32 copy of the gradients; stages 1 and 2 keep master weights of their own even
+in float32. With offload the optimizer's part, and float32 gradients 4P/N, are in host memory.
+
+Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2S(N-1)/N, an all-gather or a
+reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
+(`use_multi_rank_bucket_allreduce`), so that they move half as much again as stage 0; Rajbhandari et al. 2020, section
+7, count a reduce-scatter there. Stage 3 gathers twice, or once where all parameters may stay (`max_live`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qa_deepspeed.models.footprint import Footprint
+
+STAGE_0_BUCKET = 500_000_000
+"""Elements that stage 0 flattens and reduces at once (`MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine)."""
+
+PROCESS_HOST_BYTES = 300 * 2**20
+"""Anonymous host memory of a rank before any model: Python, torch, Transformers and DeepSpeed as imported."""
+
+PROCESS_DEVICE_BYTES = 2 * 2**30
+"""Device memory that no tensor has: the CUDA context, NCCL's channels, kernel workspaces. An allowance."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed config decides about memory; sizes are elements, defaults are DeepSpeed's."""
+
+    stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    overlap: bool
+    reduce_bucket: int
+    max_live: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Zero:
+        """Of a config whose `"auto"`s are filled."""
+        section = config.get("zero_optimization", {})
+        stage = int(section.get("stage", 0))
+        return cls(
+            stage=stage,
+            offload_optimizer=_offloads(section.get("offload_optimizer")),
+            offload_parameters=_offloads(section.get("offload_param")),
+            overlap=bool(section.get("overlap_comm", stage == 3)),
+            reduce_bucket=int(float(section.get("reduce_bucket_size", 500_000_000))),
+            max_live=int(float(section.get("stage3_max_live_parameters", 1_000_000_000))),
+        )
+
+
+def _offloads(section: dict[str, Any] | None) -> bool:
+    return (section or {}).get("device", "none") != "none"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank. On a GPU rank all but the host's parts are on the device; a CPU rank has all in host memory.
+
+    activations with every tensor kept, checkpointed with gradient checkpointing; both are on the device.
+    host: what is in host memory while training; loading: while the weights are read, in float32; at stage 3 rank 0
+    alone reads them, which `loading_first` counts.
+    sent: over the network in one optimizer step; bus: between host and device in one optimizer step.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    checkpointed: int
+    host: int
+    loading: int
+    loading_first: int
+    sent: int
+    bus: int
+
+    @property
+    def states(self) -> int:
+        """Device memory without activations."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + PROCESS_DEVICE_BYTES
+
+    def host_of(self, ranks: int) -> int:
+        """The most host memory of a node with so many ranks, rank 0 among them."""
+        return max(self.host * ranks, self.loading * ranks + self.loading_first)
+
+    def device(self, checkpointing: bool = False) -> int:
+        """All device memory of a GPU rank."""
+        return self.states + (self.checkpointed if checkpointing else self.activations)
+
+
+def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
+    """What a GPU rank needs; `element` bytes a parameter, `accumulation` micro-batches an optimizer step."""
+    whole, share = model.parameters, -(-model.parameters // ranks)
+    half = element == 2
+    partitioned_gradients = zero.stage >= 2
+    gradients = element * (share if partitioned_gradients else whole)
+    if half:
+        gradients += 4 * (whole if zero.stage == 0 else share)
+    optimizer = {0: 8 * whole + 4 * whole * half, 3: 8 * share + 4 * share * half}.get(zero.stage, 12 * share)
+    parameters = element * whole
+    host = PROCESS_HOST_BYTES
+    bus = 0
+    if zero.stage == 3:
+        gathered = min(whole, max(zero.max_live, model.largest_layer))
+        parameters = element * gathered + (0 if zero.offload_parameters else element * share)
+        host += element * share * zero.offload_parameters
+        bus += 2 * accumulation * element * share * zero.offload_parameters
+    if zero.offload_optimizer:
+        host += 12 * share + (element + 4) * share
+        bus += (element * accumulation + element) * share
+        gradients, optimizer = 0, 0
+    return Need(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=element * _buffers(model, zero, whole),
+        activations=model.saved - model.attention,
+        checkpointed=model.checkpointed - model.checkpointed_attention,
+        host=host,
+        loading=PROCESS_HOST_BYTES + (0 if zero.stage == 3 else 4 * whole),
+        loading_first=4 * whole if zero.stage == 3 else 0,
+        sent=_sent(zero, element * whole, ranks, accumulation, whole <= zero.max_live),
+        bus=bus,
+    )
+
+
+CPU_ATTENTION_SHARE = 5 / 12
+"""Of the attention matrices that torch keeps (three in float32), this package's CPU attention keeps so much: the
+probabilities and one byte a score for what was dropped."""
+
+
+def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
+    """What a CPU rank needs, all of it in `host`: freed blocks are kept for the next step, so that what never is needed
+    at the same time adds up nevertheless.
+
+    Beside the terms of `need` that is: the zeros that DeepSpeed fills the optimizer's gradients with at its start (a
+    partition), the gradients that wait for a bucket, at stage 1 the averaged partition of them, and at stage 3 the
+    whole parameters as they were born and the partition that was put together out of them. Buckets of stages 1 and 2
+    count as far as they are filled.
+    """
+    on_gpu = need(model, zero, ranks, element, accumulation)
+    whole, share = model.parameters, -(-model.parameters // ranks)
+    if zero.stage == 0:
+        buffers = whole
+    else:
+        bucket = min(zero.reduce_bucket, whole)
+        allocated = zero.reduce_bucket if zero.stage == 3 else bucket
+        buffers = allocated + bucket * (2 + (zero.overlap and zero.stage < 3)) + share
+        buffers += share * (zero.stage == 1) + (whole + share) * (zero.stage == 3)
+        buffers += 2 * model.largest_tensor * zero.offload_optimizer
+    activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
+    host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + element * buffers + activations + on_gpu.host
+    return dataclasses.replace(on_gpu, buffers=element * buffers, activations=activations,
+                               checkpointed=model.checkpointed, host=host, bus=0)  # fmt: skip
+
+
+def _buffers(model: Footprint, zero: Zero, whole: int) -> int:
+    """Elements of the buffers of communication."""
+    if zero.stage == 0:
+        return min(whole, STAGE_0_BUCKET)
+    bucket = max(zero.reduce_bucket, model.largest_tensor)
+    # The bucket that fills, a second one while the first travels, and the flattened copy that travels.
+    return bucket * (2 + (zero.overlap and zero.stage < 3)) + model.largest_tensor * zero.offload_optimizer
+
+
+def _sent(zero: Zero, size: int, ranks: int, accumulation: int, stays_gathered: bool) -> int:
+    once = size * (ranks - 1) // ranks
+    if zero.stage == 0:
+        return 2 * once
+    if zero.stage == 1:
+        return 3 * once
+    if zero.stage == 2:
+        return 2 * once * accumulation + once
+    gathers = 1 if stays_gathered else 2
+    return (gathers + 1) * once * accumulation

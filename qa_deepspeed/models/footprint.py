@@ -1,0 +1,128 @@
+"""How large a model is and what its forward pass keeps for the backward pass, counted on the meta device.
+
+Nothing is loaded and nothing computed: tensors on that device have shapes only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForQuestionAnswering, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qa_deepspeed.errors import UserError
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Numbers of parameters, and bytes of activations of one micro-batch.
+
+    largest_layer: parameters of the largest repeated layer (of the whole model if none repeats). largest_tensor:
+    elements of the largest parameter. saved: bytes of the tensors that autograd keeps, the matrices of attention
+    weights among them (`attention`). checkpointed and checkpointed_attention: the same where only the input of each
+    repeated layer is kept and one layer at a time is computed again.
+    """
+
+    parameters: int
+    largest_layer: int
+    largest_tensor: int
+    saved: int
+    attention: int
+    checkpointed: int
+    checkpointed_attention: int
+    counted: bool
+
+
+def footprint(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> Footprint:
+    """The footprint of a model of this config in training on `rows` rows of `length` tokens, in `dtype`.
+
+    Raises:
+        UserError: no question-answering head exists for it.
+    """
+    with torch.device("meta"):
+        try:
+            model = AutoModelForQuestionAnswering.from_config(copy.deepcopy(config), dtype=dtype).train()
+        except ValueError as error:
+            raise UserError(f"no question-answering model of type {config.model_type}: {error}") from None
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parameters = [parameter.numel() for parameter in model.parameters()]
+    largest_layer = max((sum(each.numel() for each in layer.parameters()) for layer in layers), default=sum(parameters))
+    try:
+        kept = _Kept(model, layers, length)
+        kept.run(torch.zeros(rows, length, dtype=torch.long, device="meta"))
+        saved = kept.totals()
+    except (RuntimeError, NotImplementedError, AttributeError):  # the pass needs values, which this device has not
+        kept = None
+        saved = _by_formula(config, rows, length, torch.finfo(dtype).bits // 8)
+    return Footprint(sum(parameters), largest_layer, max(parameters), *saved, counted=kept is not None)
+
+
+def _by_formula(config: PretrainedConfig, rows: int, length: int, element: int) -> tuple[int, int, int, int]:
+    """saved, attention, checkpointed and checkpointed_attention by Korthikanti et al. 2022, equation 2: a layer keeps
+    sbh(34 + 5as/h) bytes in half precision, of b rows of length s, a heads and width h."""
+    width = length * rows * config.hidden_size
+    scores = rows * config.num_attention_heads * length**2
+    rest, attention, kept_input = 17 * width * element, 5 * scores * element // 2, width * element
+    layers = config.num_hidden_layers + (getattr(config, "decoder_layers", None) or 0)
+    return (rest + attention) * layers, attention * layers, kept_input * layers + rest + attention, attention
+
+
+class _Kept:
+    """Bytes that the forward pass of a model keeps, by the repeated layer that keeps them (None: outside of all)."""
+
+    def __init__(self, model: torch.nn.Module, layers: list[GradientCheckpointingLayer], length: int):
+        self.bytes_of: dict[int | None, int] = defaultdict(int)
+        self.attention_of: dict[int | None, int] = defaultdict(int)
+        self.layer_input = 0
+        self._model = model
+        self._length = length
+        self._layer: int | None = None
+        self._calls = 0
+        # Kept alive, so that no storage takes another's place while they are counted.
+        self._seen: dict[int, torch.Tensor] = {_storage(parameter): parameter for parameter in model.parameters()}
+        for layer in layers:
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+            layer.register_forward_hook(self._leave)
+
+    def run(self, input_ids: torch.Tensor) -> None:
+        """One forward pass."""
+        with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
+            self._model(input_ids=input_ids)
+
+    def totals(self) -> tuple[int, int, int, int]:
+        """saved, attention, checkpointed and checkpointed_attention of the pass."""
+        outside, outside_attention = self.bytes_of.pop(None, 0), self.attention_of.pop(None, 0)
+        inputs = len(self.bytes_of) * self.layer_input
+        return (
+            outside + sum(self.bytes_of.values()),
+            outside_attention + sum(self.attention_of.values()),
+            outside + inputs + max(self.bytes_of.values(), default=0),
+            outside_attention + max(self.attention_of.values(), default=0),
+        )
+
+    def _enter(self, module: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        # A layer that is used several times (ALBERT's) keeps its activations each time.
+        self._layer, self._calls = self._calls, self._calls + 1
+        given = next(value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))
+        self.layer_input = max(self.layer_input, given.numel() * given.element_size())
+
+    def _leave(self, *_: Any) -> None:
+        self._layer = None
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = _storage(tensor)
+        if key not in self._seen:
+            self._seen[key] = tensor
+            size = tensor.untyped_storage().nbytes()
+            self.bytes_of[self._layer] += size
+            if tensor.dim() > 2 and tensor.shape[-2:] == (self._length, self._length):
+                self.attention_of[self._layer] += size
+        return tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

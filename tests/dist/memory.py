@@ -1,0 +1,85 @@
+"""One rank that trains a few steps on full rows and tells its host memory: `-m tests.dist.memory MODEL OPTIONS OUT`."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.device import choose_device
+from qa_deepspeed.engine.engine import partitioned_birth, training_engine
+from qa_deepspeed.models.heads import span_loss
+from qa_deepspeed.models.loading import load_config, load_model, quiet_transformers
+
+STEPS = 3
+SAMPLE_SECONDS = 0.005
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def collectives() -> dict:
+    """What DeepSpeed's communication logger has counted: operation -> bytes of a message -> [times, ...]."""
+    import deepspeed
+
+    return deepspeed.comm.comm.comms_logger.comms_dict
+
+
+def main() -> None:
+    """Write {rank: the most anonymous memory, after and before the engine was made} as JSON to OUT-RANK."""
+    options = RunOptions(**json.loads(sys.argv[2]), model_name_or_path=sys.argv[1])
+    dist.describe_lone_process()
+    quiet_transformers(False)
+    device = choose_device(True)
+    dist.start(device, 120)
+    resolved = ds_config.resolve(options, dist.world_size(), device.type)
+    most, stop = {"all": 0}, threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            most["all"] = max(most["all"], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model_config = load_config(options)
+    config = ds_config.finish(resolved, STEPS, ds_config.hidden_size(model_config))
+    birth = partitioned_birth(config, False)
+    before = anonymous()
+    model, _ = load_model(options, model_config)
+    del birth
+    loaded = anonymous()
+    config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
+    engine = training_engine(model, config, resolved, STEPS, device)
+    made, born = anonymous(), most["all"]
+    most["all"] = 0
+    engine.module.train()
+    rows, length = resolved.plan.rows, options.max_seq_length
+    steps = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        collectives().clear()
+        ids = torch.randint(0, model_config.vocab_size, (rows, length))
+        start_logits, end_logits = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        possible = torch.ones(rows, length, dtype=torch.bool)
+        place = torch.zeros(rows, dtype=torch.long)
+        engine.backward(span_loss(start_logits, end_logits, place, place, possible).mean())
+        del start_logits, end_logits
+        engine.step(want_norm=True)
+        steps.append(anonymous())
+    stop.set()
+    watcher.join()
+    found = {"before": before, "loaded": loaded, "engine": made, "birth": born, "steps": steps, "most": most["all"],
+             "moved": {name: {size: seen[0] for size, seen in sizes.items()} for name, sizes in collectives().items()}}
+    Path(f"{sys.argv[3]}-{dist.rank()}").write_text(json.dumps(found))
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main()
