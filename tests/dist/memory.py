@@ -46,7 +46,7 @@ def main() -> None:
         while not stop.wait(SAMPLE_SECONDS):
             most["all"] = max(most["all"], anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     model_config = load_config(options)
     config = ds_config.finish(resolved, STEPS, ds_config.hidden_size(model_config))

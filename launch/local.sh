@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains on this machine, or as this machine's part of a run on several; the arguments are flags of `qa-deepspeed train`.
+#
+#   GPUS       ranks here (default: one on each GPU, or one on the CPU)
+#   CONFIG     DeepSpeed config, a shipped name or a path (default: the trainer's own, zero2)
+#   LAUNCHER   deepspeed (default) or torchrun
+#   PORT       rank 0's port (default 29500)
+#   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address
+#   ECHO_ONLY=1   print the command and do nothing
+set -euo pipefail
+# shellcheck source=launch/launching.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launching.sh"
+GPUS=${GPUS:-$(count_gpus)}
+PORT=${PORT:-29500}
+NODES=${NODES:-1}
+for name in GPUS PORT NODES; do number_of "$name"; done
+[ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
+share_cores "$GPUS"
+case ${LAUNCHER:-deepspeed} in
+    deepspeed)
+        [ "$NODES" -eq 1 ] || fail "NODES=$NODES needs LAUNCHER=torchrun here, or multinode.sh"
+        command=(deepspeed --num_accelerators "$GPUS" --master_port "$PORT" --module qa_deepspeed train "$@")
+        ;;
+    torchrun)
+        command=(torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" --node_rank "${NODE_RANK:-0}"
+            --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$PORT" -m qa_deepspeed train "$@")
+        ;;
+    *) fail "LAUNCHER must be deepspeed or torchrun, not '$LAUNCHER'" ;;
+esac
+show "${command[@]}"
+exec "${command[@]}"

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Trains on the hosts of a hostfile; the arguments are flags of `qa-deepspeed train`.
+#
+#   HOSTFILE       lines `NAME slots=RANKS`, as hostfile.example; this machine should be the first
+#   CONFIG         DeepSpeed config, a shipped name or a path (default: the trainer's own, zero2)
+#   LAUNCHER       pdsh (default) or openmpi, by DeepSpeed's launcher; ssh: a torchrun on each host, started by plain ssh
+#   PORT           rank 0's port (default 29500)
+#   MASTER_ADDR    address of the first host as the others see it (default: its name in the hostfile)
+#   SSH_PORT       port of the hosts' ssh servers (default 22)
+#   MAX_RESTARTS   when a rank dies, start again so often, on the hosts that still answer (default 0); --max_restarts K,
+#                  given first, says the same. Pass --global_batch_size, so that it stays as it is with fewer ranks.
+#   ECHO_ONLY=1    print the command and do nothing
+set -euo pipefail
+# shellcheck source=launch/launching.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launching.sh"
+if [ "${1:-}" = --max_restarts ]; then
+    MAX_RESTARTS=${2:?"--max_restarts needs a number"}
+    shift 2
+fi
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+PORT=${PORT:-29500}
+SSH_PORT=${SSH_PORT:-22}
+for name in PORT SSH_PORT; do number_of "$name"; done
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS must be a whole number, not '$MAX_RESTARTS'"
+[ -r "${HOSTFILE:-}" ] || fail "HOSTFILE='${HOSTFILE:-}' cannot be read: name a file with lines like 'node1 slots=8'"
+case ${LAUNCHER:=pdsh} in pdsh | openmpi | ssh) ;; *) fail "LAUNCHER must be pdsh, openmpi or ssh, not '$LAUNCHER'" ;; esac
+[ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
+ssh_options=(-o BatchMode=yes -o ConnectTimeout=5 -p "$SSH_PORT")
+live=$(mktemp "${TMPDIR:-/tmp}/hostfile.XXXXXX")
+trap 'rm -f "$live"' EXIT
+
+# keep_hosts_that_answer: writes the hosts of HOSTFILE that ssh reaches to the file `live`, and names the others.
+keep_hosts_that_answer() {
+    local line
+    : >"$live"
+    while read -r line; do
+        case $line in '' | '#'*) continue ;; esac
+        if ssh -n "${ssh_options[@]}" "${line%%[[:space:]]*}" true 2>/dev/null; then
+            printf '%s\n' "$line" >>"$live"
+        else
+            printf 'multinode.sh: %s does not answer and is left out\n' "${line%%[[:space:]]*}" >&2
+        fi
+    done <"$HOSTFILE"
+    [ -s "$live" ] || fail "no host of $HOSTFILE answers to ssh"
+}
+
+# start FLAGS...: one launch on the hosts of `live`; returns its status.
+start() {
+    if [ "$LAUNCHER" = ssh ]; then
+        start_by_ssh "$@"
+        return
+    fi
+    local command=(deepspeed --hostfile "$live" --launcher "$LAUNCHER" --master_port "$PORT")
+    [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
+    [ "$SSH_PORT" -eq 22 ] || command+=(--ssh_port "$SSH_PORT")
+    # A run that is down to one host is started over ssh as before, not as a local one.
+    command+=(--force_multi --module qa_deepspeed train "$@")
+    show "${command[@]}"
+    "${command[@]}"
+}
+
+# start_by_ssh FLAGS...: a torchrun on every host of `live`; when one ends badly the others are ended.
+start_by_ssh() {
+    local host slots number=0 first nodes status=0 part pids=()
+    nodes=$(wc -l <"$live")
+    read -r first _ <"$live"
+    while read -r host slots; do
+        part=(torchrun --nnodes "$nodes" --nproc_per_node "${slots#slots=}" --node_rank "$number"
+            --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT" -m qa_deepspeed train "$@")
+        number=$((number + 1))
+        part=(env "PATH=$PATH" "PYTHONPATH=$PYTHONPATH" "${part[@]}")
+        ECHO_ONLY='' show ssh "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") &&" "${part[@]}"
+        [ -z "${ECHO_ONLY:-}" ] || continue
+        # A terminal (-tt): what runs there ends when the connection does.
+        ssh -tt "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") && $(printf '%q ' "${part[@]}")" </dev/null &
+        pids+=($!)
+    done <"$live"
+    for _ in ${pids[@]+"${pids[@]}"}; do
+        if wait -n; then continue; else status=$?; fi
+        kill "${pids[@]}" 2>/dev/null || true
+        wait || true
+        break
+    done
+    return "$status"
+}
+
+attempt=0
+while :; do
+    if [ -n "${ECHO_ONLY:-}" ]; then grep -vE '^[[:space:]]*(#|$)' "$HOSTFILE" >"$live"; else keep_hosts_that_answer; fi
+    status=0
+    start "$@" || status=$?
+    # 2 is a user's mistake, which would only be made again; 75 asks for a start by whoever started this.
+    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ]; then exit "$status"; fi
+    if wants_requeue "$status" "$@"; then exit "$REQUEUE_STATUS"; fi
+    if [ "$attempt" -ge "$MAX_RESTARTS" ]; then exit "$status"; fi
+    attempt=$((attempt + 1))
+    printf 'multinode.sh: the run ended with status %s; restart %s of %s\n' "$status" "$attempt" "$MAX_RESTARTS" >&2
+done

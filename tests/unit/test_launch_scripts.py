@@ -1,0 +1,196 @@
+"""The launch scripts: clean by shellcheck, the commands they run, restarts, Slurm by a stand-in for srun."""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.paths import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    command = ["shellcheck", "-x", f"launch/{script.name}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder for programs that stand in for launchers, first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    return folder
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run(
+    script: str, *flags: str, cwd: Path, stand_ins: Path | None = None, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    own = ("GPUS", "CONFIG", "LAUNCHER", "PORT", "NODES", "HOSTFILE", "REPOSITORY")
+    kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("SLURM")}
+    path = f"{stand_ins}{os.pathsep}{kept['PATH']}" if stand_ins else kept["PATH"]
+    environment = {**kept, "VENV": "/nowhere", "PATH": path, **settings}
+    command = ["bash", str(LAUNCH / script), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def shown(done: subprocess.CompletedProcess) -> list[list[str]]:
+    """The commands that a script printed, as arguments."""
+    return [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")]
+
+
+def test_local_by_deepspeed_runs_what_it_shows(tmp_path: Path, stand_ins: Path) -> None:
+    program(stand_ins, "deepspeed", 'printf "%s\\n" ran "$@"')
+    done = run("local.sh", "--output_dir", "my run", cwd=tmp_path, stand_ins=stand_ins, GPUS="2", CONFIG="zero3")
+    assert done.returncode == 0, done.stderr
+    (command,) = shown(done)
+    wanted = "--num_accelerators 2 --master_port 29500 --module qa_deepspeed train --deepspeed_config zero3"
+    assert command == ["deepspeed", *wanted.split(), "--output_dir", "my run"]
+    assert done.stdout.splitlines()[1:] == ["ran", *command[1:]]
+
+
+@pytest.mark.parametrize("setting", [{"GPUS": "two"}, {"PORT": "0"}, {"LAUNCHER": "rocket"}, {"NODES": "2"}])
+def test_settings_that_are_none_are_one_line(tmp_path: Path, setting: dict[str, str]) -> None:
+    done = run("local.sh", cwd=tmp_path, **setting)
+    assert done.returncode == 2
+    assert done.stderr.startswith("local.sh: error: ") and done.stderr.count("\n") == 1
+
+
+def hostfile(folder: Path) -> str:
+    (folder / "hosts").write_text("# two\nnode1 slots=2\nnode2 slots=4\n")
+    return str(folder / "hosts")
+
+
+def test_multinode_leaves_out_hosts_that_do_not_answer_and_starts_again(tmp_path: Path, stand_ins: Path) -> None:
+    """node2 is gone after the first launch; the second, on node1 alone, ends well."""
+    program(stand_ins, "ssh", f'[ ! -e {tmp_path}/lost ] || case " $* " in *" node2 "*) exit 255 ;; esac')
+    program(stand_ins, "deepspeed", f'cat "$2"; [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 247; }}')
+    done = run("multinode.sh", "--max_restarts", "1", "--global_batch_size", "8", cwd=tmp_path, stand_ins=stand_ins,
+               HOSTFILE=hostfile(tmp_path), MASTER_ADDR="10.0.0.1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = shown(done)
+    assert first == second and first[3:5] == ["--launcher", "pdsh"]
+    assert first[7:9] == ["--master_addr", "10.0.0.1"] and first[-3:] == ["train", "--global_batch_size", "8"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("node")]
+    assert lines == ["node1 slots=2", "node2 slots=4", "node1 slots=2"]
+    assert "ended with status 247; restart 1 of 1" in done.stderr and "node2 does not answer" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "launches"), [(0, 1), (2, 1), (75, 1), (1, 3)])
+def test_what_multinode_tries_again(tmp_path: Path, stand_ins: Path, status: int, launches: int) -> None:
+    program(stand_ins, "ssh", "exit 0")
+    program(stand_ins, "deepspeed", f"exit {status}")
+    done = run("multinode.sh", cwd=tmp_path, stand_ins=stand_ins, HOSTFILE=hostfile(tmp_path), MAX_RESTARTS="2")
+    assert done.returncode == status and len(shown(done)) == launches
+
+
+def test_a_requeue_file_counts_where_the_launcher_changes_the_status(tmp_path: Path, stand_ins: Path) -> None:
+    program(stand_ins, "ssh", "exit 0")
+    program(stand_ins, "deepspeed", f"mkdir -p {tmp_path}/out; touch {tmp_path}/out/requeue; exit 1")
+    done = run("multinode.sh", "--output_dir", f"{tmp_path}/out", cwd=tmp_path, stand_ins=stand_ins,
+               HOSTFILE=hostfile(tmp_path), MAX_RESTARTS="2")  # fmt: skip
+    assert done.returncode == 75 and len(shown(done)) == 1
+
+
+def test_multinode_by_plain_ssh_starts_a_torchrun_on_each_host(tmp_path: Path, stand_ins: Path) -> None:
+    program(stand_ins, "ssh", 'while [ "$1" != node1 ] && [ "$1" != node2 ]; do shift; done; shift; eval "$@"')
+    program(stand_ins, "torchrun", f'echo "$PWD" "$@" >>{tmp_path}/started; exit 0')
+    settings = {"HOSTFILE": hostfile(tmp_path), "LAUNCHER": "ssh"}
+    done = run("multinode.sh", "--seed", "7", cwd=tmp_path, stand_ins=stand_ins, **settings)
+    assert done.returncode == 0, done.stderr
+    started = sorted((tmp_path / "started").read_text().splitlines())
+    rest = "--master_addr node1 --master_port 29500 -m qa_deepspeed train --seed 7"
+    assert started == [
+        f"{tmp_path} --nnodes 2 --nproc_per_node 2 --node_rank 0 {rest}",
+        f"{tmp_path} --nnodes 2 --nproc_per_node 4 --node_rank 1 {rest}",
+    ]
+
+
+def test_by_plain_ssh_one_that_fails_ends_the_others(tmp_path: Path, stand_ins: Path) -> None:
+    program(stand_ins, "ssh", 'case "$*" in *" true") exit 0 ;; *"node_rank 1"*) exit 9 ;; *) exec sleep 50 ;; esac')
+    done = run("multinode.sh", cwd=tmp_path, stand_ins=stand_ins, HOSTFILE=hostfile(tmp_path), LAUNCHER="ssh")
+    assert done.returncode == 9
+
+
+FAKE_SRUN = """
+shift  # --kill-on-bad-exit=1
+export SLURM_NTASKS=4 SLURM_STEP_TASKS_PER_NODE="2(x2)"
+for number in 0 1 2 3; do
+    SLURM_PROCID=$number SLURM_LOCALID=$((number % 2)) "$@" || status=$?
+done
+exit ${status:-0}
+"""
+FAKE_PYTHON = (
+    'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*"; exit ${TRAIN_STATUS:-0}'
+)
+
+
+def slurm(tmp_path: Path, stand_ins: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    program(stand_ins, "srun", FAKE_SRUN)
+    program(stand_ins, "python", FAKE_PYTHON)
+    program(stand_ins, "scontrol", 'if [ "$1" = show ]; then printf "%s\\n" node7 node8; else echo "scontrol $*"; fi')
+    spool = tmp_path / "spool"  # Slurm runs a copy
+    spool.mkdir()
+    copy = Path(shutil.copy(LAUNCH / "slurm.sbatch", spool / "slurm_script"))
+    given = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    return run(str(copy), *flags, cwd=tmp_path, stand_ins=stand_ins, **{**given, **settings})
+
+
+def test_slurm_gives_every_rank_its_variables(tmp_path: Path, stand_ins: Path) -> None:
+    done = slurm(tmp_path, stand_ins, "--seed", "7", CONFIG="zero3")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    flags = "-m qa_deepspeed train --deepspeed_config zero3 --seed 7"
+    assert lines == [f"{rank} {rank % 2} 4 2 node7 23456 {flags}" for rank in range(4)]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (2, False), (1, False)])
+def test_slurm_puts_a_stopped_run_back_into_the_queue(
+    tmp_path: Path, stand_ins: Path, status: int, requeued: bool
+) -> None:
+    done = slurm(tmp_path, stand_ins, TRAIN_STATUS=str(status))
+    assert ("scontrol requeue 123456" in done.stdout) == requeued
+    assert done.returncode == (0 if requeued else status)
+
+
+def test_slurm_from_another_folder_is_one_line(tmp_path: Path, stand_ins: Path) -> None:
+    done = slurm(tmp_path, stand_ins, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 2 and "submit from the repository's folder" in done.stderr
+
+
+def test_the_kubernetes_manifest_runs_what_local_shows(tmp_path: Path) -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command = container["command"] + container["args"]
+    settings = {
+        "NODES": str(spec["completions"]),
+        "GPUS": str(container["resources"]["limits"]["nvidia.com/gpu"]),
+        "NODE_RANK": "$(JOB_COMPLETION_INDEX)",
+        "MASTER_ADDR": f"{job['metadata']['name']}-0.{pod['subdomain']}",
+    }
+    done = run("local.sh", *container["args"], cwd=tmp_path, LAUNCHER="torchrun", ECHO_ONLY="1", **settings)
+    assert shown(done) == [command]
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
+    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"]
+    assert pod["restartPolicy"] == "Never", "a failure policy by exit status needs it"
+    assert service["metadata"]["name"] == pod["subdomain"] and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert all(isinstance(part, str) for part in command)
