@@ -21,7 +21,7 @@ from qa_deepspeed.qa.thresholds import QUESTIONS_AT_ONCE, by_odds
 CALIBRATION_BINS = 10
 CURVE_POINTS = 200
 MISTAKES_KEPT = 50
-MOST_CLUSTERS = 10_000  # of the bootstrap, whose memory grows with them
+MOST_CLUSTERS = 4000  # of the bootstrap, whose memory grows with them
 SNIPPET_CHARACTERS = 80  # of context on either side of the predicted answer
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "where", "when", "why", "how many", "how much", "how")
 

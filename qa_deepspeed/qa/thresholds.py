@@ -5,6 +5,7 @@ Questions are gone through a chunk at a time, so that mapped columns are not rea
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,8 +33,23 @@ class ThresholdData:
 
 
 def by_odds(odds: np.ndarray) -> np.ndarray:
-    """The questions by rising odds, equal ones in their order; int64 [questions]."""
-    return np.argsort(odds, kind="stable")
+    """The questions by rising odds, equal ones in their order; int32 [questions].
+
+    Many are sorted in an unnamed file, as complex numbers of odds and place, which sort by the one and then the other.
+    """
+    if len(odds) <= QUESTIONS_AT_ONCE:
+        return np.argsort(odds, kind="stable").astype(np.int32)
+    parts = [slice(begin, begin + QUESTIONS_AT_ONCE) for begin in range(0, len(odds), QUESTIONS_AT_ONCE)]
+    order = np.empty(len(odds), np.int32)
+    with tempfile.TemporaryFile() as file:
+        keys = np.memmap(file, np.complex128, "w+", shape=(len(odds),))
+        for part in parts:
+            keys.real[part] = odds[part]
+            keys.imag[part] = np.arange(part.start, min(part.stop, len(odds)))
+        keys.sort()
+        for part in parts:
+            order[part] = keys.imag[part]
+    return order
 
 
 def official_best(data: ThresholdData, order: np.ndarray, unanswerable: int) -> tuple[float, float]:
@@ -85,7 +101,7 @@ def best_threshold(data: ThresholdData, order: np.ndarray) -> float:
 
 def mean_score(data: ThresholdData, threshold: float, questions: np.ndarray | None = None) -> float:
     """The mean score with this threshold over some of the questions (int), or all."""
-    questions = np.arange(len(data.odds)) if questions is None else questions
+    questions = np.arange(len(data.odds), dtype=np.int32) if questions is None else questions
     earned = 0.0
     for part in _in_order(data, questions):
         earned += float(np.where(part.odds > threshold, part.silent_score, part.answered_score).sum())

@@ -1,15 +1,16 @@
-"""Peak anonymous memory of decoding, scoring and writing at growing numbers of features.
+"""Peak anonymous memory of rank 0 from the arrival of candidates to the report, at growing numbers of features.
 
     python tests/bench/bench_decode_memory.py [--features 10000 100000 1000000]
 
-Each size runs in a process of its own: candidates (random, n_best 20) lie in files and are mapped, the prediction files
-are streamed to disk (about 2.5 GB at a million features; both are removed). Every question has one window.
+Each size runs in a process of its own, by the evaluation's own code after the forward: random candidates (n_best 20)
+arrive a few thousand rows at a time in any order and are spilled (`RowTable`), then decoded, scored, analysed and
+written (`answers.answer_and_score`, about 2.9 GB at a million features; all is removed). Every question has one window,
+four have one context, a third has no answer.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -22,55 +23,57 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qa_deepspeed.qa.decode import Candidates, DecodeSettings, decode, write_predictions
-from qa_deepspeed.qa.metrics import Gold, Scorer
+from qa_deepspeed.answers import answer_and_score, decoder
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.qa.decode import Candidates
+from qa_deepspeed.qa.examples import Answer, Example
+from qa_deepspeed.qa.row_table import RowTable
 
-N_BEST, ROWS, TOKENS = 20, 8192, 150
+N_BEST, ROWS, TOKENS = 20, 4096, 150
+COLUMNS = {
+    "feature_id": ("i8", ()), "start": ("i4", (N_BEST,)), "end": ("i4", (N_BEST,)),
+    "start_logit": ("f4", (N_BEST,)), "end_logit": ("f4", (N_BEST,)), "null_score": ("f4", ()),
+}  # fmt: skip
 CONTEXT = " ".join(f"word{i:03d}" for i in range(TOKENS))
 
 
-class Texts:
+class Examples:
     def __init__(self, count):
         self.count = count
 
     def __len__(self):
         return self.count
 
+    def __iter__(self):
+        for i in range(self.count):
+            answers = (Answer("word005 word006", 40),) if i % 3 else ()
+            yield Example(f"question-{i:09d}", "what is it?", f"{CONTEXT} {i // 4:07d}", answers)
+
     def ids_and_contexts(self, begin, end):
-        return [f"question-{i:09d}" for i in range(begin, end)], [CONTEXT] * (end - begin)
+        return [f"question-{i:09d}" for i in range(begin, end)], [f"{CONTEXT} {i // 4:07d}" for i in range(begin, end)]
 
 
 class Store:
     def __init__(self, example_index):
         self.example_index = example_index
-        self.examples = Texts(len(example_index))
+        self.examples = Examples(len(example_index))
 
     def character_spans(self, rows, starts, ends):
         return starts.astype(np.int64) * 8, ends.astype(np.int64) * 8 + 7
 
 
-def spill(folder, count):
-    """Random candidates in files, made and written a slice at a time."""
+def arrivals(count):
+    """Random candidates, exchange by exchange."""
     generator = np.random.default_rng(0)
-    shapes = {
-        "feature_id": (np.int64, ()), "start": (np.int32, (N_BEST,)), "end": (np.int32, (N_BEST,)),
-        "start_logit": (np.float32, (N_BEST,)), "end_logit": (np.float32, (N_BEST,)), "null_score": (np.float32, ()),
-    }  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in shapes}
-        for begin in range(0, count, ROWS):
-            rows = min(ROWS, count - begin)
-            start = generator.permuted(np.tile(np.arange(TOKENS - 5, dtype=np.int32), (rows, 1)), axis=1)[:, :N_BEST]
-            score = -np.sort(-generator.normal(3, 3, (rows, N_BEST)).astype(np.float32), axis=1)
-            end = start + generator.integers(0, 5, start.shape)
-            null_score = generator.normal(8, 3, rows)
-            columns = (np.arange(begin, begin + rows), start, end, score / 2, score / 2, null_score)
-            for (name, (kind, _)), column in zip(shapes.items(), columns, strict=True):
-                column.astype(kind).tofile(files[name])
-    mapped = {
-        name: np.memmap(folder / name, kind, "r", shape=(count, *shape)) for name, (kind, shape) in shapes.items()
-    }
-    return Candidates(**mapped)
+    firsts = np.arange(0, count, ROWS)
+    for begin in generator.permutation(firsts).tolist():
+        numbers = np.arange(begin, min(begin + ROWS, count))
+        rows = len(numbers)
+        start = generator.permuted(np.tile(np.arange(TOKENS - 5, dtype=np.int32), (rows, 1)), axis=1)[:, :N_BEST]
+        score = -np.sort(-generator.normal(3, 3, (rows, N_BEST)).astype(np.float32), axis=1)
+        end = start + generator.integers(0, 5, start.shape)
+        values = (numbers, start, end, score / 2, score / 2, generator.normal(8, 3, rows))
+        yield dict(zip(COLUMNS, values, strict=True))
 
 
 class PeakWatch:
@@ -94,22 +97,26 @@ class PeakWatch:
 
 def one_size(count):
     with tempfile.TemporaryDirectory() as folder:
-        candidates = spill(Path(folder), count)
-        store, settings = Store(candidates.feature_id), DecodeSettings(version_2_with_negative=True)
-        scorer = Scorer(version_2_with_negative=True)
-        golds = (Gold(f"question-{i:09d}", ("word005 word006",)) for i in range(count))
+        with PeakWatch() as before:
+            time.sleep(0.05)
         began = time.perf_counter()
-        with PeakWatch() as writing:
-            write_predictions(scorer.observe(decode(candidates, store, settings), golds), Path(folder), settings)
-        with PeakWatch() as summing:
-            metrics = scorer.result()
+        with PeakWatch() as spilling:
+            table = RowTable(count, COLUMNS, Path(folder))
+            for rows in arrivals(count):
+                table.put(rows["feature_id"], rows)
+            candidates = Candidates(**table.columns())
+        with PeakWatch() as answering:
+            store = Store(candidates.feature_id)
+            options = RunOptions(version_2_with_negative=True, predict_file="made.json")
+            predict = decoder(candidates, None, store, None, "exact")
+            metrics = answer_and_score(predict, store, options, False, Path(folder))
         seconds = time.perf_counter() - began
         size = (Path(folder) / "nbest_predictions.json").stat().st_size
     assert metrics["total"] == count
     figures = {
-        "features": count, "peak_anonymous_mib": round(writing.peak_mib, 1),
-        "while_summing_up_mib": round(summing.peak_mib, 1), "questions_per_second": round(count / seconds),
-        "nbest_file_mb": round(size / 1e6),
+        "features": count, "imports_mib": round(before.peak_mib, 1), "while_candidates_arrive_mib":
+        round(spilling.peak_mib, 1), "while_answering_mib": round(answering.peak_mib, 1),
+        "questions_per_second": round(count / seconds), "nbest_file_mb": round(size / 1e6),
     }  # fmt: skip
     print(json.dumps(figures), flush=True)
 
