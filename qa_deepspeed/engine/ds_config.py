@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.config import BatchPlan, RunOptions, plan_batches
+from qa_deepspeed.engine.config_keys import unknown_keys
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.options import nearest
 
@@ -74,7 +75,8 @@ def load(name: str) -> dict[str, Any]:
     """Read the config `name`, a shipped name or a path.
 
     Raises:
-        UserError: no such config (the nearest shipped name is given), or not a JSON object.
+        UserError: no such config (the nearest shipped name is given), not a JSON object, or keys that DeepSpeed would
+            pass over.
     """
     known = shipped()
     path = known.get(name.removesuffix(".json"), Path(name))
@@ -89,6 +91,9 @@ def load(name: str) -> dict[str, Any]:
         raise UserError(f"deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config {path} must hold a JSON object")
+    unknown = unknown_keys(config)
+    if unknown:
+        raise UserError(f"deepspeed_config {path}: DeepSpeed does not know {', '.join(unknown)}")
     return config
 
 

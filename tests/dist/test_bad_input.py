@@ -1,13 +1,16 @@
 """What users get wrong: one clear line, a non-zero exit, no traceback, nothing lost."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
 from tests.dist.launching import alone, by_torchrun, flags, run
+from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
 
@@ -22,16 +25,32 @@ MISTAKES = [
     ({"version_2_with_negative": False}, "--version_2_with_negative"),
     ({"global_batch_size": 12}, "global_batch_size 12"),
     ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
+    ({"objective": "marginal"}, "--answers all"),
+    ({"max_tokens_per_batch": 100}, "max_tokens_per_batch 100"),
+    ({"label_smoothing": 1}, "label_smoothing"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=lambda value: str(value))
-def test_one_clear_line(base_options: dict[str, object], tmp_path: Path, change: dict, message: str) -> None:
-    options = {**base_options, "output_dir": tmp_path / "run", **change}
-    done = run(alone("train", *flags(**options)), tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert sum(line.startswith("qa-deepspeed: error:") for line in done.stderr.splitlines()) == 1
+@pytest.fixture(scope="module")
+def told(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each mistake was told: N.err and N.status."""
+    folder: Path = tmp_path_factory.mktemp("mistakes")
+    commands = [
+        ["train", *flags(**{**base_options, "output_dir": folder / f"run{number}", **change})]
+        for number, (change, _) in enumerate(MISTAKES)
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = run([sys.executable, "-m", "tests.dist.forked", str(folder / "commands.json"), str(folder)], REPOSITORY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: str(MISTAKES[number][1]))
+def test_one_clear_line(told: Path, number: int) -> None:
+    stderr = (told / f"{number}.err").read_text()
+    assert (told / f"{number}.status").read_text() == "2"
+    assert MISTAKES[number][1] in stderr and "Traceback" not in stderr
+    assert sum(line.startswith("qa-deepspeed: error:") for line in stderr.splitlines()) == 1
 
 
 def test_a_truncated_file_is_named_with_its_place(base_options: dict[str, object], tmp_path: Path) -> None:
@@ -86,3 +105,20 @@ def test_questions_without_a_context_are_answered_with_nothing(
     assert json.loads((tmp_path / "out/predictions.json").read_text()) == {"a": "", "b": ""}
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert (metrics["total"], metrics["exact"], metrics["NoAns_exact"], metrics["HasAns_exact"]) == (2, 50.0, 100.0, 0.0)
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_step_and_questions(
+    base_options: dict[str, object], tmp_path: Path
+) -> None:
+    """On two ranks, at the next save: what was saved before the bad step is good, nothing is saved after it."""
+    options = {**base_options, "learning_rate": 1e25, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+               "logging_steps": 100, "save_steps": 1, "output_dir": tmp_path / "run"}  # fmt: skip
+    done = run(by_torchrun(2, "train", *flags(**options)), tmp_path)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and told.count("qa-deepspeed: error:") == 1
+    line = next(line for line in told.splitlines() if "qa-deepspeed: error:" in line)
+    step = int(re.search(r"became (?:nan|inf|-inf|infinite or nan) at step (\d+)", line).group(1))
+    batch = json.loads((tmp_path / "run/bad_batch.json").read_text())
+    assert batch["step"] == step and batch["questions"][0] in line and "1.000e+25" in line
+    numbers = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert numbers == list(range(1, step))

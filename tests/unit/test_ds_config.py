@@ -1,6 +1,10 @@
 """DeepSpeed configs: found by name or path, agreed with the options, every "auto" filled, conflicts all at once."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import pytest
 
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.config_keys import SECTIONS
 from qa_deepspeed.errors import UserError
 
 
@@ -127,3 +132,39 @@ def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
     name = write(tmp_path, {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}})
     with pytest.raises(UserError, match="zero_optimization.stage3_max_live_parameters"):
         ds_config.finish(ds_config.resolve(options(deepspeed_config=name), 1, "cpu"), 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"gradient_cliping": 1.0}, "'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "'zero_optimization.overlap_com'; did you mean"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise"),
+        ({"amp": {"enabled": True}}, "'amp'"),
+    ],
+)
+def test_keys_that_deepspeed_would_pass_over_are_told_with_the_nearest(tmp_path: Path, config: Any, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        ds_config.resolve(options(deepspeed_config=write(tmp_path, config)), 1, "cpu")
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    """In a process of its own: importing DeepSpeed decides on an accelerator."""
+    code = """if True:
+        import json
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.offload_config import (
+            DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig)
+        models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
+                  "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+                  "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
+        print(json.dumps({name: [field.alias or key for key, field in model.model_fields.items()]
+                          for name, model in models.items()}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "DS_ACCELERATOR": "cpu"})  # fmt: skip
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert {name: set(keys.split()) for name, keys in SECTIONS.items() if name} == {
+        name: set(keys) for name, keys in theirs.items()
+    }
