@@ -25,7 +25,10 @@ for name in PORT SSH_PORT; do number_of "$name"; done
 [ -r "${HOSTFILE:-}" ] || fail "HOSTFILE='${HOSTFILE:-}' cannot be read: name a file with lines like 'node1 slots=8'"
 case ${LAUNCHER:=pdsh} in pdsh | openmpi | ssh) ;; *) fail "LAUNCHER must be pdsh, openmpi or ssh, not '$LAUNCHER'" ;; esac
 [ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
-ssh_options=(-o BatchMode=yes -o ConnectTimeout=5 -p "$SSH_PORT")
+# Where a link is cut, ssh notices within 20 seconds; without this it would wait for ever, and the launcher with it.
+alive=(-o ServerAliveInterval=5 -o ServerAliveCountMax=3)
+export PDSH_SSH_ARGS_APPEND="${alive[*]} ${PDSH_SSH_ARGS_APPEND:-}"
+ssh_options=(-o BatchMode=yes -o ConnectTimeout=5 "${alive[@]}" -p "$SSH_PORT")
 live=$(mktemp "${TMPDIR:-/tmp}/hostfile.XXXXXX")
 trap 'rm -f "$live"' EXIT
 

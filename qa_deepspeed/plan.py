@@ -162,14 +162,14 @@ def recommend(rows: list[Row]) -> tuple[Row | None, str]:
             best = min(fitting, key=lambda row: (row.need.bus, row.stage == 3, row.need.sent, row.stage))
             others = [row.config for row in rows if row not in fitting]
             why = f"take {best.config}: the fastest that fits"
-            why += " with gradient checkpointing" if checkpointing else ""
+            why += " with gradient checkpointing, for which train has no option yet" if checkpointing else ""
             why += f", {_gib(best.need.sent)} GiB a step over the network"
             why += f" and {_gib(best.need.bus)} GiB to and from the host" if best.need.bus else ""
             why += f"; {', '.join(others)} {'does' if len(others) == 1 else 'do'} not fit" if others else ""
             return best, why
     least = min(rows, key=lambda row: row.need.device(checkpointing=True))
-    return None, (f"none fits: {least.config} needs least on a device and lacks {least.lacks}; take more GPUs, a "
-                  "smaller per_gpu_train_batch_size or max_seq_length, or --bf16")  # fmt: skip
+    return None, (f"none fits: {least.config} needs least on a device and lacks {least.lacks}; take more GPUs, "
+                  "or a smaller per_gpu_train_batch_size or max_seq_length")  # fmt: skip
 
 
 def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: list[Row], why: str) -> list[str]:

@@ -150,7 +150,7 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
     Beside the terms of `need` that is: the zeros that DeepSpeed fills the optimizer's gradients with at its start (a
     partition), the gradients that wait for a bucket, at stage 1 the averaged partition of them, and at stage 3 the
     whole parameters as they were born and the partition that was put together out of them. Buckets of stages 1 and 2
-    count as far as they are filled.
+    count as far as they are filled, and once more than the code shows: so much was measured.
     """
     on_gpu = need(model, zero, ranks, element, accumulation)
     whole, share = model.parameters, -(-model.parameters // ranks)
@@ -160,7 +160,7 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
         bucket = min(zero.reduce_bucket, whole)
         allocated = zero.reduce_bucket if zero.stage == 3 else bucket
         buffers = allocated + bucket * (2 + (zero.overlap and zero.stage < 3)) + share
-        buffers += share * (zero.stage == 1) + (whole + share) * (zero.stage == 3)
+        buffers += bucket * (zero.stage < 3) + share * (zero.stage == 1) + (whole + share) * (zero.stage == 3)
         buffers += 2 * model.largest_tensor * zero.offload_optimizer
     activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
     host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + element * buffers + activations + on_gpu.host

@@ -66,11 +66,12 @@ def main() -> None:
         torch.manual_seed(step)
         collectives().clear()
         ids = torch.randint(0, model_config.vocab_size, (rows, length))
-        start_logits, end_logits = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        engine.begin_micro_batch(last=True)
+        logits = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         possible = torch.ones(rows, length, dtype=torch.bool)
         place = torch.zeros(rows, dtype=torch.long)
-        engine.backward(span_loss(start_logits, end_logits, place, place, possible).mean())
-        del start_logits, end_logits
+        engine.backward(span_loss(logits["start_logits"], logits["end_logits"], place, place, possible).mean())
+        del logits
         engine.step(want_norm=True)
         steps.append(anonymous())
     stop.set()
