@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed import hosts, options
+from qa_deepspeed import hosts, options, run_identity
 from qa_deepspeed.config import RunOptions, total_steps
 from qa_deepspeed.data import ModelFacts, look_up_features, model_facts
 from qa_deepspeed.engine import builds, ds_config
@@ -25,7 +25,7 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.footprint import Footprint, footprint
 from qa_deepspeed.models.loading import quiet_transformers
 from qa_deepspeed.pacing import save_interval
-from qa_deepspeed.run_folder import claim, run_identity, where_to_begin
+from qa_deepspeed.run_folder import claim, where_to_begin
 
 DEFAULT_PORT = 29500
 GIB = 2**30
@@ -293,7 +293,9 @@ def _output(checked: Checked) -> list[str]:
     if checked.steps is None or checked.resolved is None or counts is None:
         return [f"{folder} is there; whether it holds this run is known once the features are built"]
     resolved = checked.resolved
-    identity = run_identity(resolved.options, fingerprint, checked.steps, resolved.plan.global_rows, resolved.precision)
+    identity = run_identity.identity(
+        resolved.options, fingerprint, checked.steps, resolved.plan.global_rows, resolved.precision
+    )
     what = where_to_begin(folder, resolved.options, identity)
     return [f"{folder}: " + {"fresh": "the run starts afresh", "resume": "the run goes on from a checkpoint",
                              "finished": "holds this run, finished: there is nothing to do"}[what]]  # fmt: skip

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from qa_deepspeed.errors import UserError
 
 LOOP_FILE = "loop.json"
 MANIFEST_FILE = "manifest.json"
+MODEL_FOLDER = "model"
+"""Config and tokenizer of the model, inside a checkpoint."""
 
 HASH_THREADS = 8
 """Files hashed or flushed at a time; hashing holds no interpreter lock."""
@@ -33,10 +35,19 @@ class LoopState:
     world_size: int
     zero_stage: int
     precision: str
+    device: str
+    """Kind of device: cpu or cuda."""
     identity: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    rows: int
+    """Training rows of an epoch."""
+    optimized: list[str]
+    """Trained parameters in the order of the optimizer's groups."""
+    options: dict[str, Any]
+    config: dict[str, Any]
+    """What DeepSpeed was given."""
+    versions: dict[str, str]
+    best: dict[str, Any]
+    """What best_model.BestModel goes on from."""
 
 
 def write_loop_state(folder: Path, state: LoopState) -> None:

@@ -16,6 +16,7 @@ from qa_deepspeed.options import nearest, separate_flags
 COMMANDS = {
     "train": ("qa_deepspeed.commands", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
     "evaluate": ("qa_deepspeed.commands", "answer and score a file with a trained reader"),
+    "export": ("qa_deepspeed.export", "make a normal model out of a checkpoint, and prove it"),
     "score": ("qa_deepspeed.qa.score", "score any system's predictions against a gold file, without a model"),
     "predict": ("qa_deepspeed.predict_command", "answer questions with a trained reader, from a file or one by one"),
     "ensemble": ("qa_deepspeed.qa.ensemble", "one set of answers out of the n-best files of several runs"),

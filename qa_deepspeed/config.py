@@ -81,6 +81,8 @@ class RunOptions:
     eval_all_checkpoints: bool = option(False, "evaluate every checkpoint in output_dir, not only the final model")
     resume_from_checkpoint: str = option("auto", "auto: go on from the newest checkpoint of this run in output_dir, if "
                                          "there is one; never; or a checkpoint folder", only=TRAIN)  # fmt: skip
+    resume_with_changes: str | None = option(None, "go on although these settings differ, like learning_rate,seed; "
+                                             "names with commas between", only=TRAIN)  # fmt: skip
     # batches and optimization
     per_gpu_train_batch_size: int = option(8, "rows of one micro-batch on one rank", only=TRAIN)
     per_gpu_eval_batch_size: int = option(8, "rows of one evaluation micro-batch on one rank")
@@ -134,6 +136,12 @@ class RunOptions:
     save_on_time: str | None = option(None, "save a checkpoint also so long after the last one, like 15m", only=TRAIN)
     save_total_limit: int | None = option(None, "keep so many checkpoints; the best and the last one always stay",
                                           only=TRAIN)  # fmt: skip
+    metric_for_best_model: str | None = option(None, "metric of the evaluations on the way that chooses the best "
+                                               "model, like f1 or exact; its checkpoint stays",
+                                               only=TRAIN)  # fmt: skip
+    early_stopping_patience: int | None = option(None, "stop after so many evaluations that are not the best",
+                                                 only=TRAIN)  # fmt: skip
+    load_best_model_at_end: bool = option(False, "end with the best model, not the last one", only=TRAIN)
     max_time: str | None = option(None, "save and stop after so long, like 2h; the same command goes on", only=TRAIN)
     push_to_hub: str | None = option(None, "repository of the hub to put the finished model into, made if it is not "
                                      "there (needs a login)", only=TRAIN)  # fmt: skip
@@ -218,6 +226,23 @@ def plan_batches(rows: int, accumulation: int | None, global_rows: int | None, w
             f"take global_batch_size {choices}{advice}"
         )
     return BatchPlan(rows, global_rows // at_once, world_size)
+
+
+def keep_global_rows(plan: BatchPlan, global_rows: int) -> BatchPlan:
+    """Cut `global_rows` up for the ranks of `plan`, with micro-batches as large as its own where that comes out.
+
+    Raises:
+        UserError: the ranks cannot share them evenly.
+    """
+    if global_rows % plan.world_size:
+        fitting = [ranks for ranks in range(1, global_rows + 1) if global_rows % ranks == 0]
+        near = min(fitting, key=lambda ranks: abs(ranks - plan.world_size))
+        raise UserError(f"this run takes {global_rows} rows in each step, which {plan.world_size} ranks cannot share "
+                        f"evenly: start {near} ranks, or give --per_gpu_train_batch_size and --resume_with_changes "
+                        "global_batch_size")  # fmt: skip
+    each = global_rows // plan.world_size
+    rows = max(rows for rows in range(1, plan.rows + 1) if each % rows == 0)
+    return BatchPlan(rows, each // rows, plan.world_size)
 
 
 def total_steps(options: RunOptions, rows: int, plan: BatchPlan) -> int:

@@ -14,7 +14,7 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,24 @@ def broadcast_json(value: Any) -> Any:
         buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     torch_distributed.broadcast(buffer, 0, group=_host_group)
     return json.loads(buffer.numpy().tobytes())
+
+
+def from_first(act: Callable[[], Any]) -> Any:
+    """What `act` returns on rank 0 (JSON-able), on every rank. Collective.
+
+    Raises:
+        UserError: on every rank, what `act` raised on rank 0.
+    """
+    answer: dict[str, Any] = {}
+    if is_first():
+        try:
+            answer = {"value": act()}
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = broadcast_json(answer)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

@@ -92,14 +92,24 @@ def evaluate_checkpoints(
     """
     results: dict[str, dict[str, Any]] = {}
     for folder in checkpoints(run_dir):
-        model = model_from_config(facts.config, options.qa_head)
-        model.load_state_dict(checkpoint.whole_weights(folder))
         target = run_dir / "evaluations" / folder.name
         target.mkdir(parents=True, exist_ok=True)
-        whole = dataclasses.replace(resolved, config={**resolved.config, "zero_optimization": {"stage": 0}})
-        results[folder.name] = evaluate(evaluation_reader(model, {}, whole, device), data, options, target)
+        reader = reader_of_checkpoint(folder, facts, resolved, device)
+        results[folder.name] = evaluate(reader, data, options, target)
         dist.log0(f"{folder.name}: {describe(results[folder.name])}")
     return results
+
+
+def reader_of_checkpoint(folder: Path, facts: ModelFacts, resolved: Resolved, device: torch.device) -> Reader:
+    """The model of a checkpoint, whole on every rank.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    model = model_from_config(facts.config, resolved.options.qa_head)
+    model.load_state_dict(checkpoint.whole_weights(folder))
+    whole = dataclasses.replace(resolved, config={**resolved.config, "zero_optimization": {"stage": 0}})
+    return evaluation_reader(model, {}, whole, device)
 
 
 def evaluate_run(options: RunOptions) -> dict[str, Any]:

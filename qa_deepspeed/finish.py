@@ -31,6 +31,7 @@ def hyperparameters(options: RunOptions, identity: Mapping[str, Any], ds_config_
 def finish_run(
     folder: Path, options: RunOptions, identity: dict[str, Any], metrics: dict[str, Any],
     costs: dict[str, dict[str, float]], ds_config: dict[str, Any], stores: Mapping[str, FeatureStore],
+    proof: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the model card and run.json of the finished run in `folder`, and upload the model if that is asked for.
 
@@ -38,11 +39,13 @@ def finish_run(
         costs: seconds by stage, throughput and peak_memory.
         ds_config: as DeepSpeed got it.
         stores: the features by purpose, "train" and, if there was an evaluation, "evaluate".
+        proof: what the saved model was compared with.
     Raises:
         UserError: the upload failed; the run is finished all the same.
     """
     details = {
         "metrics": metrics,
+        "proof": proof,
         **costs,
         "options": options.to_dict(),
         "ds_config": ds_config,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qa_deepspeed.checkpoint_files import checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
+from qa_deepspeed.run_identity import may_change, refuse_changes
 from qa_deepspeed.run_lock import LOCK_FILE, RunLock
 
 RUN_FILE = "run.json"
@@ -40,20 +42,6 @@ def writable_folder(name: str | None) -> Path:
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
     return folder
-
-
-def run_identity(
-    options: RunOptions, features: str, steps: int, global_rows: int, precision: str
-) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with; everything else may change between two starts."""
-    numbers = ("learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps",
-               "objective", "label_smoothing", "seed")  # fmt: skip
-    return {name: getattr(options, name) for name in ("model_name_or_path", *numbers)} | {
-        "features": features,
-        "steps": steps,
-        "global_batch_size": global_rows,
-        "precision": precision,
-    }
 
 
 def claim(output_dir: Path) -> RunLock | None:
@@ -81,7 +69,8 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
         return "fresh"
     asked = options.resume_from_checkpoint
     if asked not in ("auto", "never"):
-        _refuse_other_run(read_loop_state(Path(asked)).identity, identity, Path(asked))
+        state = read_loop_state(Path(asked))
+        refuse_changes(state.identity, identity, state.options, options, asked)
         return "resume"
     if not _holds_files(output_dir):
         return "fresh"
@@ -90,7 +79,7 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
         raise UserError(
             f"output_dir {output_dir} is not empty: pass another one, or --overwrite_output_dir to start afresh"
         )
-    _refuse_other_run(run.get("identity", {}), identity, output_dir)
+    refuse_changes(run.get("identity", {}), identity, run.get("options", {}), options, str(output_dir))
     if run.get("status") == "finished":
         return "finished"
     return "resume" if checkpoints(output_dir) else "fresh"
@@ -125,15 +114,41 @@ def _holds_files(output_dir: Path) -> bool:
     return any(not path.name.startswith((".", "rejected_")) for path in output_dir.iterdir())
 
 
+def global_rows_of(output_dir: Path, options: RunOptions) -> int | None:
+    """Rows of one step of the run that will be gone on with, if it had another number of ranks; else None. For rank 0.
+
+    What `resume_with_changes` or `global_batch_size` asks for wins.
+    """
+    afresh = options.overwrite_output_dir or options.resume_from_checkpoint == "never"
+    if afresh or "global_batch_size" in options.given:
+        return None
+    if options.resume_from_checkpoint == "auto":
+        run = _read_run(output_dir) or {}
+        ranks, identity = run.get("world_size"), run.get("identity", {})
+    else:
+        state = read_loop_state(Path(options.resume_from_checkpoint))
+        ranks, identity = state.world_size, state.identity
+    changed = ranks not in (None, dist.world_size()) and not may_change("global_batch_size", options)
+    return identity.get("global_batch_size") if changed else None
+
+
 def write_run(output_dir: Path, status: str, identity: dict[str, Any], **details: Any) -> None:
     """Write run.json: `status` is "running" or "finished"."""
-    write_json(output_dir / RUN_FILE, {"status": status, "identity": identity, **details})
+    record = {"status": status, "identity": identity, "world_size": dist.world_size(), **details}
+    write_json(output_dir / RUN_FILE, record)
 
 
 def save_model(
-    output_dir: Path, model: Any, state: dict[str, torch.Tensor], tokenizer: Any, options: RunOptions
-) -> None:
+    output_dir: Path,
+    model: Any,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    options: RunOptions,
+    check: Callable[[Path], dict[str, Any]],
+) -> dict[str, Any]:
     """Make `output_dir` a normal Transformers checkpoint, with the run's options beside it. For rank 0.
+
+    `check` looks at the files before they get their place, and raises if they are wrong; returns what it returns.
 
     Files are written aside and renamed one by one, so that no file is ever half there. training_args.bin holds plain
     values only: `torch.load(weights_only=True)` reads it.
@@ -144,9 +159,11 @@ def save_model(
     tokenizer.save_pretrained(aside)
     write_json(aside / "training_args.json", options.to_dict())
     torch.save(options.to_dict(), aside / "training_args.bin")
+    checked = check(aside)
     for path in aside.iterdir():
         os.replace(path, output_dir / path.name)
     aside.rmdir()
+    return checked
 
 
 def _read_run(output_dir: Path) -> dict[str, Any] | None:
@@ -154,17 +171,6 @@ def _read_run(output_dir: Path) -> dict[str, Any] | None:
         return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _refuse_other_run(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
-    different = [
-        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if different:
-        raise UserError(f"{where} holds another run ({'; '.join(different)}): pass another --output_dir, or "
-                        "--overwrite_output_dir to start afresh")  # fmt: skip
 
 
 def _remove_run(output_dir: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,26 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-from qa_deepspeed import dist
+from qa_deepspeed import dist, run_identity
 from qa_deepspeed.answers import evaluation_options
-from qa_deepspeed.checkpoint_files import LoopState, read_loop_state
-from qa_deepspeed.config import RunOptions, check_objective, total_steps
+from qa_deepspeed.best_model import BestModel
+from qa_deepspeed.checkpoint_files import MODEL_FOLDER, LoopState, damage, read_loop_state, step_of
+from qa_deepspeed.config import RunOptions, check_objective, keep_global_rows, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
-from qa_deepspeed.engine.engine import Engine, partitioned_birth, training_engine
+from qa_deepspeed.engine.engine import Engine, Reader, partitioned_birth, training_engine
 from qa_deepspeed.engine.roof import training_flops
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.evaluate import EvaluationData, describe, evaluate, evaluate_checkpoints, tell_features
+from qa_deepspeed.evaluate import (
+    EvaluationData,
+    describe,
+    evaluate,
+    evaluate_checkpoints,
+    reader_of_checkpoint,
+    tell_features,
+)
 from qa_deepspeed.finish import finish_run, hyperparameters
 from qa_deepspeed.hub_upload import check_upload
 from qa_deepspeed.kept_threshold import forget_threshold
@@ -34,15 +43,16 @@ from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, quiet_transformers
 from qa_deepspeed.models.qa_heads import Objective, head_of
 from qa_deepspeed.pacing import Pacing, Stopped
+from qa_deepspeed.proof import PROBE_ROWS, Probe, load_probe, prove, save_probe, take_probe
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.evaluation_view import view_evaluation
 from qa_deepspeed.qa.feature_store import FeatureStore
-from qa_deepspeed.record import peak_memory
+from qa_deepspeed.record import peak_memory, software
 from qa_deepspeed.report import NullReporter, make_reporter
 from qa_deepspeed.run_folder import (
     choose_checkpoint,
     claim,
-    run_identity,
+    global_rows_of,
     save_model,
     where_to_begin,
     writable_folder,
@@ -63,6 +73,8 @@ class Run:
     evaluation: EvaluationData | None
     steps: int
     pacing: Pacing
+    best: BestModel
+    tokenizer: Any
     model_config: PretrainedConfig
     seconds: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)
@@ -93,13 +105,13 @@ def train(options: RunOptions) -> dict[str, Any]:
     lock = claim(output_dir)
     try:
         with Pacing(options, output_dir) as pacing:
-            return _train(options, output_dir, pacing)
+            return _train(options, output_dir, pacing, BestModel(options))
     finally:
         if lock is not None:
             lock.release()
 
 
-def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, Any]:
+def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestModel) -> dict[str, Any]:
     began = time.perf_counter()
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
@@ -111,12 +123,13 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     facts = model_facts(options)
     forget_threshold(facts.config)
     store, evaluation_store = _features(options, facts, output_dir)
-    steps = total_steps(options, len(store), resolved.plan)
-    identity = run_identity(options, store.fingerprint, steps, resolved.plan.global_rows, resolved.precision)
     seconds = {"features": time.perf_counter() - began}
 
     dist.start(device, options.timeout)
-    what = dist.broadcast_json(_begin(output_dir, options, identity))
+    resolved = _keep_global_batch(resolved, output_dir)
+    steps = total_steps(options, len(store), resolved.plan)
+    identity = run_identity.identity(options, store.fingerprint, steps, resolved.plan.global_rows, resolved.precision)
+    what = dist.from_first(lambda: _begin(output_dir, options, identity))
     pacing.begin()
     if what == "finished":
         dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts afresh)")
@@ -126,8 +139,8 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing) -> dict[str, A
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
     evaluation = EvaluationData(evaluation_store, layout, facts.tokenizer) if evaluation_store is not None else None
-    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing,
-              facts.config, seconds)  # fmt: skip
+    run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing, best,
+              facts.tokenizer, facts.config, seconds)  # fmt: skip
     first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
     seconds["loading"] = time.perf_counter() - began
     return _fit_and_finish(engine, run, facts, first_step)
@@ -138,14 +151,21 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     try:
         began = time.perf_counter()
         with run.pacing.looping():
-            _fit(engine, run, reporter, first_step)
+            done = _fit(engine, run, reporter, first_step)
         run.seconds["training"] = time.perf_counter() - began
-        state = engine.whole_state()
-        if state is not None:
-            save_model(run.output_dir, engine.module, state, facts.tokenizer, run.options)
+        best = _best_before(run, done) if run.options.load_best_model_at_end else None
+        reader: Reader = engine
+        if best is None:
+            probe, state = _probe(engine, run), engine.whole_state()
+        else:
+            done, loop = step_of(best), read_loop_state(best)
+            probe = load_probe(best, loop.precision, loop.device)
+            state = checkpoint.whole_weights(best, next(engine.module.parameters()).dtype)
+            reader = reader_of_checkpoint(best, facts, run.resolved, engine.device)
+        proof = dist.from_first(lambda: _save_proved(engine, run, state, probe))
         metrics: dict[str, Any] = {}
         if run.evaluation is not None:
-            metrics = _evaluate(engine, run, run.evaluation, reporter, run.steps)
+            metrics = _evaluate(reader, run, run.evaluation, reporter, done)
         if run.evaluation is not None and run.options.eval_all_checkpoints:
             evaluate_checkpoints(run.options, run.resolved, facts, run.evaluation, run.output_dir, engine.device)
         reporter.end(hyperparameters(run.options, run.identity, run.resolved.name), metrics)
@@ -156,13 +176,13 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
         config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
         costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
-        finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores)
+        finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores, proof)
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
     return metrics
 
 
-def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> None:
-    """The loop, from optimizer step `first_step` (counted from 0) to the last."""
+def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> int:
+    """The loop, from optimizer step `first_step` (counted from 0) to the last; returns the steps that are done."""
     options, plan = run.options, run.resolved.plan
     rank, world_size = dist.rank(), dist.world_size()
     meter = Meter(engine.device, training_flops(engine.module, run.model_config), engine.measured_roof())
@@ -171,7 +191,11 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
+    number = first_step
     for step, epoch, step_rows in _steps(run, first_step):
+        if run.best.exhausted:
+            dist.log0(f"stopped early: {run.best.metric} was best at step {run.best.step}")
+            break
         number = step + 1
         logs = number % options.logging_steps == 0 or number == run.steps
         rate = engine.learning_rate
@@ -198,15 +222,33 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> N
             _log(engine, meter, reporter, number, run.steps, epoch, rate)
             run.throughput = meter.throughput()
         with meter.paused():
-            if logs and options.evaluate_during_training and run.evaluation is not None and number < run.steps:
-                _evaluate(engine, run, run.evaluation, reporter, number)
+            best_yet = False
+            on_the_way = number < run.steps or run.best.watching
+            if logs and options.evaluate_during_training and run.evaluation is not None and on_the_way:
+                best_yet = run.best.observe(_evaluate(engine, run, run.evaluation, reporter, number), number)
             verdict = run.pacing.after_step(number, run.steps)
-            if verdict.save:  # every rank writes its shards
+            if verdict.save or best_yet:  # every rank writes its shards
                 watch.check(run.ids_of_step, run.output_dir)
-                writer.save(LoopState(number, world_size, engine.zero_stage, engine.precision, run.identity))
+                add_files = _what_export_needs(engine, run)
+                writer.save(_loop_state(engine, run, number), add_files, run.best.kept_steps)
         if verdict.stop:
             run.pacing.ask_for_requeue(verdict.stop)
             raise Stopped(f"stopped by {verdict.stop} after step {number} of {run.steps}; the same command goes on")
+    return number
+
+
+def _best_before(run: Run, done: int) -> Path | None:
+    """The checkpoint of the best model, if that is another than the model after `done` steps. Collective."""
+    step = run.best.step
+    if step is None or step == done:
+        return None
+    folder = run.output_dir / f"checkpoint-{step}"
+    problem = dist.from_first(lambda: damage(folder))
+    if problem:
+        dist.log0(f"{folder}: {problem}; the model of step {done} is kept, not the best")
+        return None
+    dist.log0(f"taking the best model, of step {step}: {run.best.metric} {abs(run.best.value):.2f}")
+    return folder
 
 
 def _steps(run: Run, first_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -255,10 +297,10 @@ def _log(
 
 
 def _evaluate(
-    engine: Engine, run: Run, data: EvaluationData, reporter: NullReporter, number: int
+    reader: Reader, run: Run, data: EvaluationData, reporter: NullReporter, number: int
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    metrics = evaluate(engine, data, run.options, run.output_dir)
+    metrics = evaluate(reader, data, run.options, run.output_dir)
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
     numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
@@ -284,10 +326,16 @@ def _features(
     return store, evaluation
 
 
+def _keep_global_batch(resolved: Resolved, output_dir: Path) -> Resolved:
+    """Where a run goes on with another number of ranks, its steps keep their rows: accumulation follows. Collective."""
+    rows = dist.from_first(lambda: global_rows_of(output_dir, resolved.options))
+    if rows is None or rows == resolved.plan.global_rows:
+        return resolved
+    return dataclasses.replace(resolved, plan=keep_global_rows(resolved.plan, rows))
+
+
 def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> str:
-    """On rank 0, decide whether to start, go on or be done, and mark the folder as this run's."""
-    if not dist.is_first():
-        return ""
+    """Decide whether to start, go on or be done, and mark the folder as this run's. For rank 0."""
     what = where_to_begin(output_dir, options, identity)
     if what != "finished":
         write_run(output_dir, "running", identity, options=options.to_dict())
@@ -316,5 +364,57 @@ def _resume(engine: Engine, run: Run, folder: Path) -> int:
     """Put the engine where `folder` left it; returns the steps already done."""
     state = read_loop_state(folder)
     checkpoint.load(engine, folder, state)
-    dist.log0(f"going on from {folder}, step {state.step} of {run.steps}")
-    return state.step
+    run.best.restore(state.best)
+    step = run_identity.place_in(state, run.identity, len(run.store))
+    if state.identity != run.identity:
+        engine.follow_options(step)
+    other = run_identity.other_versions(state.versions, software()["versions"])
+    if other:
+        dist.log0(f"note: {folder} was written with other versions ({other}): results may differ in rounding")
+    dist.log0(f"going on from {folder}, step {step} of {run.steps}")
+    return step
+
+
+def _save_proved(engine: Engine, run: Run, state: dict[str, torch.Tensor] | None, probe: Probe) -> dict[str, Any]:
+    """Write the final model; it gets its place when it has been loaded again and answers as the engine. For rank 0."""
+    assert state is not None, "rank 0 has the whole state"
+    return save_model(
+        run.output_dir, engine.module, state, run.tokenizer, run.options, lambda folder: prove(folder, state, probe)
+    )
+
+
+def _probe(engine: Engine, run: Run) -> Probe:
+    """A few rows and the engine's answers, to prove what is saved with. Collective under ZeRO-3."""
+    batch = make_batch(run.store.take, np.arange(min(PROBE_ROWS, len(run.store))), run.layout)
+    head = head_of(engine.module, run.options.version_2_with_negative)
+    return take_probe(engine, head.inputs(batch))
+
+
+def _what_export_needs(engine: Engine, run: Run) -> Callable[[Path], None]:
+    """What a checkpoint holds so that a model can be made of it anywhere: config, tokenizer, answers to prove it by."""
+    probe = _probe(engine, run)
+    config: Any = engine.module.config
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder / MODEL_FOLDER)
+        run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+        save_probe(folder, probe)
+
+    return write
+
+
+def _loop_state(engine: Engine, run: Run, number: int) -> LoopState:
+    return LoopState(
+        step=number,
+        world_size=dist.world_size(),
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        device=engine.device.type,
+        identity=run.identity,
+        rows=len(run.store),
+        optimized=engine.optimized_names,
+        options=run.options.to_dict(),
+        config=engine.config,
+        versions=software()["versions"],
+        best=run.best.to_dict(),
+    )

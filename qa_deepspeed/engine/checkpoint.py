@@ -26,6 +26,7 @@ from qa_deepspeed.checkpoint_files import (
     write_manifest,
 )
 from qa_deepspeed.engine.engine import Engine
+from qa_deepspeed.engine.shards import Shards, plain_values_only
 from qa_deepspeed.errors import UserError
 
 BYTES_OF_A_PARAMETER = 16
@@ -42,17 +43,20 @@ class Checkpoints:
         self._acting = dist.first_on_this_filesystem(output_dir)
         self._expected_bytes = engine.parameters * BYTES_OF_A_PARAMETER
 
-    def save(self, state: LoopState, keep: Iterable[int] = ()) -> Path | None:
-        """Write output_dir/checkpoint-STEP; steps in `keep` survive the limit on the number of checkpoints.
+    def save(
+        self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[int] = ()
+    ) -> Path | None:
+        """Write output_dir/checkpoint-STEP, with what `add_files` puts there; one rank of each disk calls that.
 
-        Returns None after a failure, which is told: the disk is full or broken, and the run goes on.
+        Steps in `keep` survive the limit on the number of checkpoints. Returns None after a failure, which is told: the
+        disk is full or broken, and the run goes on.
         """
         final = self._output_dir / f"checkpoint-{state.step}"
         partial = final.with_name(final.name + ".partial")
         complete = (
             self._agree(self._prepare, partial)
             and self._agree(self._engine.save_shards, self._output_dir, partial.name)
-            and self._agree(self._complete, partial, final, state)
+            and self._agree(self._complete, partial, final, state, add_files)
         )
         if not complete:
             if self._acting:
@@ -86,9 +90,12 @@ class Checkpoints:
             raise OSError(f"{free / 1e9:.2f} GB free at {self._output_dir}, about {self._expected_bytes / 1e9:.2f} GB "
                           "are needed")  # fmt: skip
 
-    def _complete(self, partial: Path, final: Path, state: LoopState) -> None:
+    def _complete(
+        self, partial: Path, final: Path, state: LoopState, add_files: Callable[[Path], None]
+    ) -> None:
         if not self._acting:
             return
+        add_files(partial)
         write_loop_state(partial, state)
         write_manifest(partial)
         self._expected_bytes = total_bytes(partial)
@@ -98,25 +105,24 @@ class Checkpoints:
 
 
 def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
-    """Put the engine where the checkpoint left it. Collective.
+    """Put the engine where the checkpoint left it, whatever ranks and ZeRO stage wrote it. Collective.
 
     Raises:
-        UserError: the checkpoint's shards belong to another number of ranks or another ZeRO stage.
+        UserError: it cannot be carried over.
     """
-    if (state.world_size, state.zero_stage) != (dist.world_size(), engine.zero_stage) and max(
-        state.zero_stage, engine.zero_stage
-    ) > 0:
-        raise UserError(
-            f"{checkpoint} was written by {state.world_size} ranks at ZeRO stage {state.zero_stage}, this run has "
-            f"{dist.world_size()} at stage {engine.zero_stage}; start it as it was, or pass "
-            "--resume_from_checkpoint never with another output_dir"
-        )
-    with _plain_values_only():
-        engine.load_shards(checkpoint.parent, checkpoint.name)
+    ours = (dist.world_size(), engine.zero_stage, engine.precision)
+    theirs = (state.world_size, state.zero_stage, state.precision)
+    if ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0):
+        with plain_values_only():
+            engine.load_shards(checkpoint.parent, checkpoint.name)
+        return
+    words = "{} ranks at ZeRO stage {} in {}"
+    dist.log0(f"carrying {checkpoint} over from {words.format(*theirs)} to {words.format(*ours)}")
+    engine.carry_over(_shards(checkpoint, state))
 
 
-def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's model weights in float32, put together from the shards; no DeepSpeed engine is needed.
+def whole_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A checkpoint's model weights, put together from the shards; no DeepSpeed engine is needed.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -124,36 +130,8 @@ def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     problem = damage(checkpoint)
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}")
-    stage = read_loop_state(checkpoint).zero_stage
-    with _plain_values_only():
-        if stage == 0:
-            states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-            return {name: tensor.float() for name, tensor in states["module"].items()}
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return _shards(checkpoint, read_loop_state(checkpoint)).weights(dtype)
 
 
-class _plain_values_only:
-    """Inside, torch.load reads tensors, plain values and a few of DeepSpeed's classes, whatever it passes."""
-
-    VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-
-    def __enter__(self) -> None:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        self._globals = torch.serialization.safe_globals(
-            [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        )
-        self._globals.__enter__()
-        self._before = os.environ.get(self.VARIABLE)
-        os.environ[self.VARIABLE] = "1"
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is None:
-            del os.environ[self.VARIABLE]
-        else:
-            os.environ[self.VARIABLE] = self._before
-        self._globals.__exit__(*exception)
+def _shards(checkpoint: Path, state: LoopState) -> Shards:
+    return Shards(checkpoint, state.zero_stage, state.world_size, state.optimized)

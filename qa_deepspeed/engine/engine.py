@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils import is_flash_attn_2_available
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
+from qa_deepspeed.engine.reshard import carry_over
 from qa_deepspeed.engine.roof import measured_roof
+from qa_deepspeed.engine.shards import Shards
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 
@@ -116,6 +119,11 @@ class Engine(Reader):
         self._engine = deepspeed_engine
         self._engine.checkpoint_engine = CarefulWriter(deepspeed_engine.checkpoint_engine)
         self.grad_norm: float | None = None
+        self._fresh_groups = [
+            {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
+            for group in getattr(deepspeed_engine.optimizer, "param_groups", [])  # none where it only evaluates
+        ]
+        self._fresh_rates = list(getattr(deepspeed_engine.lr_scheduler, "base_lrs", []))
 
     @property
     def parameters(self) -> int:
@@ -196,6 +204,49 @@ class Engine(Reader):
         """Read back what `save_shards` wrote at the same world size. Collective."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that DeepSpeed was given."""
+        return self._engine.config
+
+    @property
+    def optimized_names(self) -> list[str]:
+        """The trained parameters, in the order of the optimizer's groups."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        groups = parameter_groups(self.module, weight_decay=0.0)
+        return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+    def carry_over(self, shards: Shards) -> None:
+        """Take weights and optimizer state out of a checkpoint of other ranks or another stage. Collective.
+
+        Raises:
+            UserError: as `reshard.carry_over` says.
+        """
+        carry_over(self._engine, shards)
+        self.follow_options(int(shards.common["global_steps"]) - int(shards.common["skipped_steps"]))
+
+    def follow_options(self, updates: int) -> None:
+        """Use this run's own hyperparameters, not those of a checkpoint, after so many updates of the optimizer.
+
+        A schedule of the DeepSpeed config keeps its own count.
+        """
+        optimizer, schedule = self._engine.optimizer, self._engine.lr_scheduler
+        groups = optimizer.param_groups
+        for group, fresh in zip(groups, self._fresh_groups, strict=True):
+            group.update(fresh)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self._engine.gradient_clipping()
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs, schedule.last_epoch = list(self._fresh_rates), updates
+            rates = [base * rule(updates) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            schedule._last_lr = rates
+        elif schedule is not None:
+            rates = schedule.get_lr()
+        else:
+            return
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def choose_attention(model: Any, resolved: Resolved, device: torch.device) -> None:

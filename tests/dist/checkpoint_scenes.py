@@ -1,4 +1,6 @@
-"""One rank of a launch that plays many scenes with checkpoints: `-m tests.dist.checkpoint_scenes OPTIONS.json FOLDER`.
+"""One rank of a launch that plays scenes with checkpoints, all or those named.
+
+    -m tests.dist.checkpoint_scenes OPTIONS.json FOLDER [SCENE ...]
 
 All in one launch, since starting costs more than training a tiny model. Every rank asserts; one that fails ends all.
 """
@@ -15,11 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
 from qa_deepspeed import dist
-from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints
+from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, read_loop_state
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.engine.checkpoint import whole_weights
+from qa_deepspeed.engine.shards import Shards
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.export import export
+from qa_deepspeed.proof import load_probe, prove
 from qa_deepspeed.train import train
+from tests.dist.launching import losses
 
 OPTIONS: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
 FOLDER = Path(sys.argv[2])
@@ -143,13 +154,164 @@ def a_signal_on_one_rank_stops_all_after_the_step() -> None:
     assert same_model("whole", "signal")
 
 
+def stopping_at(step: int, name: str, **changes: object) -> str:
+    """Train until a signal comes after `step`, without other checkpoints than the one that it leaves."""
+    return run(name, f"step {step}/6", lambda: os.kill(os.getpid(), signal.SIGUSR1), save_steps=0, **changes)
+
+
+def states(name: str, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and optimizer state of every parameter in a run's checkpoint."""
+    folder = FOLDER / name / f"checkpoint-{step}"
+    state = read_loop_state(folder)
+    shards = Shards(folder, state.zero_stage, state.world_size, state.optimized)
+    assert shards.optimizer_step == step
+    return {parameter: shards.read(parameter) for parameter in sorted(shards.names)}
+
+
+def same_states(one: str, other: str, step: int) -> None:
+    """Two checkpoints hold the same numbers to rounding; three are compared, so that moments are not forgotten."""
+    ours, theirs = states(one, step), states(other, step)
+    assert ours.keys() == theirs.keys()
+    for parameter in ours:
+        assert ours[parameter].keys() == {"weight", "exp_avg", "exp_avg_sq"} == theirs[parameter].keys()
+        for key in ours[parameter]:
+            torch.testing.assert_close(ours[parameter][key], theirs[parameter][key], rtol=1e-3, atol=2e-6)
+
+
+def any_stage_goes_on_from_any_other() -> None:
+    """A step or two at each stage, one folder: weights, moments, losses and rates as in the unbroken run at ZeRO-2."""
+    way = {1: "zero0", 2: "zero1", 3: "zero3", 4: "zero2", 5: "zero3"}
+    for step, stage in way.items():
+        printed = stopping_at(step, "crossing", deepspeed_config=stage)
+        assert f"step {step} of 6" in printed and "stopped by" in printed, printed
+        if step % 2 == 0:
+            same_states("whole", "crossing", step)
+    run("crossing", deepspeed_config="zero0")
+    if dist.is_first():
+        np.testing.assert_allclose(losses(FOLDER / "crossing"), losses(FOLDER / "whole"), rtol=1e-4)
+        ours, theirs = (logged(name, "train/learning_rate") for name in ("crossing", "whole"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def logged(name: str, key: str) -> list[float]:
+    """A value of every log line of a run."""
+    lines = (json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+def changes_are_refused_by_name_unless_named() -> None:
+    """Learning rate, data, seed and batch; a named change is followed, also by the schedule."""
+    stopping_at(2, "changed", deepspeed_config="zero1")
+    other_data = FOLDER / "other.json"
+    on_first(lambda: other_data.write_text(Path(OPTIONS["train_file"]).read_text().replace("the", "teh")))
+    for change, words in (
+        ({"learning_rate": 5e-4}, "learning_rate was 0.001, is 0.0005"),
+        ({"train_file": str(other_data)}, f"train_file was {OPTIONS['train_file']}, is {other_data}"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"global_batch_size": 16}, "global_batch_size was 8, is 16"),
+        ({"learning_rate": 5e-4, "resume_with_changes": "seed"}, "learning_rate was 0.001, is 0.0005"),
+        ({"resume_with_changes": "learning_rat"}, "did you mean 'learning_rate'"),
+    ):
+        printed = run("changed", deepspeed_config="zero1", **change)
+        assert not dist.is_first() or (f"error: {FOLDER}" in printed or "error: resume" in printed), printed
+        assert not dist.is_first() or words in printed, printed
+    run("changed", deepspeed_config="zero1", learning_rate=5e-4, weight_decay=0.1, save_steps=4,
+        resume_with_changes="learning_rate, weight_decay")  # fmt: skip
+    if dist.is_first():
+        np.testing.assert_allclose(logged("changed", "train/learning_rate")[2:], 5e-4 * np.arange(4, 0, -1) / 6)
+        groups = torch.load(
+            next((FOLDER / "changed/checkpoint-4").glob("*rank_0*optim_states.pt")), weights_only=False
+        )["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]  # fmt: skip
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def the_best_model_stays_and_is_the_end() -> None:
+    """At ZeRO-3, with patience and one checkpoint at most: the best is kept, and what is saved is it."""
+    printed = run("best", deepspeed_config="zero3", logging_steps=1, save_steps=1, save_total_limit=1, max_steps=6,
+        evaluate_during_training=True, metric_for_best_model="HasAns_f1", early_stopping_patience=2,
+        load_best_model_at_end=True, learning_rate=1e-2, adam_epsilon=1e-8)  # fmt: skip
+    folder = FOLDER / "best"
+    values = logged("best", "eval/HasAns_f1")[:-1]  # the last one evaluates the model that is saved
+    best = int(np.argmax(values)) + 1
+    assert len(values) == min(6, best + 2), printed
+    assert {path.name for path in checkpoints(folder)} == {f"checkpoint-{best}", f"checkpoint-{len(values)}"}
+    if dist.is_first():
+        saved = load_file(folder / "model.safetensors")
+        weights = whole_weights(folder / f"checkpoint-{best}")
+        assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+        assert logged("best", "eval/HasAns_f1")[-1] == max(values)
+        proof = json.loads((folder / "run.json").read_text())["proof"]
+        assert proof["rows"] == 4 and proof["largest_difference"] <= 1e-5
+
+
+def exports_are_proved_from_every_stage() -> None:
+    """Float32 gives the engine's logits, bfloat16 the rounded weights, several files the same as one."""
+
+    def check() -> None:
+        for name, step in (("crossing", 1), ("changed", 4), ("whole", 6), ("crossing", 3)):  # stages 0, 1, 2, 3
+            out = FOLDER / f"exported-{name}-{step}"
+            record = export(FOLDER / name / f"checkpoint-{step}", out)
+            assert record["rows"] == 4 and record["largest_difference"] <= 1e-5, record
+            full = load_file(out / "model.safetensors")
+            halved = export(FOLDER / name / f"checkpoint-{step}", out / "bf16", "bf16", "200KB")
+            parts = [load_file(path) for path in (out / "bf16").glob("*.safetensors")]
+            rounded = {key: value for part in parts for key, value in part.items()}
+            assert len(parts) > 1 and halved["dtype"] == "bfloat16"
+            assert rounded.keys() == full.keys() and all(torch.equal(rounded[key], full[key].bfloat16()) for key in full)
+        assert (FOLDER / "exported-whole-6/model.safetensors").read_bytes() == (
+            FOLDER / "whole/model.safetensors"
+        ).read_bytes()
+        probe = load_probe(FOLDER / "whole/checkpoint-2", "fp32", "cpu")
+        for state, words in ((whole_weights(FOLDER / "whole/checkpoint-4"), "tensors differ"), (full, "logits differ")):
+            try:
+                prove(out, state, probe)
+            except UserError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(f"another model was taken for it: {words} was not seen")
+
+    on_first(check)
+
+
+STAGES = ("zero1", "zero2", "zero3")
+
+
+def two_ranks_stop_in_mid_epoch() -> None:
+    """The first part of 2 -> 1 -> 2 ranks."""
+    for stage in STAGES:
+        assert "stopped by" in stopping_at(2, f"ranks_{stage}", deepspeed_config=stage)
+
+
+def one_rank_goes_on_and_stops() -> None:
+    """The second part, with two micro-batches where two ranks had one each."""
+    for stage in STAGES:
+        printed = stopping_at(4, f"ranks_{stage}", deepspeed_config=stage)
+        assert "8 rows = 4 rows x 2 accumulation x 1 ranks" in printed and "step 2 of 6" in printed, printed
+
+
+def two_ranks_finish_what_one_went_on_with() -> None:
+    """The third part: rows are those of the unbroken run, so losses and states are, to rounding."""
+    for stage in STAGES:
+        same_states("whole", f"ranks_{stage}", 4)
+        run(f"ranks_{stage}", deepspeed_config=stage)
+        same_states("whole", f"ranks_{stage}", 6)
+        if dist.is_first():
+            np.testing.assert_allclose(losses(FOLDER / f"ranks_{stage}"), losses(FOLDER / "whole"), rtol=1e-4)
+
+
 SCENES = (
     damaged_checkpoints_are_named_and_passed_over,
     nothing_starts_from_zero_in_silence,
     a_limit_keeps_the_last_ones,
     the_clock_saves_and_stops,
     a_signal_on_one_rank_stops_all_after_the_step,
+    any_stage_goes_on_from_any_other,
+    changes_are_refused_by_name_unless_named,
+    the_best_model_stays_and_is_the_end,
+    exports_are_proved_from_every_stage,
+    two_ranks_stop_in_mid_epoch,
 )
+LATER = (one_rank_goes_on_and_stops, two_ranks_finish_what_one_went_on_with)
 
 
 def main() -> None:
@@ -157,7 +319,8 @@ def main() -> None:
     dist.describe_lone_process()
     run("whole")
     assert [path.name for path in checkpoints(FOLDER / "whole")] == [f"checkpoint-{step}" for step in (2, 4, 6)]
-    for scene in SCENES:
+    asked = sys.argv[3:]
+    for scene in [scene for scene in SCENES + LATER if scene.__name__ in asked] if asked else SCENES:
         scene()
         dist.log0(f"played: {scene.__name__}")
     dist.stop()

@@ -1,0 +1,74 @@
+"""The best model of a run and when to stop looking for a better one. Metrics are the same on all ranks, so is this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
+
+
+class BestModel:
+    """Watches one metric over the evaluations of a run; without `metric_for_best_model` it watches nothing.
+
+    Attributes: step: where the best value was, or None; value; waited: evaluations since then.
+    """
+
+    def __init__(self, options: RunOptions) -> None:
+        self.metric = options.metric_for_best_model
+        self._patience = options.early_stopping_patience
+        self.step: int | None = None
+        self.value = -math.inf
+        self.waited = 0
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(options, name) and not self.metric:
+                raise UserError(f"{name} goes by a metric: pass --metric_for_best_model, like f1")
+        if self.metric and not options.evaluate_during_training:
+            raise UserError("metric_for_best_model needs evaluations on the way: pass --evaluate_during_training")
+        if self._patience is not None and self._patience < 1:
+            raise UserError(f"early_stopping_patience must be at least 1, not {self._patience}")
+
+    @property
+    def watching(self) -> bool:
+        """Whether there is a metric to go by."""
+        return self.metric is not None
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Take note of an evaluation after optimizer step `step`; whether it is the best so far. Losses are best low.
+
+        Raises:
+            UserError: the evaluation has no such metric.
+        """
+        if self.metric is None:
+            return False
+        if not isinstance(metrics.get(self.metric), (int, float)):
+            known = ", ".join(name for name, value in metrics.items() if isinstance(value, (int, float)))
+            raise UserError(f"metric_for_best_model '{self.metric}' is not among the metrics of this run: {known}")
+        value = float(metrics[self.metric]) * (-1 if self.metric.endswith("loss") else 1)
+        if value > self.value:
+            self.step, self.value, self.waited = step, value, 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the patience is at its end."""
+        return self._patience is not None and self.waited >= self._patience
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Steps whose checkpoints must stay."""
+        return [] if self.step is None else [self.step]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"metric": self.metric, "step": self.step, "value": self.value if self.step is not None else None,
+                "waited": self.waited}  # fmt: skip
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's values, unless another metric is watched now."""
+        if saved["metric"] == self.metric and saved["step"] is not None:
+            self.step, self.value, self.waited = saved["step"], saved["value"], saved["waited"]

@@ -1,0 +1,84 @@
+"""`qa-deepspeed export CHECKPOINT OUT`: a normal Transformers model out of a checkpoint of any ZeRO stage.
+
+Neither a launcher nor a GPU is needed, and about the memory of the model in the type that is asked for, twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from qa_deepspeed import dist
+from qa_deepspeed.checkpoint_files import MODEL_FOLDER, damage, read_loop_state
+from qa_deepspeed.engine.checkpoint import whole_weights
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.files import write_json
+from qa_deepspeed.models.loading import model_from_config, quiet_transformers
+from qa_deepspeed.proof import load_probe, prove
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECORD_FILE = "run.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `export`."""
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run")
+    parser.add_argument("out", type=Path, help="folder for the model; must be new or empty")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights (default fp32)")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default 5GB)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export and prove.
+
+    Raises:
+        UserError: as `export` says.
+    """
+    quiet_transformers(verbose=False)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    record = export(arguments.checkpoint, arguments.out, arguments.dtype, arguments.max_shard_size)
+    logits = f", logits within {record['largest_difference']:.1e}" if "largest_difference" in record else ""
+    dist.log0(f"{arguments.out} holds step {record['step']}, proved: {record['tensors']} tensors equal{logits}")
+    return 0
+
+
+def export(checkpoint: Path, out: Path, dtype: str = "fp32", max_shard_size: str = "5GB") -> dict[str, Any]:
+    """Write the model of `checkpoint` into `out` and prove it; returns what was proved, which run.json there holds.
+
+    Raises:
+        UserError: the checkpoint is damaged, `out` holds something, or the proof fails (then `out` is not made).
+    """
+    problem = damage(checkpoint)
+    if problem:
+        raise UserError(f"{checkpoint} cannot be exported: {problem}")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
+        raise UserError(f"max_shard_size '{max_shard_size}' is not a size like 5GB or 500MB")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: name a new folder")
+    loop = read_loop_state(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint / MODEL_FOLDER)
+    state = whole_weights(checkpoint, DTYPES[dtype])
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with torch.device("meta"):
+            model: Any = model_from_config(config, loop.options["qa_head"]).to(DTYPES[dtype])
+        model.save_pretrained(aside, state_dict=dict(state), max_shard_size=max_shard_size)
+        AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER).save_pretrained(aside)
+        proof = prove(aside, state, load_probe(checkpoint, loop.precision, loop.device))
+        record = {"step": loop.step, **proof, "checkpoint": str(checkpoint.resolve())}
+        write_json(aside / RECORD_FILE, {"status": "exported", "export": record})
+        if out.exists():
+            out.rmdir()
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return record

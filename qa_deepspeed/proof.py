@@ -1,0 +1,121 @@
+"""What is saved is proved: loaded again, it has every weight, and gives the logits that the trained engine gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from qa_deepspeed.errors import UserError
+
+PROBE_FILE = "probe.safetensors"
+PROBE_ROWS = 4
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "torch_autocast": 5e-2}
+"""Largest difference of a logit, relative to the largest logit where that exceeds 1, by the engine's precision."""
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of the weights that an engine of a precision computes with, where it is not float32."""
+
+OTHER_DEVICE = 10
+"""So many times the tolerance where the engine was on another kind of device than the proof is."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few rows and what the engine answers to them."""
+
+    inputs: dict[str, torch.Tensor]
+    """The model's inputs, `[rows, length]`."""
+    outputs: dict[str, torch.Tensor]
+    """Its outputs by name, floating-point ones only, float32."""
+    precision: str
+    device: str
+
+
+def take_probe(reader: Any, inputs: Mapping[str, torch.Tensor]) -> Probe:
+    """Ask the engine (or any Reader). Collective under ZeRO-3."""
+    with reader.evaluating():
+        outputs = named_outputs(reader.eval_forward({name: value.to(reader.device) for name, value in inputs.items()}))
+    asked = {name: value.cpu() for name, value in inputs.items()}
+    return Probe(asked, outputs, reader.precision, reader.device.type)
+
+
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """A model's floating-point outputs, by name, in float32 on the CPU."""
+    return {
+        name: value.detach().float().cpu().clone()
+        for name, value in outputs.items()
+        if torch.is_tensor(value) and value.is_floating_point()
+    }
+
+
+def save_probe(folder: Path, probe: Probe) -> None:
+    """Write the probe into a checkpoint."""
+    tensors = {f"inputs.{name}": value.contiguous() for name, value in probe.inputs.items()}
+    tensors |= {f"outputs.{name}": value.contiguous() for name, value in probe.outputs.items()}
+    save_file(tensors, folder / PROBE_FILE)
+
+
+def load_probe(folder: Path, precision: str, device: str) -> Probe:
+    """Read the probe of a checkpoint, whose loop state says precision and device."""
+    tensors = load_file(folder / PROBE_FILE)
+    parts = {
+        part: {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+        for part in ("inputs.", "outputs.")
+    }
+    return Probe(parts["inputs."], parts["outputs."], precision, device)
+
+
+def prove(folder: Path, state: Mapping[str, torch.Tensor], probe: Probe) -> dict[str, Any]:
+    """Load the model in `folder` again; returns what was compared, for the record.
+
+    Every tensor must equal that of `state`. Logits are compared where the model is saved in the precision that it was
+    trained in or a finer one.
+
+    Raises:
+        UserError: it is not the model that was trained.
+    """
+    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+    kind = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    model = kind.from_pretrained(folder, dtype=dtype).eval()
+    loaded = model.state_dict()
+    wrong = [name for name, value in state.items() if name not in loaded or not torch.equal(loaded[name], value)]
+    wrong += [name for name in loaded if name not in state]
+    if wrong:
+        raise UserError(f"{folder} is not the model that was trained: {len(wrong)} of {len(loaded)} tensors differ "
+                        f"({', '.join(wrong[:3])}); it must not be used")  # fmt: skip
+    record: dict[str, Any] = {"tensors": len(loaded), "dtype": str(dtype).removeprefix("torch.")}
+    if dtype not in (torch.float32, TYPES.get(probe.precision)):
+        return record
+    difference = largest_difference(model, probe)
+    tolerance = TOLERANCES[probe.precision] * (1 if probe.device == "cpu" else OTHER_DEVICE)
+    if not difference <= tolerance:
+        raise UserError(f"{folder} answers other than the model that was trained: logits differ by {difference:.2e}, "
+                        f"{tolerance:.0e} is allowed; it must not be used")  # fmt: skip
+    rows = len(next(iter(probe.inputs.values())))
+    return {**record, "rows": rows, "largest_difference": difference, "tolerance": tolerance}
+
+
+def largest_difference(model: torch.nn.Module, probe: Probe) -> float:
+    """Between the model's answers, in the precision of the probe, and the probe's, relative where logits exceed 1."""
+    if probe.precision in TYPES:
+        model = model.to(TYPES[probe.precision])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=probe.precision == "torch_autocast")
+    with torch.inference_mode(), autocast:
+        found = named_outputs(model(**probe.inputs))
+    differences = [0.0]
+    real = probe.inputs["attention_mask"].bool()
+    for name, expected in probe.outputs.items():
+        finite = expected.isfinite() & (expected > -1e30)  # masked places hold the lowest number there is
+        if expected.shape == real.shape:
+            finite &= real  # what stands at padding depends on how attention is computed, and nobody reads it
+        if finite.any():
+            scale = max(1.0, float(expected[finite].abs().max()))
+            differences.append(float((found[name] - expected)[finite].abs().max()) / scale)
+    return float(torch.tensor(differences).max())  # not a number wins

@@ -1,0 +1,112 @@
+"""What makes a run this run: the settings that must be the same for it to be gone on with, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qa_deepspeed.checkpoint_files import LoopState
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.options import nearest
+
+OWN_NUMBERS = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_epsilon",
+               "max_grad_norm", "warmup_steps", "objective", "label_smoothing", "seed")  # fmt: skip
+"""Options that count by themselves."""
+
+BEHIND = {
+    "features": ("train_file", "data_dir", "dataset_name", "dataset_config", "train_split", "max_seq_length",
+                 "doc_stride", "doc_stride_is", "max_query_length", "windows_without_answer", "max_train_examples",
+                 "version_2_with_negative", "do_lower_case", "tokenizer_name"),
+    "steps": ("num_train_epochs", "max_steps"),
+    "global_batch_size": ("per_gpu_train_batch_size", "gradient_accumulation_steps"),
+    "precision": ("bf16", "fp16", "fp16_opt_level"),
+}  # fmt: skip
+"""What counts as one thing -> the options that it comes from."""
+
+FOLLOWS = {"steps": ("features", "global_batch_size")}
+"""What changes by itself when something else does."""
+
+
+def identity(options: RunOptions, features: str, steps: int, global_rows: int, precision: str) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with; everything else may change between two starts."""
+    return {name: getattr(options, name) for name in OWN_NUMBERS} | {
+        "features": features,
+        "steps": steps,
+        "global_batch_size": global_rows,
+        "precision": precision,
+    }
+
+
+def refuse_changes(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    their_options: Mapping[str, Any],
+    options: RunOptions,
+    where: str,
+) -> None:
+    """Refuse to go on with the run in `where` if it differs in anything that `resume_with_changes` does not name.
+
+    Raises:
+        UserError: each difference with its name, old and new value.
+    """
+    allowed = _allowed(options)
+    allowed |= {name for name, causes in FOLLOWS.items() if allowed & set(causes)}
+    told = []
+    for name in (*OWN_NUMBERS, *BEHIND):
+        if theirs.get(name) == ours.get(name) or name in allowed:
+            continue
+        told.append(_difference(name, theirs.get(name), ours.get(name), their_options, options))
+    if told:
+        raise UserError(f"{where} holds another run: {'; '.join(told)}. Pass another --output_dir, "
+                        "--overwrite_output_dir to start afresh, or --resume_with_changes NAME[,NAME] to go on with "
+                        "these changes")  # fmt: skip
+
+
+def _allowed(options: RunOptions) -> set[str]:
+    """The parts of the identity that `resume_with_changes` names, by their own names or by those of their options."""
+    parts = {name: name for name in (*OWN_NUMBERS, *BEHIND)}
+    parts |= {option: part for part, behind in BEHIND.items() for option in behind}
+    named = [name.strip() for name in (options.resume_with_changes or "").split(",") if name.strip()]
+    for name in named:
+        if name not in parts:
+            raise UserError(f"resume_with_changes names '{name}', which may always change or is no option"
+                            f"{nearest(name, parts)}")  # fmt: skip
+    return {parts[name] for name in named}
+
+
+def may_change(part: str, options: RunOptions) -> bool:
+    """Whether `resume_with_changes` names this part of the identity."""
+    return part in _allowed(options)
+
+
+def _difference(name: str, old: Any, new: Any, their_options: Mapping[str, Any], options: RunOptions) -> str:
+    ours = options.to_dict()
+    changed = [
+        f"{option} was {their_options[option]}, is {ours[option]}"
+        for option in BEHIND.get(name, ())
+        if option in their_options and their_options[option] != ours[option]
+    ]
+    if changed:
+        return "; ".join(changed)
+    if name == "features":
+        return f"{options.data_file('train') or options.dataset_name} holds or gives other training rows than it did"
+    return f"{name} was {old}, is {new}"
+
+
+def place_in(state: LoopState, ours: Mapping[str, Any], rows: int) -> int:
+    """Optimizer steps that this run counts as done where a checkpoint of the state `state` goes on in it.
+
+    With another global batch that is the same share of the same epoch, rounded down to whole steps.
+    """
+    theirs, batch = state.identity["global_batch_size"], ours["global_batch_size"]
+    if theirs == batch:
+        return state.step
+    epoch, within = divmod(state.step, -(-state.rows // theirs))
+    return epoch * -(-rows // batch) + within * theirs // batch
+
+
+def other_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which versions differ between the writing of a checkpoint and now, in words; empty if none does."""
+    changed = (name for name in now if then.get(name, now[name]) != now[name])
+    return ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in changed)
