@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions
@@ -53,6 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
             dist.log0(str(stopped))
             dist.stop()
             return REQUEUE_STATUS
+        except RuntimeError as error:
+            lost = dist.lost_others(error)
+            if lost is None:
+                raise
+            print(f"qa-deepspeed: error: {lost}", file=sys.stderr, flush=True)
+            os._exit(1)  # leaving in good order would wait for the lost rank again
     else:
         from qa_deepspeed.evaluate import evaluate_run
 

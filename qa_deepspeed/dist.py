@@ -32,6 +32,7 @@ LOST_RANK = r"closed by peer|connection reset|broken pipe|timed out|timeout|remo
 """How gloo and NCCL speak of a rank that is gone or does not come."""
 
 _host_group: Any = None
+_place = "the start"
 
 
 def rank() -> int:
@@ -98,12 +99,30 @@ def start(device: torch.device, timeout_seconds: int) -> None:
     if torch_distributed.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)
+    # The groups that ZeRO makes for itself name no timeout: they take these.
+    torch_distributed.distributed_c10d.default_pg_timeout = timeout
+    torch_distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     if device.type == "cuda":
         torch_distributed.init_process_group("nccl", timeout=timeout, device_id=device)
         _host_group = torch_distributed.new_group(backend="gloo", timeout=timeout)
     else:
         torch_distributed.init_process_group("gloo", timeout=timeout)
         _host_group = torch_distributed.group.WORLD
+
+
+def at(place: str) -> None:
+    """Note what this rank is about to do, for `lost_others`."""
+    global _place
+    _place = place
+
+
+def lost_others(error: RuntimeError) -> str | None:
+    """If a collective failed since another rank died or hangs: that, with this rank and where it waited; else None."""
+    text = str(error)
+    if not any(words in text for words in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")):
+        return None
+    return (f"rank {rank()} waited in {_place} for a rank that died or hangs ({text.splitlines()[0][:200]}); the rank "
+            "that does not say this is the one to look at")  # fmt: skip
 
 
 def stop() -> None:

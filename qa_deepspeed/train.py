@@ -152,6 +152,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         began = time.perf_counter()
         with run.pacing.looping():
             done = _fit(engine, run, reporter, first_step)
+        dist.at("the final save and evaluation")
         run.seconds["training"] = time.perf_counter() - began
         best = _best_before(run, done) if run.options.load_best_model_at_end else None
         reader: Reader = engine
@@ -198,6 +199,7 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> i
             break
         number = step + 1
         logs = number % options.logging_steps == 0 or number == run.steps
+        dist.at(f"step {number}, forward, backward and update")
         rate = engine.learning_rate
         parts = _micro_batches(run, step_rows)
         for micro, rows in enumerate(parts):
@@ -223,6 +225,7 @@ def _fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> i
             run.throughput = meter.throughput()
         with meter.paused():
             best_yet = False
+            dist.at(f"step {number}, evaluation and save")
             on_the_way = number < run.steps or run.best.watching
             if logs and options.evaluate_during_training and run.evaluation is not None and on_the_way:
                 best_yet = run.best.observe(_evaluate(engine, run, run.evaluation, reporter, number), number)

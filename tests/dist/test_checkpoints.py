@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.dist.launching import alone, by_torchrun, environment, flags, free_port, run
@@ -67,3 +69,20 @@ def test_a_second_run_on_one_folder_is_refused(options: dict[str, object], tmp_p
         finally:
             first.kill()
     assert second.returncode == 2 and f"process {first.pid} on " in second.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_with_the_place_named(options: dict[str, object], tmp_path: Path) -> None:
+    """Rank 1 is stopped in mid-training: rank 0 gives it up after the timeout and says where it waited."""
+    command = by_torchrun(2, "train", *flags(**{**options, "output_dir": tmp_path / "run", "max_steps": 100000,
+                                                "save_steps": 0, "timeout": 15}))  # fmt: skip
+    with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as launcher:  # fmt: skip
+        assert launcher.stdout is not None and launcher.stderr is not None
+        assert any("step 3/" in line for line in launcher.stdout)
+        ranks = psutil.Process(launcher.pid).children()
+        next(one for one in ranks if one.environ()["RANK"] == "1").suspend()
+        began = time.monotonic()
+        errors = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode != 0 and time.monotonic() - began < 90
+    assert "qa-deepspeed: error: rank 0 waited in step" in errors, errors[-3000:]
