@@ -29,7 +29,7 @@ COMMANDS = {
 }
 """Sub-command -> module that has its add_arguments and run, and what it does."""
 
-OTHER_RANKS_WAIT_SECONDS = 3
+OTHER_RANKS_WAIT_SECONDS = 20
 """Ranks other than 0 wait so long before they tell an error: when rank 0 has the same one, the launcher ends them."""
 
 

@@ -63,6 +63,8 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     folder, files = _cache_folder_and_files(options, purpose)
     source = data_source(options, purpose, files)
     settings = feature_settings(options)
+    if purpose == "evaluate":  # labels are not looked at: let runs that learn from other answers share the features
+        settings = dataclasses.replace(settings, answers="first")
     return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
 
 
