@@ -4,6 +4,8 @@ The models are those of the first and the last run under "Training" in tests/ben
 
     QA_DEEPSPEED_TRAINED_V1=runs/v1 QA_DEEPSPEED_TRAINED_V2=runs/v2 QA_DEEPSPEED_TRANSFORMERS_4=/somewhere/bin/python \
         pytest tests/unit/test_decode_trained.py -s
+
+QA_DEEPSPEED_QUESTIONS=300 takes the first so many questions only.
 """
 
 import collections
@@ -30,7 +32,7 @@ from tests.paths import DATA, needs_real_data
 from tests.unit.test_decode_classic import answers_of_transformers_4, needs_transformers_4
 from tests.unit.test_evaluation import PlainReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, needs_real_data]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800), needs_real_data]
 TRAINED = {1: os.environ.get("QA_DEEPSPEED_TRAINED_V1", ""), 2: os.environ.get("QA_DEEPSPEED_TRAINED_V2", "")}
 
 
@@ -43,6 +45,7 @@ def real(request, tmp_path_factory):
     options = RunOptions(
         model_name_or_path=TRAINED[version], predict_file=str(DATA / f"en-v{version}-dev.json"),
         cache_dir=str(folder), version_2_with_negative=version == 2, gather="full", per_gpu_eval_batch_size=16,
+        max_eval_examples=int(os.environ.get("QA_DEEPSPEED_QUESTIONS", 0)) or None,
     )  # fmt: skip
     facts = model_facts(options)
     store = load_features(options, "evaluate", facts)
