@@ -1,5 +1,6 @@
 """The README's commands, run as written on the generated corpus; those that are not are listed with their reason."""
 
+import json
 import re
 import shlex
 import shutil
@@ -48,7 +49,9 @@ def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         ran += 1
-    assert ran == 5
+    assert ran == 6
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) > 10 and all("answer" in row and "score" in row for row in answers)
     assert (tmp_path / "runs/mine/predictions.json").read_bytes() == (
         tmp_path / "runs/mine-again/predictions.json"
     ).read_bytes()
