@@ -37,7 +37,7 @@ def ours(work: dict[str, Any]) -> list[dict[str, Any]]:
         began, used = time.perf_counter(), time.process_time()
         answers = answerer(question=questions, context=contexts, **call)
         seconds, used = time.perf_counter() - began, time.process_time() - used
-    results.append({"answers": answers, "seconds": seconds, "processor_seconds": used})
+        results.append({"answers": answers, "seconds": seconds, "processor_seconds": used})
     return results
 
 
