@@ -115,6 +115,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     began = time.perf_counter()
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
+    ds_config.check_trainable(resolved)
     options = evaluation_options(resolved.options)
     check_objective(options)
     if options.push_to_hub:

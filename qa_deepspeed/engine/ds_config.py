@@ -123,6 +123,17 @@ def resolve(
     return resolved
 
 
+def check_trainable(resolved: Resolved) -> None:
+    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains wrongly.
+
+    In float16 at stage 0 it divides gradients by the loss scale that it never multiplied the loss by: seen on a GPU,
+    where the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only).
+    """
+    if resolved.precision == "fp16" and resolved.zero_stage == 0:
+        raise UserError("fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
+                        "scale twice): take --deepspeed_config zero1 or zero2, or --bf16")  # fmt: skip
+
+
 def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, Any]:
     """The config that DeepSpeed gets: every remaining `"auto"` filled from the run and the model.
 

@@ -18,7 +18,6 @@ pytestmark = [
 
 ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"), "DS_ACCELERATOR": "cuda"}
 STEPS = 60
-"""float16 skips a dozen first steps until the loss scale fits."""
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}, "autocast": {"fp16_opt_level": "O1"}}
@@ -26,6 +25,7 @@ RUNS = {
     f"{stage}_{precision}": {"deepspeed_config": stage, **flag}
     for stage in STAGES
     for precision, flag in PRECISIONS.items()
+    if (stage, precision) != ("zero0", "fp16")  # refused: see ds_config.check_trainable
 }
 
 

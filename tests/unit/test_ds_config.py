@@ -168,3 +168,9 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     assert {name: set(keys.split()) for name, keys in SECTIONS.items() if name} == {
         name: set(keys) for name, keys in theirs.items()
     }
+
+
+def test_float16_at_stage_0_is_refused_in_training() -> None:
+    with pytest.raises(UserError, match="take --deepspeed_config zero1"):
+        ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero0", fp16=True), 1, "cuda"))
+    ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero1", fp16=True), 1, "cuda"))
