@@ -57,7 +57,7 @@ def test_qa_knows_neither_rank_nor_engine(path: Path) -> None:
         assert not names(path, forbidden)
 
 
-JOINING = {"qa_deepspeed.train", "qa_deepspeed.evaluate"}
+JOINING = {"qa_deepspeed.train", "qa_deepspeed.training_loop", "qa_deepspeed.evaluate"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
