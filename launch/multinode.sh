@@ -36,7 +36,7 @@ trap 'rm -f "$live"' EXIT
 keep_hosts_that_answer() {
     local line
     : >"$live"
-    while read -r line; do
+    while read -r line || [ -n "$line" ]; do
         case $line in '' | '#'*) continue ;; esac
         if ssh -n "${ssh_options[@]}" "${line%%[[:space:]]*}" true 2>/dev/null; then
             printf '%s\n' "$line" >>"$live"
@@ -67,7 +67,7 @@ start_by_ssh() {
     local host slots number=0 first nodes status=0 part pids=()
     nodes=$(wc -l <"$live")
     read -r first _ <"$live"
-    while read -r host slots; do
+    while read -r host slots _; do
         part=(torchrun --nnodes "$nodes" --nproc_per_node "${slots#slots=}" --node_rank "$number"
             --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT" -m qa_deepspeed train "$@")
         number=$((number + 1))

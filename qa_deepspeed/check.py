@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed import hosts, options, run_identity
+from qa_deepspeed.agreement import agree
 from qa_deepspeed.config import RunOptions, total_steps
 from qa_deepspeed.data import ModelFacts, look_up_features, model_facts
 from qa_deepspeed.engine import builds, ds_config
@@ -122,7 +123,7 @@ def _read_hosts(checked: Checked, hostfile: Path) -> list[str]:
 def _config(checked: Checked) -> list[str]:
     on_cpu = checked.options.no_cuda or not torch.cuda.is_available()
     bf16 = on_cpu or torch.cuda.is_bf16_supported()
-    checked.resolved = resolved = ds_config.resolve(checked.options, checked.ranks, "cpu" if on_cpu else "cuda", bf16)
+    checked.resolved = resolved = agree(checked.options, checked.ranks, "cpu" if on_cpu else "cuda", bf16)
     plan = resolved.plan
     said = ds_config.load(resolved.name)
     lines = [
@@ -213,7 +214,8 @@ def learning_rates(run_options: RunOptions, steps: int) -> list[float]:
 
 def _memory(checked: Checked) -> list[str]:
     resolved, facts = _known(checked.resolved), _known(checked.facts)
-    on_cpu = checked.options.no_cuda or not torch.cuda.is_available()
+    run_options = checked.options
+    on_cpu = run_options.no_cuda or not torch.cuda.is_available()
     checked.config = config = ds_config.finish(resolved, checked.steps or 1, ds_config.hidden_size(facts.config))
     accumulation = resolved.plan.accumulation
     arguments = (_known(checked.footprint), Zero.of(config), checked.ranks, _element(resolved), accumulation)
@@ -226,11 +228,12 @@ def _memory(checked: Checked) -> list[str]:
                             "(qa-deepspeed plan compares them)")  # fmt: skip
         return lines
     needed = need(*arguments)
+    on_device = needed.device(run_options.gradient_checkpointing)
     free, _ = torch.cuda.mem_get_info()
     host = needed.host_of(checked.ranks_here)
-    lines = [f"{needed.device() / GIB:.2f} GiB on each GPU, {free / GIB:.2f} GiB free; {host / GIB:.2f} GiB on this "
+    lines = [f"{on_device / GIB:.2f} GiB on each GPU, {free / GIB:.2f} GiB free; {host / GIB:.2f} GiB on this "
              f"host, {available / GIB:.2f} GiB free"]  # fmt: skip
-    if needed.device() > free or host > available:
+    if on_device > free or host > available:
         raise UserError(f"{lines[0]}: take more GPUs, a smaller per_gpu_train_batch_size or another config "
                         "(qa-deepspeed plan compares them)")  # fmt: skip
     return lines
@@ -310,6 +313,8 @@ def _operators(checked: Checked) -> list[str]:
 
 
 def _port(checked: Checked) -> list[str]:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun, which started this, holds the port itself"]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

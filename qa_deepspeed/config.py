@@ -172,6 +172,13 @@ class RunOptions:
         return str(Path(self.data_dir) / f"{'train' if purpose == 'train' else 'dev'}-{version}.json")
 
 
+def check_counts(options: RunOptions) -> None:
+    """Raises UserError for a count that must be at least 1 and is not."""
+    for name in ("logging_steps", "per_gpu_eval_batch_size", "n_best_size", "max_answer_length"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(options, name)}")
+
+
 def check_objective(options: RunOptions) -> None:
     """Raises UserError where the options of the loss and of micro-batches by tokens cannot be had together."""
     if options.objective == "marginal" and options.answers != "all":

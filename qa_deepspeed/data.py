@@ -61,10 +61,7 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     Every rank calls this, in no particular order and with no collective open.
     """
     folder, files = _cache_folder_and_files(options, purpose)
-    source = data_source(options, purpose, files)
-    settings = feature_settings(options)
-    if purpose == "evaluate":  # labels are not looked at: let runs that learn from other answers share the features
-        settings = dataclasses.replace(settings, answers="first")
+    source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
     return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
 
 
@@ -72,7 +69,13 @@ def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -
     """The fingerprint of the features that `load_features` would give, and their counts if they are built already."""
     folder, files = _cache_folder_and_files(options, purpose)
     source = data_source(options, purpose, files)
-    return look_up(source, facts.tokenizer, facts.family, feature_settings(options), folder)
+    return look_up(source, facts.tokenizer, facts.family, _settings_for(options, purpose), folder)
+
+
+def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
+    """Evaluation does not look at labels: runs that learn from other answers share its features."""
+    settings = feature_settings(options)
+    return settings if purpose == "train" else dataclasses.replace(settings, answers="first")
 
 
 def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:

@@ -13,7 +13,7 @@ import torch
 from qa_deepspeed import dist
 from qa_deepspeed.answers import LOGITS_FILE, PAGE_FILE, answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.checkpoint_files import checkpoints
-from qa_deepspeed.config import AUTO, RunOptions
+from qa_deepspeed.config import AUTO, RunOptions, check_counts
 from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
@@ -25,7 +25,7 @@ from qa_deepspeed.evaluation_pass import gather_evaluation
 from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers, require_trained_head
-from qa_deepspeed.models.qa_heads import head_of
+from qa_deepspeed.models.qa_heads import Head, head_of
 from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.run_folder import writable_folder
@@ -40,6 +40,18 @@ class EvaluationData:
     tokenizer: Any
 
 
+def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
+    """The head that answers.
+
+    Raises:
+        UserError: a head without logits of whole rows is asked for them.
+    """
+    head = head_of(model, options.version_2_with_negative)
+    if options.gather == "full" and head.null_score_is_odds:
+        raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
+    return head
+
+
 def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_dir: Path) -> dict[str, Any]:
     """Answer every question and score the answers. Collective; every rank returns the same metrics.
 
@@ -48,11 +60,9 @@ def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_d
     config of the model in `output_dir`, if one is there.
 
     Raises:
-        UserError: a head without logits of whole rows is asked for them.
+        UserError: as `evaluation_head`.
     """
-    head = head_of(reader.module, options.version_2_with_negative)
-    if options.gather == "full" and head.null_score_is_odds:
-        raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
+    head = evaluation_head(reader.module, options)
     with reader.evaluating(), dist.naming_lost_ranks("evaluation"):
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
@@ -121,6 +131,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
     options = evaluation_options(resolved.options)
+    check_counts(options)
     quiet_transformers(options.verbose_logging)
     output_dir = writable_folder(options.output_dir)
     facts = model_facts(options)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qa_deepspeed.config import RunOptions
+from qa_deepspeed.config import AUTO, RunOptions
 from qa_deepspeed.qa.significance import Interval
 
 CARD_FILE = "README.md"
@@ -108,7 +108,8 @@ def _purpose(options: RunOptions, record: Mapping[str, Any]) -> str:
 
 def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
     lengths = f"max_seq_len={options.max_seq_length}, max_answer_len={options.max_answer_length}"
-    threshold = (record.get("metrics") or {}).get("null_score_diff_threshold")
+    kept = options.null_score_diff_threshold == AUTO  # only then does the model's config hold it
+    threshold = (record.get("metrics") or {}).get("null_score_diff_threshold") if kept else None
     told = (
         ""
         if threshold is None

@@ -121,6 +121,10 @@ def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tupl
         resolved = ds_config.resolve(
             dataclasses.replace(run_options, deepspeed_config=name), machines.ranks, "cpu" if on_cpu else "cuda"
         )
+        try:
+            ds_config.check_trainable(resolved)
+        except UserError:  # such a config is no choice
+            continue
         element = 2 if resolved.precision in ("bf16", "fp16") else 4
         if model is None:
             kind = torch.bfloat16 if element == 2 else torch.float32
@@ -162,7 +166,7 @@ def recommend(rows: list[Row]) -> tuple[Row | None, str]:
             best = min(fitting, key=lambda row: (row.need.bus, row.stage == 3, row.need.sent, row.stage))
             others = [row.config for row in rows if row not in fitting]
             why = f"take {best.config}: the fastest that fits"
-            why += " with gradient checkpointing, for which train has no option yet" if checkpointing else ""
+            why += " with --gradient_checkpointing" if checkpointing else ""
             why += f", {_gib(best.need.sent)} GiB a step over the network"
             why += f" and {_gib(best.need.bus)} GiB to and from the host" if best.need.bus else ""
             why += f"; {', '.join(others)} {'does' if len(others) == 1 else 'do'} not fit" if others else ""

@@ -64,10 +64,15 @@ class QuestionAnswerer:
         """See `from_pretrained`; `model` is a Transformers model for question answering.
 
         Raises:
-            UserError: the tokenizer cannot be used with this model.
+            UserError: the tokenizer cannot be used with this model, or the device or batch size not at all.
         """
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.device = _device(device)
-        self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]
+        try:
+            self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"device {self.device} cannot be used: {str(error).splitlines()[0]}") from None
         self.tokenizer = tokenizer
         self.threshold: float | None = getattr(model.config, kept_threshold.KEY, None)
         self._batch_size = batch_size

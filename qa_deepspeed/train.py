@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from qa_deepspeed import dist, run_identity
-from qa_deepspeed.answers import evaluation_options
+from qa_deepspeed.agreement import agree
 from qa_deepspeed.best_model import BestModel
 from qa_deepspeed.checkpoint_files import damage, read_loop_state, step_of
-from qa_deepspeed.config import RunOptions, check_objective, keep_global_rows, total_steps
+from qa_deepspeed.config import RunOptions, keep_global_rows, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
 from qa_deepspeed.engine import checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
@@ -24,11 +24,11 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import (
     EvaluationData,
     evaluate_checkpoints,
+    evaluation_head,
     reader_of_checkpoint,
     tell_features,
 )
 from qa_deepspeed.finish import finish_run, hyperparameters
-from qa_deepspeed.hub_upload import check_upload
 from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, quiet_transformers
@@ -69,12 +69,8 @@ def train(options: RunOptions) -> dict[str, Any]:
 def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestModel) -> dict[str, Any]:
     began = time.perf_counter()
     device = choose_device(options.no_cuda)
-    resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device))
-    ds_config.check_trainable(resolved)
-    options = evaluation_options(resolved.options)
-    check_objective(options)
-    if options.push_to_hub:
-        check_upload(options.push_to_hub)
+    resolved = agree(options, dist.world_size(), device.type, bf16_supported(device))
+    options = resolved.options
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
     forget_threshold(facts.config)
@@ -94,6 +90,8 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     began = time.perf_counter()
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
+    if evaluation_store is not None:
+        evaluation_head(engine.module, options)  # what it refuses is told before the training, not after
     evaluation = EvaluationData(evaluation_store, layout, facts.tokenizer) if evaluation_store is not None else None
     run = Run(options, resolved, output_dir, identity, store, layout, evaluation, steps, pacing, best,
               facts.tokenizer, facts.config, seconds)  # fmt: skip

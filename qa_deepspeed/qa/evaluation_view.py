@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -73,4 +74,4 @@ def _lines(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return escape(" ".join(text.split())).replace("\\", "\\\\").replace("|", "\\|")

@@ -1,0 +1,32 @@
+"""What must be right before a run starts, and can be known without its data: for `train`, and `check` beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qa_deepspeed.answers import evaluation_options
+from qa_deepspeed.best_model import BestModel
+from qa_deepspeed.config import RunOptions, check_counts, check_objective
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.ds_config import Resolved
+from qa_deepspeed.hub_upload import check_upload
+from qa_deepspeed.pacing import duration
+
+
+def agree(options: RunOptions, world_size: int, device_type: str, bf16_supported: bool) -> Resolved:
+    """The DeepSpeed config and the options of a training run, agreed and checked.
+
+    Raises:
+        UserError: they disagree, or ask for what cannot be had.
+    """
+    resolved = ds_config.resolve(options, world_size, device_type, bf16_supported)
+    ds_config.check_trainable(resolved)
+    options = evaluation_options(resolved.options)
+    check_counts(options)
+    check_objective(options)
+    duration(options.save_on_time, "save_on_time")
+    duration(options.max_time, "max_time")
+    BestModel(options)
+    if options.push_to_hub:
+        check_upload(options.push_to_hub)
+    return dataclasses.replace(resolved, options=options)
