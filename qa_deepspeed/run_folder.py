@@ -17,6 +17,7 @@ from qa_deepspeed.checkpoint_files import checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
+from qa_deepspeed.pacing import REQUEUE_FILE
 from qa_deepspeed.run_identity import may_change, refuse_changes
 from qa_deepspeed.run_lock import LOCK_FILE, RunLock
 
@@ -64,7 +65,7 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
     Raises:
         UserError: the folder holds something else and may not be overwritten.
     """
-    if options.overwrite_output_dir:
+    if options.overwrite_output_dir and not _asked_for_more(output_dir, identity):
         _remove_run(output_dir)
         return "fresh"
     asked = options.resume_from_checkpoint
@@ -80,7 +81,7 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
             f"output_dir {output_dir} is not empty: pass another one, or --overwrite_output_dir to start afresh"
         )
     refuse_changes(run.get("identity", {}), identity, run.get("options", {}), options, str(output_dir))
-    if run.get("status") == "finished":
+    if run.get("status") == "finished" and run.get("identity") == identity:
         return "finished"
     return "resume" if checkpoints(output_dir) else "fresh"
 
@@ -111,7 +112,14 @@ def choose_checkpoint(output_dir: Path, asked: str) -> Path:
 
 def _holds_files(output_dir: Path) -> bool:
     """Whether there is more than what a run leaves that was killed before it had written run.json."""
-    return any(not path.name.startswith((".", "rejected_")) for path in output_dir.iterdir())
+    return any(not path.name.startswith((".", "rejected_", REQUEUE_FILE)) for path in output_dir.iterdir())
+
+
+def _asked_for_more(output_dir: Path, identity: dict[str, Any]) -> bool:
+    """Whether this very run stopped there to be started again: the command that comes back is the same, also where it
+    once said --overwrite_output_dir."""
+    run = _read_run(output_dir) or {}
+    return (output_dir / REQUEUE_FILE).is_file() and run.get("identity") == identity
 
 
 def global_rows_of(output_dir: Path, options: RunOptions) -> int | None:

@@ -81,7 +81,7 @@ def as_trained(model: Path, output_dir: Path, **extra: object) -> list[str]:
     return flags(model_name_or_path=model, output_dir=output_dir, **{name: options[name] for name in kept}, **extra)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_evaluate_gives_the_same_files_on_any_number_of_ranks(trained: Path, tmp_path: Path, ranks: int) -> None:
     """Byte for byte: predictions, n-best lists, null odds and metrics as at the end of training."""
     asked = as_trained(trained, tmp_path)
@@ -108,7 +108,11 @@ def test_eval_all_checkpoints_puts_the_weights_together_from_the_shards(trained:
     assert len(found) == 2 and found[0] != found[1]
 
 
-@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
+EASIER = ("zero0", "zero1", "zero2")
+"""Three launches each: `launch/test.sh -m slow -k killed_between`."""
+
+
+@pytest.mark.parametrize("config", [*(pytest.param(name, marks=pytest.mark.slow) for name in EASIER), "zero3"])
 def test_a_run_killed_between_checkpoints_goes_on_exactly(
     base_options: dict[str, object], tmp_path: Path, config: str
 ) -> None:
