@@ -23,6 +23,9 @@ from qa_deepspeed.run_lock import LOCK_FILE, RunLock
 
 RUN_FILE = "run.json"
 
+MICRO_BATCH_OPTIONS = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
+"""Where these are as they were, a run that goes on keeps the rows of its steps, whatever the number of ranks."""
+
 
 def writable_folder(name: str | None) -> Path:
     """The output folder, made if it is not there.
@@ -123,21 +126,22 @@ def _asked_for_more(output_dir: Path, identity: dict[str, Any]) -> bool:
 
 
 def global_rows_of(output_dir: Path, options: RunOptions) -> int | None:
-    """Rows of one step of the run that will be gone on with, if it had another number of ranks; else None. For rank 0.
+    """Rows of one step of the run that will be gone on with, which another number of ranks keeps. For rank 0.
 
-    What `resume_with_changes` or `global_batch_size` asks for wins.
+    None where there is no such run, or `resume_with_changes`, `global_batch_size` or other micro-batches ask for
+    another number.
     """
     afresh = options.overwrite_output_dir or options.resume_from_checkpoint == "never"
     if afresh or "global_batch_size" in options.given:
         return None
     if options.resume_from_checkpoint == "auto":
         run = _read_run(output_dir) or {}
-        ranks, identity = run.get("world_size"), run.get("identity", {})
+        identity, theirs = run.get("identity", {}), run.get("options", {})
     else:
         state = read_loop_state(Path(options.resume_from_checkpoint))
-        ranks, identity = state.world_size, state.identity
-    changed = ranks not in (None, dist.world_size()) and not may_change("global_batch_size", options)
-    return identity.get("global_batch_size") if changed else None
+        identity, theirs = state.identity, state.options
+    same = all(theirs.get(name) == getattr(options, name) for name in MICRO_BATCH_OPTIONS)
+    return identity.get("global_batch_size") if same and not may_change("global_batch_size", options) else None
 
 
 def write_run(output_dir: Path, status: str, identity: dict[str, Any], **details: Any) -> None:

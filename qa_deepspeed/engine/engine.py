@@ -118,6 +118,8 @@ class Engine(Reader):
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
         self._engine.checkpoint_engine = CarefulWriter(deepspeed_engine.checkpoint_engine)
+        # its scripts would be copied beside the shards past that writer; `qa-deepspeed export` does their work
+        self._engine._copy_recovery_script = lambda save_path: None
         self.grad_norm: float | None = None
         self._fresh_groups = [
             {name: value for name, value in group.items() if name not in ("params", "lr", "step")}

@@ -67,6 +67,10 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_grad_enabled() and dropout == 0.0:  # gradients of many slices cost more than the padding
+        token = torch.arange(query.shape[2])
+        real = (token >= attention_mask[:, :1]) & (token < attention_mask[:, 1:])
+        return sdpa_attention_forward(module, query, key, value, real[:, None, None, :], scaling=scaling, **rest)
     spans = attention_mask.tolist()
     if 0.0 < dropout < 1.0:
         return _DroppedAttention.apply(query, key, value, spans, scale, dropout), None

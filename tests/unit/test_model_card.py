@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from qa_deepspeed.model_card import model_card, training_command, write_model_ca
 from qa_deepspeed.qa.significance import Interval
 
 OPTIONS = RunOptions(
+    null_score_diff_threshold="auto",
     model_name_or_path="bert-base-uncased", dataset_name="rajpurkar/squad_v2", version_2_with_negative=True,
     learning_rate=3e-5, given=frozenset({"model_name_or_path", "dataset_name", "learning_rate"}),
 )  # fmt: skip
@@ -51,6 +53,8 @@ def test_the_text_tells_scores_threshold_training_and_loading() -> None:
                  'QuestionAnswerer.from_pretrained("squad-reader")', "130,000 usable questions, 2 left out",
                  "--learning_rate 3e-05"):  # fmt: skip
         assert part in text
+    untuned = dataclasses.replace(OPTIONS, null_score_diff_threshold="0.0")
+    assert "null odds exceed" not in model_card("x", untuned, RECORD, INTERVALS)  # the model's config holds none
     assert "Not evaluated" in model_card("x", OPTIONS, {**RECORD, "metrics": {}}, {})
 
 
