@@ -48,11 +48,17 @@ def model_facts(options: RunOptions) -> ModelFacts:
     config = load_config(options)
     tokenizer = load_tokenizer(options)
     family = family_of(config, tokenizer)
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < options.max_seq_length:
+    longest = positions(config)
+    if longest is not None and longest < options.max_seq_length:
         raise UserError(f"max_seq_length {options.max_seq_length} is more than the {longest} positions of "
                         f"{options.model_name_or_path}; pass at most that")  # fmt: skip
     return ModelFacts(config, tokenizer, family)
+
+
+def positions(config: Any) -> int | None:
+    """The longest row a model takes, in tokens; None where its config sets no limit."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> FeatureStore:

@@ -55,6 +55,7 @@ def export(checkpoint: Path, out: Path, dtype: str = "fp32", max_shard_size: str
     Raises:
         UserError: the checkpoint is damaged, `out` holds something, or the proof fails (then `out` is not made).
     """
+    out = out.resolve()
     problem = damage(checkpoint)
     if problem:
         raise UserError(f"{checkpoint} cannot be exported: {problem}")

@@ -55,7 +55,7 @@ def save_interval(save_steps: float, steps: int) -> int:
     Raises:
         UserError: neither a share nor a whole number of steps.
     """
-    if save_steps < 0 or (save_steps >= 1 and save_steps != int(save_steps)):
+    if not 0 <= save_steps < float("inf") or (save_steps >= 1 and save_steps != int(save_steps)):
         raise UserError(f"save_steps {save_steps:g} is neither a number of steps nor a share of the run below 1")
     return max(1, round(save_steps * steps)) if 0 < save_steps < 1 else int(save_steps)
 

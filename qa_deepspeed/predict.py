@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qa_deepspeed import kept_threshold
 from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import ModelFacts
+from qa_deepspeed.data import ModelFacts, positions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import family_of, model_columns
 from qa_deepspeed.models.loading import (
@@ -180,8 +180,11 @@ class QuestionAnswerer:
 
     def _window_settings(self, max_seq_len: int | None, doc_stride: int | None, longest: int | None) -> FeatureSettings:
         """Lengths as the pipeline has them; a question is cut only where a window could not go on past its overlap."""
+        longest_row = positions(self.model.config) or self.tokenizer.model_max_length
         if max_seq_len is None:
-            max_seq_len = min(self.tokenizer.model_max_length, 384)
+            max_seq_len = min(self.tokenizer.model_max_length, longest_row, 384)
+        if max_seq_len > longest_row:
+            raise UserError(f"max_seq_len {max_seq_len} is more than the {longest_row} positions of the model")
         if doc_stride is None:
             doc_stride = min(max_seq_len // 2, 128)
         room = max_seq_len - self._features.template.special_tokens - doc_stride - 1
@@ -237,11 +240,13 @@ def pipeline(
         model: folder, hub name, or a model, which then needs its tokenizer too.
         torch_dtype: the older name of dtype.
     Raises:
-        UserError: another task, or no model.
+        UserError: another task, no model, or another model's tokenizer.
     """
     if task != "question-answering":
         raise UserError(f"this pipeline is for 'question-answering' only, not for '{task}'")
     if isinstance(model, str):
+        if tokenizer not in (None, model):
+            raise UserError("a model named by folder or hub name answers with its own tokenizer: leave tokenizer= out")
         return QuestionAnswerer.from_pretrained(model, device=device, dtype=dtype or torch_dtype, batch_size=batch_size)
     if model is None or tokenizer is None or isinstance(tokenizer, str):
         raise UserError("which model? pass model= as a folder or hub name, or a loaded model together with tokenizer=")

@@ -72,33 +72,37 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
         _remove_run(output_dir)
         return "fresh"
     asked = options.resume_from_checkpoint
-    if asked not in ("auto", "never"):
+    named = asked not in ("auto", "never")
+    if named:
         state = read_loop_state(Path(asked))
         refuse_changes(state.identity, identity, state.options, options, asked)
-        return "resume"
     if not _holds_files(output_dir):
-        return "fresh"
+        return "resume" if named else "fresh"
     run = _read_run(output_dir)
     if run is None or asked == "never":
         raise UserError(
             f"output_dir {output_dir} is not empty: pass another one, or --overwrite_output_dir to start afresh"
         )
     refuse_changes(run.get("identity", {}), identity, run.get("options", {}), options, str(output_dir))
+    if named:
+        return "resume"
     if run.get("status") == "finished" and run.get("identity") == identity:
         return "finished"
     return "resume" if checkpoints(output_dir) else "fresh"
 
 
-def choose_checkpoint(output_dir: Path, asked: str) -> Path:
+def choose_checkpoint(output_dir: Path, asked: str, identity: dict[str, Any]) -> Path:
     """The checkpoint to go on from: `asked`, or with "auto" the newest that is whole on every disk. Collective.
 
-    Damaged ones that are passed over are named.
+    Those of the run as it is now (`identity`) come before those it had before its settings were changed. Damaged ones
+    that are passed over are named.
 
     Raises:
         UserError: none is whole.
     """
     auto = asked == "auto"
-    candidates = [str(path) for path in reversed(checkpoints(output_dir))] if auto else [asked]
+    newest_first = sorted(reversed(checkpoints(output_dir)), key=lambda path: _is_of_other(path, identity))
+    candidates = [str(path) for path in newest_first] if auto else [asked]
     acting = dist.first_on_this_filesystem(output_dir)
     for name in dist.broadcast_json(candidates):
         problem = damage(Path(name)) if acting else None
@@ -111,6 +115,13 @@ def choose_checkpoint(output_dir: Path, asked: str) -> Path:
                         "with --overwrite_output_dir")  # fmt: skip
     raise UserError(f"checkpoint {asked} is damaged, see above: name another one, or leave --resume_from_checkpoint "
                     "out")  # fmt: skip
+
+
+def _is_of_other(checkpoint: Path, identity: dict[str, Any]) -> bool:
+    try:
+        return read_loop_state(checkpoint).identity != identity
+    except UserError:  # damaged: it keeps its turn, to be named
+        return False
 
 
 def _holds_files(output_dir: Path) -> bool:

@@ -86,7 +86,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     if what == "finished":
         dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts afresh)")
         return {}
-    resume_from = choose_checkpoint(output_dir, options.resume_from_checkpoint) if what == "resume" else None
+    resume_from = choose_checkpoint(output_dir, options.resume_from_checkpoint, identity) if what == "resume" else None
     began = time.perf_counter()
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)

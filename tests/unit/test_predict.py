@@ -159,6 +159,7 @@ def test_every_form_of_input_gives_the_same() -> None:
         ({"question": QUESTION, "context": "x", "top_k": 0}, "at least 1"),
         ({"question": QUESTION, "context": "x", "top_k": 2, "n_best_size": 2}, "leave top_k out"),
         ({"question": QUESTION, "context": "x", "max_seq_len": 20, "doc_stride": 20}, "no room"),
+        ({"question": QUESTION, "context": "x", "max_seq_len": 10**6}, "positions of the model"),
     ],
 )
 def test_what_cannot_be_understood_is_said(arguments: dict[str, Any], said: str) -> None:
