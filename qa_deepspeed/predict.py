@@ -34,6 +34,7 @@ from qa_deepspeed.qa.decode_pipeline import PipelineSettings, decode_like_pipeli
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.features import FeatureSettings
 from qa_deepspeed.qa.memory_features import AnswerStore, FeatureMaker
+from qa_deepspeed.qa.predictions import NBEST_FIELDS
 from qa_deepspeed.qa.reduction import candidate_columns, normalizers
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_536, 49_152
@@ -174,7 +175,8 @@ class QuestionAnswerer:
             odds = self._head.null_score_is_odds
             lists = decode(found, store, DecodeSettings(n_best_size, max_answer_len, True, null_score_is_odds=odds))
             for (answer,), prediction in zip(results, lists, strict=True):
-                yield {**answer, "null_odds": prediction.null_odds, "nbest": prediction.nbest}
+                nbest = [dict(zip(NBEST_FIELDS, entry, strict=True)) for entry in prediction.nbest]
+                yield {**answer, "null_odds": prediction.null_odds, "nbest": nbest}
 
         return _for_each(answered, inputs, question, context)
 

@@ -43,7 +43,7 @@ class Analysis:
     def add(self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float) -> None:
         """Take in one question with what it scored; `windows` is the number of its features."""
         golds = tuple(answer.text for answer in example.answers)
-        confidence = next((e["probability"] for e in prediction.nbest if e["text"] == prediction.text), 0.0)
+        confidence = next((share for text, share, *_ in prediction.nbest if text == prediction.text), 0.0)
         if example.context != self._context:  # the questions of a paragraph come one after another
             self._paragraphs += 1
             self._context = example.context
@@ -221,7 +221,7 @@ def _shares(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def _snippet(example: Example, prediction: Prediction, golds: tuple[str, ...]) -> str:
     """The context around the predicted answer, or around the first located gold answer if none was given."""
-    begin = next((e["start"] for e in prediction.nbest if e["text"] == prediction.text and e["text"]), -1)
+    begin = next((start for text, *_, start in prediction.nbest if text == prediction.text and text), -1)
     length = len(prediction.text)
     if begin < 0 and golds:
         begin, length = max(example.context.find(golds[0]), 0), len(golds[0])

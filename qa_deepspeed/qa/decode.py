@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, write_predictions
 
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
@@ -288,11 +288,7 @@ def _predictions(
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
     shares = probability[kept.question, rank].tolist()
     columns = (texts, shares, kept.start_logit.tolist(), kept.end_logit.tolist(), kept.begin.tolist())
-    assert all(len(column) == len(texts) for column in columns)
-    entries = [
-        {"text": text, "probability": share, "start_logit": start_logit, "end_logit": end_logit, "start": begin}
-        for text, share, start_logit, end_logit, begin in zip(*columns)  # type: ignore[misc]  # noqa: B905 (asserted)
-    ]
+    entries: list[NBestEntry] = list(zip(*columns, strict=True))  # type: ignore[arg-type]
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
     columns_of_question = zip(
         example_ids, first[:-1].tolist(), first[1:].tolist(), lowest_null.tolist(), null_odds.tolist(), null_rank,
@@ -312,8 +308,8 @@ def _predictions(
             yield Prediction(example_id, text, nbest, None)
 
 
-def _null_entry(probability: float, null_score: float) -> dict[str, Any]:
-    return {"text": "", "probability": probability, "start_logit": null_score, "end_logit": 0.0, "start": -1}
+def _null_entry(probability: float, null_score: float) -> NBestEntry:
+    return "", probability, null_score, 0.0, -1
 
 
 def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:

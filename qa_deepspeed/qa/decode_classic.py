@@ -24,7 +24,7 @@ from qa_deepspeed.qa.best_window import best_window_ranges
 from qa_deepspeed.qa.classic_text import final_text
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction
 
 _WORD = re.compile(r"[^ \t\r\n\u202f]+")  # the classic scripts split contexts at these blanks only
 
@@ -178,11 +178,8 @@ def _distinct(
     return entries
 
 
-def _nbest(entries: list[_Entry]) -> list[dict[str, Any]]:
+def _nbest(entries: list[_Entry]) -> list[NBestEntry]:
     scores = np.array([entry.start_logit + entry.end_logit for entry in entries])
     exponential = np.exp(scores - scores.max())
     shares = (exponential / exponential.sum()).astype(np.float32).tolist()
-    return [
-        {"text": e.text, "probability": p, "start_logit": e.start_logit, "end_logit": e.end_logit, "start": e.begin}
-        for e, p in zip(entries, shares, strict=True)
-    ]
+    return [(e.text, p, e.start_logit, e.end_logit, e.begin) for e, p in zip(entries, shares, strict=True)]

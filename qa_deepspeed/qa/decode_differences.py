@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.qa.predictions import DecodeSettings, Prediction
+from qa_deepspeed.qa.predictions import DecodeSettings, NBestEntry, Prediction
 
 SAME = "same answer"
 WORD_EMPTY = "hf found no span and said 'empty'"
@@ -27,20 +27,20 @@ def difference_rule(exact: Prediction, hf: Prediction, settings: DecodeSettings)
     """
     if exact.text == hf.text:
         return SAME
-    best_hf = next((entry for entry in hf.nbest if entry["text"]), None)
-    if best_hf is None or (best_hf["text"] == "empty" and best_hf["start"] < 0):
+    best_hf = next((entry for entry in hf.nbest if entry[0]), None)
+    if best_hf is None or (best_hf[0] == "empty" and best_hf[-1] < 0):
         return WORD_EMPTY
     if exact.text == hf.text.strip() and exact.text:
         return BLANKS_TRIMMED
-    if not best_hf["text"].strip():
+    if not best_hf[0].strip():
         return BLANK_SPAN
-    best_exact = next((entry for entry in exact.nbest if entry["text"]), None)
+    best_exact = next((entry for entry in exact.nbest if entry[0]), None)
     assert best_exact is not None, f"{exact.example_id}: hf found a span where exact found none"
     score_exact, score_hf = _score(best_exact), _score(best_hf)
     assert score_exact >= score_hf, f"{exact.example_id}: hf found a better span than exact"
     if score_exact > score_hf:
         return MISSED_SPAN
-    if best_exact["text"] != best_hf["text"].strip():
+    if best_exact[0] != best_hf[0].strip():
         return TIE
     assert exact.null_odds is not None and hf.null_odds is not None, (
         f"{exact.example_id}: best spans equal, answers not"
@@ -66,9 +66,10 @@ def list_differences(
     return differences
 
 
-def _score(entry: dict[str, Any]) -> float:
-    return float(np.float32(entry["start_logit"]) + np.float32(entry["end_logit"]))
+def _score(entry: NBestEntry) -> float:
+    _, _, start_logit, end_logit, _ = entry
+    return float(np.float32(start_logit) + np.float32(end_logit))
 
 
 def _null_score(prediction: Prediction) -> float:
-    return next((_score(entry) for entry in prediction.nbest if not entry["text"]), float("nan"))
+    return next((_score(entry) for entry in prediction.nbest if not entry[0]), float("nan"))

@@ -13,13 +13,13 @@ are all blank, are answered with "".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction
 
 
 class _Pairs(NamedTuple):
@@ -94,26 +94,21 @@ def _prediction(
         kept.insert(0, ("empty", 0.0, 0.0, 0.0, -1, -1))
     nbest = _nbest(kept)
     if not v2:
-        return Prediction(example.example_id, nbest[0]["text"], nbest, None)
-    best = next((entry for entry in nbest if entry["text"]), None)
+        return Prediction(example.example_id, nbest[0][0], nbest, None)
+    best = next((entry for entry in nbest if entry[0]), None)
     if null is None or best is None:
         return Prediction(example.example_id, "", nbest, NO_SPAN_NULL_ODDS)
-    odds = float(null[0] - np.float32(best["start_logit"]) - np.float32(best["end_logit"]))
-    answer = "" if odds > settings.null_score_diff_threshold else best["text"]
+    text, _, start_logit, end_logit, _ = best
+    odds = float(null[0] - np.float32(start_logit) - np.float32(end_logit))
+    answer = "" if odds > settings.null_score_diff_threshold else text
     return Prediction(example.example_id, answer, nbest, odds)
 
 
-def _nbest(kept: list[tuple[str, float, float, float, int, int]]) -> list[dict[str, Any]]:
+def _nbest(kept: list[tuple[str, float, float, float, int, int]]) -> list[NBestEntry]:
     scores = np.array([score for _, score, *_ in kept])
     exponential = np.exp(scores - scores.max())
     shares = (exponential / exponential.sum()).astype(np.float32).tolist()
     return [
-        {
-            "text": text,
-            "probability": share,
-            "start_logit": start_logit,
-            "end_logit": end_logit,
-            "start": begin if text else -1,
-        }
+        (text, share, start_logit, end_logit, begin if text else -1)
         for (text, _, start_logit, end_logit, begin, _), share in zip(kept, shares, strict=True)
     ]

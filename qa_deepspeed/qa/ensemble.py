@@ -6,10 +6,9 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, write_predictions
 from qa_deepspeed.qa.scoring_files import read_nbest
 
 LEAST_PROBABILITY = 1e-30  # stands for "not listed" under the logarithm
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def combine(runs: list[dict[str, list[dict[str, Any]]]], settings: DecodeSettings) -> Iterator[Prediction]:
+def combine(runs: list[dict[str, list[NBestEntry]]], settings: DecodeSettings) -> Iterator[Prediction]:
     """Average the runs' probabilities of each answer text, a text that a run does not list counting as 0.
 
     The null odds are the logarithm of the null answer's average over that of the best other answer; a tie of averages
@@ -64,42 +63,42 @@ def combine(runs: list[dict[str, list[dict[str, Any]]]], settings: DecodeSetting
     """
     for example_id in runs[0]:
         entries = _averaged([run[example_id] for run in runs])
-        answers = [entry for entry in entries if entry["text"]][: settings.n_best_size]
-        nulls = [entry for entry in entries if not entry["text"]]
+        answers = [entry for entry in entries if entry[0]][: settings.n_best_size]
+        nulls = [entry for entry in entries if not entry[0]]
         if not answers:
             odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
             yield Prediction(example_id, "", nulls, odds)
             continue
-        text, odds, kept = answers[0]["text"], None, answers
+        (text, best, *_), odds, kept = answers[0], None, answers
         if settings.version_2_with_negative:
-            null = nulls[0]["probability"] if nulls else 0.0
-            odds = math.log(max(null, LEAST_PROBABILITY)) - math.log(max(answers[0]["probability"], LEAST_PROBABILITY))
+            null = nulls[0][1] if nulls else 0.0
+            odds = math.log(max(null, LEAST_PROBABILITY)) - math.log(max(best, LEAST_PROBABILITY))
             text = "" if odds > settings.null_score_diff_threshold else text
-            kept = sorted(answers + nulls, key=lambda entry: -entry["probability"])
+            kept = sorted(answers + nulls, key=_improbability)
         yield Prediction(example_id, text, kept, odds)
 
 
-def _averaged(lists: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _averaged(lists: list[list[NBestEntry]]) -> list[NBestEntry]:
     """One entry for each text, the most probable first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[NBestEntry]] = {}
     for entries in lists:
-        best: dict[str, dict[str, Any]] = {}
+        best: dict[str, NBestEntry] = {}
         for entry in entries:  # the same text at two places: its probabilities add up, the better place stays
-            if entry["text"] in best:
-                known = best[entry["text"]]
-                best[entry["text"]] = known | {"probability": known["probability"] + entry["probability"]}
-            else:
-                best[entry["text"]] = entry
+            text, probability, start_logit, end_logit, start = entry
+            if text in best:
+                _, others, start_logit, end_logit, start = best[text]
+                probability += others
+            best[text] = (text, probability, start_logit, end_logit, start)
         for text, entry in best.items():
             found.setdefault(text, []).append(entry)
-    averaged = [
-        {
-            "text": text,
-            "probability": math.fsum(entry["probability"] for entry in entries) / len(lists),
-            "start_logit": math.fsum(entry["start_logit"] for entry in entries) / len(entries),
-            "end_logit": math.fsum(entry["end_logit"] for entry in entries) / len(entries),
-            "start": entries[0].get("start", -1),
-        }
-        for text, entries in found.items()
-    ]
-    return sorted(averaged, key=lambda entry: -entry["probability"])
+    averaged = []
+    for text, entries in found.items():
+        _, shares, start_logits, end_logits, starts = zip(*entries, strict=True)
+        start_logit, end_logit = (math.fsum(logits) / len(entries) for logits in (start_logits, end_logits))
+        averaged.append((text, math.fsum(shares) / len(lists), start_logit, end_logit, starts[0]))
+    return sorted(averaged, key=_improbability)
+
+
+def _improbability(entry: NBestEntry) -> float:
+    _, probability, *_ = entry
+    return -probability

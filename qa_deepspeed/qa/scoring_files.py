@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.metrics import Gold
+from qa_deepspeed.qa.predictions import NBEST_FIELDS, NBestEntry
 
 
 class GoldFile(NamedTuple):
@@ -61,8 +62,8 @@ def read_null_odds(path: str) -> dict[str, float]:
     return values
 
 
-def read_nbest(path: str) -> dict[str, list[dict[str, Any]]]:
-    """{question id: entries with text, probability, start_logit and end_logit}. Raises UserError for anything else."""
+def read_nbest(path: str) -> dict[str, list[NBestEntry]]:
+    """{question id: entries}; an entry without a start gets -1. Raises UserError if the file holds anything else."""
     values = _read_object(path, "n-best lists by question id")
     for example_id, entries in values.items():
         if not isinstance(entries, list) or not entries:
@@ -76,7 +77,11 @@ def read_nbest(path: str) -> dict[str, list[dict[str, Any]]]:
                     f"{path}: an entry of {example_id!r} lacks text, probability, start_logit or end_logit; "
                     "give an nbest_predictions.json"
                 )
-    return values
+    fields = NBEST_FIELDS[:-1]
+    return {
+        example_id: [(*(entry[name] for name in fields), entry.get("start", -1)) for entry in entries]
+        for example_id, entries in values.items()
+    }
 
 
 def _is_entry(entry: Any) -> bool:

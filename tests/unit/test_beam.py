@@ -99,8 +99,8 @@ def test_the_null_answer_is_applied_with_its_own_threshold(setup, tmp_path):
     for example_id, logit in zip(data.store.examples.ids, lowest, strict=True):
         if example_id in decided:
             assert odds[example_id] == pytest.approx(logit, abs=1e-4)
-            null = next(entry for entry in lists[example_id] if not entry["text"])
-            assert null["probability"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-4)
+            null = next(share for text, share, *_ in lists[example_id] if not text)
+            assert null == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-4)
             assert (answers[example_id] == "") == (odds[example_id] > middle)
     assert len(decided) > 16 and 0 < sum(answers[k] == "" for k in decided) < len(decided)
 

@@ -13,6 +13,7 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.decode import NO_SPAN_NULL_ODDS as NO_SPAN
 from qa_deepspeed.qa.decode import Candidates, DecodeSettings, decode, write_predictions
 from qa_deepspeed.qa.examples import Example
+from qa_deepspeed.qa.predictions import NBEST_FIELDS
 
 
 class Store:
@@ -91,11 +92,10 @@ def assert_same(candidates, store, how, rows_per_chunk=4096):
         assert prediction.text == text
         assert prediction.null_odds == odds
         if len(nbest[0]) == 2:
-            assert [(e["text"], e["probability"]) for e in prediction.nbest] == nbest
+            assert [(text, share) for text, share, *_ in prediction.nbest] == nbest
             continue
-        keys = ("text", "start_logit", "end_logit", "start")
-        assert [tuple(e[key] for key in keys) for e in prediction.nbest] == [(e[0], *e[2:]) for e in nbest]
-        assert [e["probability"] for e in prediction.nbest] == pytest.approx([e[1] for e in nbest], rel=1e-6, abs=1e-40)
+        assert [(e[0], *e[2:]) for e in prediction.nbest] == [(e[0], *e[2:]) for e in nbest]
+        assert [share for _, share, *_ in prediction.nbest] == pytest.approx([e[1] for e in nbest], rel=1e-6, abs=1e-40)
     return fast
 
 
@@ -189,12 +189,12 @@ def one_question(spans_by_window, nulls, context="ab cd ef", **how):
 
 def test_the_same_characters_in_two_windows_count_once_with_the_better_score():
     prediction = one_question([[(0, 0, 1, 1)], [(0, 0, 2, 2), (1, 1, 0, 0)]], [0, 0])
-    assert [(e["text"], e["start_logit"]) for e in prediction.nbest] == [("ab", 2.0), ("cd", 0.0)]
+    assert [(text, logit) for text, _, logit, *_ in prediction.nbest] == [("ab", 2.0), ("cd", 0.0)]
 
 
 def test_ties_go_by_character_start_then_end():
     prediction = one_question([[(1, 2, 1, 1), (2, 2, 0, 2)], [(1, 1, 2, 0), (0, 1, 1, 1)]], [0, 0])
-    assert [e["text"] for e in prediction.nbest] == ["ab cd", "cd", "cd ef", "ef"]
+    assert [text for text, *_ in prediction.nbest] == ["ab cd", "cd", "cd ef", "ef"]
 
 
 def test_null_score_is_the_lowest_of_the_windows_and_the_threshold_is_exceeded_not_met():
@@ -245,8 +245,8 @@ def test_files_read_back_and_are_the_same_bytes_twice(tmp_path, v2):
         assert read["null_odds.json"] == {p.example_id: p.null_odds for p in predictions}
     for prediction in predictions:
         for entry, kept in zip(read["nbest_predictions.json"][prediction.example_id], prediction.nbest, strict=True):
-            assert list(entry) == list(kept)
-            for key, value in kept.items():
+            assert list(entry) == list(NBEST_FIELDS)
+            for key, value in zip(NBEST_FIELDS, kept, strict=True):
                 assert entry[key] == value if isinstance(value, str) else np.float32(entry[key]) == np.float32(value)
 
 

@@ -48,22 +48,20 @@ def test_every_difference_has_a_rule(v2, distinct):
         if difference["rule"] != rules.MISSED_SPAN:
             continue
         index = int(difference["example_id"][1:])
-        best = max(
-            exact[index].nbest, key=lambda entry: (entry["text"] != "", entry["start_logit"] + entry["end_logit"])
-        )
+        _, _, start_logit, end_logit, _ = max(exact[index].nbest, key=lambda entry: (entry[0] != "", sum(entry[2:4])))
         rows = np.flatnonzero(store.example_index == index)
         beyond = [
-            (start[row] > best["start_logit"]).sum() >= 3 or (end[row] > best["end_logit"]).sum() >= 3
+            (start[row] > start_logit).sum() >= 3 or (end[row] > end_logit).sum() >= 3
             for row in rows
-            if best["start_logit"] in start[row] and best["end_logit"] in end[row]
+            if start_logit in start[row] and end_logit in end[row]
         ]
         assert distinct or all(beyond)
 
 
 def prediction(text, score, odds=None, null=0.0, start=0):
-    nbest = [{"text": text, "start_logit": score, "end_logit": 0.0, "start": start}]
+    nbest = [(text, 0.5, score, 0.0, start)]
     if odds is not None:
-        nbest.append({"text": "", "start_logit": null, "end_logit": 0.0, "start": -1})
+        nbest.append(("", 0.5, null, 0.0, -1))
     return Prediction("q", "" if odds is not None and odds > 0 else text, nbest, odds)
 
 

@@ -8,11 +8,11 @@ import pytest
 from qa_deepspeed.cli import Parser
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa import ensemble
-from qa_deepspeed.qa.predictions import DecodeSettings
+from qa_deepspeed.qa.predictions import NBEST_FIELDS, DecodeSettings
 
 
 def entry(text, probability, logit=1.0, start=0):
-    return {"text": text, "probability": probability, "start_logit": logit, "end_logit": logit, "start": start}
+    return text, probability, logit, logit, start
 
 
 RUNS = [
@@ -24,8 +24,8 @@ V2 = DecodeSettings(version_2_with_negative=True)
 
 def test_probabilities_are_averaged_by_text():
     a, b = ensemble.combine(RUNS, V2)
-    assert [(e["text"], round(e["probability"], 6)) for e in a.nbest] == [("y", 0.5), ("x", 0.3), ("", 0.2)]
-    assert [e for e in a.nbest if e["text"] == "x"] == [entry("x", 0.3, 3.0, 7)]
+    assert [(text, round(share, 6)) for text, share, *_ in a.nbest] == [("y", 0.5), ("x", 0.3), ("", 0.2)]
+    assert [e for e in a.nbest if e[0] == "x"] == [entry("x", 0.3, 3.0, 7)]
     assert (a.text, b.text) == ("y", "")
     assert a.null_odds == pytest.approx(math.log(0.2 / 0.5))
     assert b.null_odds == pytest.approx(math.log(0.8 / 0.2))
@@ -37,13 +37,17 @@ def test_probabilities_are_averaged_by_text():
 
 def test_runs_that_agree_change_nothing():
     (one,) = ensemble.combine([{"a": RUNS[0]["a"]}] * 3, V2)
-    assert [e["text"] for e in one.nbest] == ["x", "y", ""]
-    assert [e["probability"] for e in one.nbest] == pytest.approx([0.6, 0.3, 0.1])
+    assert [text for text, *_ in one.nbest] == ["x", "y", ""]
+    assert [share for _, share, *_ in one.nbest] == pytest.approx([0.6, 0.3, 0.1])
 
 
 def test_a_question_without_any_span():
     (one,) = ensemble.combine([{"a": [entry("", 1.0)]}] * 2, V2)
     assert (one.text, one.null_odds, len(one.nbest)) == ("", 1e6, 1)
+
+
+def as_file(run):
+    return json.dumps({key: [dict(zip(NBEST_FIELDS, one, strict=True)) for one in run[key]] for key in run})
 
 
 def call(*arguments):
@@ -54,7 +58,7 @@ def call(*arguments):
 
 def test_files_in_and_out(tmp_path, capsys):
     for i, run in enumerate(RUNS):
-        (tmp_path / f"{i}.json").write_text(json.dumps(run))
+        (tmp_path / f"{i}.json").write_text(as_file(run))
     assert (
         call(tmp_path / "0.json", tmp_path / "1.json", "--output_dir", tmp_path / "o", "--version_2_with_negative") == 0
     )
@@ -70,7 +74,7 @@ def test_files_in_and_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"a": RUNS[0]["a"]}, "its questions are not those of .* such as b"),
+        (json.loads(as_file({"a": RUNS[0]["a"]})), "its questions are not those of .* such as b"),
         ({"a": "x", "b": "y"}, "'a' has a text where an n-best list is expected"),
         ({"a": [], "b": []}, "'a' has a list where an n-best list is expected"),
         ({"a": [{"text": "x"}]}, "an entry of 'a' lacks text, probability"),
@@ -78,7 +82,7 @@ def test_files_in_and_out(tmp_path, capsys):
     ],
 )
 def test_wrong_files(tmp_path, second, message):
-    (tmp_path / "0.json").write_text(json.dumps(RUNS[0]))
+    (tmp_path / "0.json").write_text(as_file(RUNS[0]))
     (tmp_path / "1.json").write_text(json.dumps(second))
     with pytest.raises(UserError, match=message):
         call(tmp_path / "0.json", tmp_path / "1.json", "--output_dir", tmp_path / "o")

@@ -74,9 +74,8 @@ def test_gold_spans_come_out_as_gold_answers(store, tmp_path):
     assert metrics["NoAns_exact"] == 100.0
     assert metrics["HasAns_exact"] > 97 and metrics["best_exact"] > 98
     for example, prediction in zip(store.examples, predictions, strict=True):
-        for entry in prediction.nbest:
-            text = entry["text"]
-            assert not text or example.context[entry["start"] : entry["start"] + len(text)] == text == text.strip()
+        for text, *_, start in prediction.nbest:
+            assert not text or example.context[start : start + len(text)] == text == text.strip()
     # the files, read back, score the same
     whole = read_gold(str(DATA / "en-v2-dev.json"))
     first = whole.questions[:QUESTIONS]

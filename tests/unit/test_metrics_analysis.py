@@ -54,7 +54,7 @@ def example(number, question, context, *answers):
 
 
 def prediction(number, text, probability, odds=None, start=0):
-    nbest = [{"text": text, "probability": probability, "start_logit": 1.0, "end_logit": 1.0, "start": start}]
+    nbest = [(text, probability, 1.0, 1.0, start)]
     return Prediction(f"q{number}", text, nbest, odds)
 
 

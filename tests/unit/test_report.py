@@ -27,7 +27,7 @@ def report():
         answers = (Answer("right", 0),) if i % 3 else ()
         example = Example(f"q{i}{HOSTILE}", f"what is {HOSTILE} \ud83d?", f"right or {HOSTILE} {i // 5}", answers)
         text = ["right", HOSTILE, ""][i % 4 % 3]
-        nbest = [{"text": text, "probability": i / 40, "start_logit": 1.0, "end_logit": 1.0, "start": 9}]
+        nbest = [(text, i / 40, 1.0, 1.0, 9)]
         prediction = Prediction(example.example_id, text, nbest, i - 20.0)
         gold = Gold(example.example_id, tuple(answer.text for answer in answers))
         scores = scorer.add(gold, text, prediction.null_odds, prediction.best_span_text)
