@@ -1,0 +1,222 @@
+"""What DeepSpeed costs, what two ranks gain, and how much of the device a training step uses.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|ranks|attention [--repeats N]
+
+overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, backward, clipping, the same fused AdamW
+    and schedule) over the same batches, by turns in one process.
+ranks: `train` at ZeRO-2 on two ranks beside two runs on one rank at the same time, each on a core of its own; real
+    tokens a second of both together.
+attention: forward and backward of a BERT-base-shaped model, dropout active, with this package's attention and dropout
+    and with Transformers' default (sdpa), by turns; the share of the measured roof of matrix products that the model's
+    own operations (no padding, nothing computed twice) come to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, get_scheduler
+
+from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.data import load_features, model_facts
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.device import choose_device, keep_freed_memory
+from qa_deepspeed.engine.engine import training_engine
+from qa_deepspeed.engine.optim import default_optimizer
+from qa_deepspeed.engine.roof import measured_roof, training_flops
+from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
+from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.models.loading import load_model
+from qa_deepspeed.models.qa_heads import Head, head_of
+from qa_deepspeed.qa.batching import Batch, epoch_order, make_batch
+from tests.dist.launching import alone, by_deepspeed, environment, flags
+from tests.paths import DATA, MINILM, REPOSITORY
+
+TRAIN = DATA / "en-v1-train.json"
+ROWS, QUESTIONS = 8, 192
+BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "intermediate_size": 3072}  # fmt: skip
+
+
+def in_turn(ways: Mapping[str, Callable[[int], None]], turns: int) -> dict[str, list[float]]:
+    """Seconds of every turn of every way; the first turn of each warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way(turn)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def mean_loss(head: Head, outputs: Any, batch: Batch) -> torch.Tensor:
+    """The loss of a micro-batch that is a whole global batch."""
+    return (head.losses(outputs, batch) * batch.weight).mean()
+
+
+def overhead(repeats: int) -> None:
+    """Print the ratio of a step of the engine to one of the loop by hand."""
+    dist.describe_lone_process()
+    device = choose_device(no_cuda=True)
+    with tempfile.TemporaryDirectory() as folder:
+        options = RunOptions(
+            model_name_or_path=str(MINILM), train_file=str(TRAIN), output_dir=folder, cache_dir=folder,
+            max_train_examples=QUESTIONS, deepspeed_config="zero0", learning_rate=1e-4,
+        )  # fmt: skip
+        resolved = ds_config.resolve(options, 1, "cpu", True, "zero0")
+        options, facts = resolved.options, model_facts(resolved.options)
+        store = load_features(options, "train", facts)
+        dist.start(device, options.timeout)
+        models = [load_model(options, facts.config)[0] for _ in range(2)]
+        layout = facts.layout(model_columns(models[0], facts.config), 0)
+        batches = [make_batch(store.take, rows, layout) for rows in epoch_order(store.lengths, ROWS, 42, 0)]
+        config = ds_config.finish(resolved, 1000, ds_config.hidden_size(facts.config))
+        engine = training_engine(models[0], config, resolved, 1000, device)
+        plain = models[1]
+        speed_up_on_cpu(plain)
+        optimizer = default_optimizer(plain, options)
+        schedule = get_scheduler("linear", optimizer, 0, 1000)
+        heads = [head_of(model, False) for model in models]
+        for model in models:
+            model.train()
+
+        def by_engine(turn: int) -> None:
+            batch = batches[turn % len(batches)]
+            engine.begin_micro_batch(last=True)
+            engine.backward(mean_loss(heads[0], engine.train_forward(heads[0].training_inputs(batch)), batch))
+            engine.step(want_norm=False)
+
+        def by_hand(turn: int) -> None:
+            batch = batches[turn % len(batches)]
+            mean_loss(heads[1], plain(**heads[1].training_inputs(batch)), batch).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), options.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        seconds = in_turn({"engine, ZeRO-0": by_engine, "by hand": by_hand}, repeats)
+        dist.stop()
+    ratios = [one / other for one, other in zip(*seconds.values(), strict=True)]
+    for name, measured in seconds.items():
+        print(f"{name:16} {1000 * statistics.median(measured):8.1f} ms a step (median of {repeats})")
+    print(f"engine / by hand {statistics.median(ratios):8.3f} (median of the steps' ratios)")
+
+
+def started(command: list[str], core: str) -> subprocess.Popen[bytes]:
+    """A run in the background on these cores."""
+    return subprocess.Popen(
+        ["taskset", "-c", core, *command], cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def tokens_per_second(output_dir: Path) -> float:
+    """Of a finished run, over all its ranks."""
+    return json.loads((output_dir / "run.json").read_text())["throughput"]["tokens_per_second"]
+
+
+def ranks(repeats: int) -> None:
+    """Print the speed of two ranks against that of two lone runs at the same time."""
+    together, apart = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def train(run: str, questions: int) -> list[str]:
+            return ["train", *flags(
+                model_name_or_path=MINILM, train_file=TRAIN, output_dir=folder / run, cache_dir=folder / "cache",
+                max_train_examples=questions, num_train_epochs=1, per_gpu_train_batch_size=ROWS, learning_rate=1e-4,
+                deepspeed_config="zero2", logging_steps=10**6, save_steps=0, overwrite_output_dir=True,
+            )]  # fmt: skip
+
+        for turn in range(repeats + 1):
+            pair = started(by_deepspeed(2, *train("pair", 2 * QUESTIONS)), "0,1")
+            assert pair.wait() == 0, "the run on two ranks failed"
+            lone = [started(alone(*train(f"lone{core}", QUESTIONS)), str(core)) for core in (0, 1)]
+            assert [one.wait() for one in lone] == [0, 0], "a lone run failed"
+            if turn:
+                together.append(tokens_per_second(folder / "pair"))
+                apart.append(sum(tokens_per_second(folder / f"lone{core}") for core in (0, 1)))
+    print(f"two ranks, ZeRO-2     {statistics.median(together):8,.0f} real tokens/s (all: {together})")
+    print(f"two lone runs, summed {statistics.median(apart):8,.0f} real tokens/s (all: {apart})")
+    print(f"ratio                 {statistics.median(together) / statistics.median(apart):8.3f}")
+
+
+def like_length(length: int) -> dict[str, torch.Tensor]:
+    """Rows of nearly one length, as in batches of like length: up to 7 tokens shorter than `length`."""
+    generator = np.random.default_rng(0)
+    real = length - generator.integers(0, 8, ROWS)
+    ids = torch.from_numpy(generator.integers(1000, 30000, (ROWS, length)))
+    mask = (torch.arange(length) < torch.from_numpy(real)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+
+
+def attention(repeats: int) -> None:
+    """Print the time of a step and its share of the roof, with this package's attention and with the default."""
+    config = AutoConfig.for_model("bert", **BERT_BASE)
+    torch.manual_seed(0)
+    models = {name: AutoModelForQuestionAnswering.from_config(config) for name in ("ours", "default")}
+    speed_up_on_cpu(models["ours"])
+    keep_freed_memory()  # of both
+    for model in models.values():
+        model.train()
+    print(
+        "| length | ours s | default s | default / ours | ours, of the roof | default, of the roof |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for length in (192, 384):
+        inputs = like_length(length)
+        lengths = inputs["attention_mask"].sum(dim=1).double()
+        per_token, per_pair = training_flops(models["ours"], config)
+        operations = float(per_token * lengths.sum() + per_pair * (lengths**2).sum())
+        roofs: list[float] = []
+
+        def step(model: Any, inputs: dict[str, torch.Tensor] = inputs) -> None:
+            outputs = model(**inputs)
+            (outputs.start_logits.float().logsumexp(1) + outputs.end_logits.float().logsumexp(1)).mean().backward()
+            model.zero_grad()
+
+        ways = {name: lambda turn, model=model, step=step: step(model) for name, model in models.items()}
+        # the roof is measured between the turns: a virtual core's speed changes while they last
+        ways["roof"] = lambda turn, roofs=roofs: roofs.append(measured_roof(torch.device("cpu"), torch.float32))
+        seconds = in_turn(ways, repeats)
+        ours, default = (statistics.median(seconds[name]) for name in ("ours", "default"))
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["default"], strict=True))
+        shares = [
+            statistics.median(operations / one / roof for one, roof in zip(seconds[name], roofs[1:], strict=True))
+            for name in ("ours", "default")
+        ]
+        print(f"| {length} | {ours:.2f} | {default:.2f} | {ratio:.2f} | {shares[0]:.0%} | {shares[1]:.0%} |")
+
+
+def main() -> None:
+    """Run one of the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overhead", "ranks", "attention"))
+    parser.add_argument("--repeats", type=int, help="of steps (overhead 60, attention 5) or of whole runs (ranks 3)")
+    arguments = parser.parse_args()
+    ways = {"overhead": (overhead, 60), "ranks": (ranks, 3), "attention": (attention, 5)}
+    measure, usual = ways[arguments.what]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    measure(arguments.repeats or usual)
+
+
+if __name__ == "__main__":
+    main()
