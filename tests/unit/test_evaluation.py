@@ -126,6 +126,27 @@ def best_by_brute_force(setup, logits, best_window_only):
     return texts
 
 
+def test_another_number_of_threads_changes_no_more_than_the_last_digits(setup, tmp_path):
+    """A product's sums may be split otherwise, so scores agree within 1e-4, and answers but for such ties."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            run(setup, tmp_path / str(threads))
+    finally:
+        torch.set_num_threads(before)
+    one, three = (json.loads((tmp_path / name / "nbest_predictions.json").read_text()) for name in ("1", "3"))
+    assert one.keys() == three.keys()
+    for example_id, entries in one.items():
+        scores = {(e["text"], e["start"]): e["start_logit"] + e["end_logit"] for e in three[example_id]}
+        for rank, entry in enumerate(entries):
+            score, other = entry["start_logit"] + entry["end_logit"], three[example_id][rank]
+            assert other["start_logit"] + other["end_logit"] == pytest.approx(score, abs=1e-4)
+            place = entry["text"], entry["start"]
+            # the last of a list may change places with one that just missed it
+            assert rank == len(entries) - 1 or scores[place] == pytest.approx(score, abs=1e-4)
+
+
 def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
     run(setup, tmp_path / "all", gather="full", null_score_diff_threshold=1e9)
     run(setup, tmp_path / "best", best_window_only=True, null_score_diff_threshold=1e9)
