@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,11 @@ def decoder(
 
 
 def answer_and_score(
-    predict: Decoder, store: FeatureStore, options: RunOptions, null_score_is_odds: bool, output_dir: Path
-) -> dict[str, Any]:
+    predict: Decoder, store: FeatureStore, options: RunOptions, null_score_is_odds: bool, output_dir: Path,
+    further: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html;
-    the metrics.
+    the metrics, among them those of `further`, which do not come of the answers.
 
     With null_score_diff_threshold auto the questions are answered twice: to find the threshold of best F1, and to use
     it. What the threshold 0 gives is then told as untuned_exact and untuned_f1.
@@ -90,7 +91,7 @@ def answer_and_score(
     scorer = Scorer(options.version_2_with_negative, options.metric_language, output_dir)
     analysis = Analysis(options.version_2_with_negative, options.metric_language, output_dir)
     write_predictions(_observed(predict(settings), store, scorer, analysis), output_dir, settings)
-    metrics = scorer.result() | untuned
+    metrics = scorer.result() | untuned | dict(further)
     if options.version_2_with_negative:
         metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
     write_json(output_dir / "metrics.json", metrics)

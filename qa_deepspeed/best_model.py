@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qa_deepspeed.checkpoint_files import checkpoint_name
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 
@@ -13,13 +14,14 @@ from qa_deepspeed.errors import UserError
 class BestModel:
     """Watches one metric over the evaluations of a run; without `metric_for_best_model` it watches nothing.
 
-    Attributes: step: where the best value was, or None; value; waited: evaluations since then.
+    Attributes: step: where the best value was, or None; rows: of one of those steps; value; waited: evaluations since.
     """
 
     def __init__(self, options: RunOptions) -> None:
         self.metric = options.metric_for_best_model
         self._patience = options.early_stopping_patience
         self.step: int | None = None
+        self.rows = 0
         self.value = -math.inf
         self.waited = 0
         for name in ("early_stopping_patience", "load_best_model_at_end"):
@@ -35,8 +37,10 @@ class BestModel:
         """Whether there is a metric to go by."""
         return self.metric is not None
 
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Take note of an evaluation after optimizer step `step`; whether it is the best so far. Losses are best low.
+    def observe(self, metrics: Mapping[str, Any], step: int, rows: int) -> bool:
+        """Take note of an evaluation after `step` optimizer steps of `rows` rows; whether it is the best so far.
+
+        Losses are best low.
 
         Raises:
             UserError: the evaluation has no such metric.
@@ -48,7 +52,7 @@ class BestModel:
             raise UserError(f"metric_for_best_model '{self.metric}' is not among the metrics of this run: {known}")
         value = float(metrics[self.metric]) * (-1 if self.metric.endswith("loss") else 1)
         if value > self.value:
-            self.step, self.value, self.waited = step, value, 0
+            self.step, self.rows, self.value, self.waited = step, rows, value, 0
             return True
         self.waited += 1
         return False
@@ -58,17 +62,17 @@ class BestModel:
         """Whether the patience is at its end."""
         return self._patience is not None and self.waited >= self._patience
 
-    @property
-    def kept_steps(self) -> list[int]:
-        """Steps whose checkpoints must stay."""
-        return [] if self.step is None else [self.step]
+    def checkpoint(self, rows: int) -> str | None:
+        """The name of the best model's checkpoint in a run whose steps have `rows` rows, if there is a best one yet."""
+        return None if self.step is None else checkpoint_name(self.step, self.rows, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"metric": self.metric, "step": self.step, "value": self.value if self.step is not None else None,
-                "waited": self.waited}  # fmt: skip
+        return {"metric": self.metric, "step": self.step, "rows": self.rows, "waited": self.waited,
+                "value": self.value if self.step is not None else None}  # fmt: skip
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's values, unless another metric is watched now."""
         if saved["metric"] == self.metric and saved["step"] is not None:
-            self.step, self.value, self.waited = saved["step"], saved["value"], saved["waited"]
+            self.step, self.rows = saved["step"], saved["rows"]
+            self.value, self.waited = saved["value"], saved["waited"]

@@ -24,7 +24,7 @@ from qa_deepspeed.engine.memory import Zero, need, need_on_cpu
 from qa_deepspeed.engine.optim import default_schedule
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.footprint import Footprint, footprint
-from qa_deepspeed.models.loading import quiet_transformers
+from qa_deepspeed.models.loading import head_kind, quiet_transformers
 from qa_deepspeed.pacing import save_interval
 from qa_deepspeed.run_folder import claim, where_to_begin
 
@@ -287,7 +287,7 @@ def _output(checked: Checked) -> list[str]:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
     if not folder.exists():
         return [f"{folder} will be made"]
-    lock = claim(folder)
+    lock = claim(folder, run_options)
     if lock is not None:
         lock.release()
     if run_options.overwrite_output_dir:
@@ -296,9 +296,8 @@ def _output(checked: Checked) -> list[str]:
     if checked.steps is None or checked.resolved is None or counts is None:
         return [f"{folder} is there; whether it holds this run is known once the features are built"]
     resolved = checked.resolved
-    identity = run_identity.identity(
-        resolved.options, fingerprint, checked.steps, resolved.plan.global_rows, resolved.precision
-    )
+    head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
+    identity = run_identity.identity(resolved, fingerprint, checked.steps, head)
     what = where_to_begin(folder, resolved.options, identity)
     return [f"{folder}: " + {"fresh": "the run starts afresh", "resume": "the run goes on from a checkpoint",
                              "finished": "holds this run, finished: there is nothing to do"}[what]]  # fmt: skip

@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,16 @@ class LoopState:
     versions: dict[str, str]
     best: dict[str, Any]
     """What best_model.BestModel goes on from."""
+    place: int = 0
+    """Its place among the checkpoints of its folder by when they were written, which `write_loop_state` fills in. Steps
+    do not tell: a run that went back to an earlier checkpoint with changed settings leaves higher ones behind."""
 
 
 def write_loop_state(folder: Path, state: LoopState) -> None:
-    """Write the state into a checkpoint that is being made."""
-    (folder / LOOP_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    """Write the state into a checkpoint that is being made beside the others of its run."""
+    place = 1 + max((_place(other) for other in checkpoints(folder.parent)), default=0)
+    values = asdict(replace(state, place=place))
+    (folder / LOOP_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read_loop_state(checkpoint: Path) -> LoopState:
@@ -67,15 +72,61 @@ def read_loop_state(checkpoint: Path) -> LoopState:
         raise UserError(f"{checkpoint} is not a complete checkpoint of this trainer ({error})") from None
 
 
+def checkpoint_name(step: int, rows: int, rows_now: int) -> str:
+    """The name of the checkpoint after `step` steps of `rows` rows, in the folder of a run whose steps have `rows_now`.
+
+    Steps of other rows are counted otherwise: their checkpoints get out of the way of this run's own.
+    """
+    return f"checkpoint-{step}" if rows == rows_now else f"checkpoint-{step}.batch{rows}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer step in a checkpoint's name."""
-    return int(checkpoint.name.split("-")[1])
+    return int(checkpoint.name.split("-")[1].split(".")[0])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of a run's checkpoints, damaged ones too, oldest first; those being written have another name."""
-    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(named, key=step_of)
+    """The folders of a run's checkpoints, by step, damaged ones too; those being written have another name."""
+    pattern = re.compile(r"checkpoint-\d+(\.batch\d+)?")
+    return sorted((path for path in output_dir.glob("checkpoint-*") if pattern.fullmatch(path.name)), key=step_of)
+
+
+def newest_first(output_dir: Path, identity: Mapping[str, Any]) -> list[Path]:
+    """The checkpoints of a run in the order in which they are tried: those of the settings `identity` before those of
+    earlier ones, each the last written first. Of damaged ones that is not known: they come first, to be named.
+    """
+
+    def rank(path: Path) -> tuple[bool, bool, int, int]:
+        try:
+            state = read_loop_state(path)
+        except UserError:
+            return True, True, 0, step_of(path)
+        return False, state.identity == identity, state.place, state.step
+
+    return sorted(checkpoints(output_dir), key=rank, reverse=True)
+
+
+def rename_by_rows(output_dir: Path, rows_now: int) -> None:
+    """Give every checkpoint the name that `checkpoint_name` says. Interrupted, it is done again by the next start."""
+    moves = []
+    for path in checkpoints(output_dir):
+        try:
+            state = read_loop_state(path)
+        except UserError:
+            continue
+        name = checkpoint_name(state.step, state.identity["global_batch_size"], rows_now)
+        if name != path.name:
+            moves.append((path, output_dir / name))
+    for path, target in sorted(moves, key=lambda move: "." not in move[1].name):  # suffixes first: they make way
+        if not target.exists():
+            os.rename(path, target)
+
+
+def _place(checkpoint: Path) -> int:
+    try:
+        return read_loop_state(checkpoint).place
+    except UserError:
+        return 0
 
 
 def write_manifest(folder: Path) -> None:
@@ -123,19 +174,29 @@ def total_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in _file_names(folder))
 
 
-def remove_old(output_dir: Path, limit: int, keep: Iterable[int]) -> list[Path]:
-    """Delete the oldest checkpoints down to `limit`; those of the steps in `keep` and the newest always stay."""
-    found = checkpoints(output_dir)
-    kept = set(keep)
-    removable = [path for path in found[:-1] if step_of(path) not in kept]
+def remove_old(output_dir: Path, limit: int, keep: Iterable[str]) -> list[Path]:
+    """Delete checkpoints down to `limit`, first damaged ones, then those written first; those whose names are in `keep`
+    stay."""
+    found, kept = sorted(checkpoints(output_dir), key=lambda path: (_place(path), step_of(path))), set(keep)
+    removable = [path for path in found if path.name not in kept]
     removed = removable[: max(0, len(found) - max(1, limit))]
     for path in removed:
-        # Its name goes first: a deletion that is interrupted must not leave what looks like a damaged checkpoint.
-        leftover = path.with_name(path.name + ".partial")
-        shutil.rmtree(leftover, ignore_errors=True)
-        os.rename(path, leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(path)
     return removed
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. Its name goes first: a deletion that is interrupted must not leave a damaged one."""
+    leftover = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    shutil.rmtree(leftover, ignore_errors=True)
+    os.rename(checkpoint, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what saves and deletions left that were interrupted."""
+    for path in output_dir.glob("checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -137,7 +137,8 @@ class RunOptions:
     save_total_limit: int | None = option(None, "keep so many checkpoints; the best and the last one always stay",
                                           only=TRAIN)  # fmt: skip
     metric_for_best_model: str | None = option(None, "metric of the evaluations on the way that chooses the best "
-                                               "model, like f1 or exact; its checkpoint stays",
+                                               "model, like f1, exact or loss (its mean over the windows of "
+                                               "predict_file, low is best); its checkpoint stays",
                                                only=TRAIN)  # fmt: skip
     early_stopping_patience: int | None = option(None, "stop after so many evaluations that are not the best",
                                                  only=TRAIN)  # fmt: skip

@@ -33,6 +33,8 @@ LOST_RANK = r"closed by peer|connection reset|broken pipe|timed out|timeout|remo
 
 _host_group: Any = None
 _place = "the start"
+_handed_on = 0
+"""How often the store was used to hand something on; the same on all ranks."""
 
 
 def rank() -> int:
@@ -193,8 +195,10 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(buffer.numpy().tobytes())
 
 
-def from_first(act: Callable[[], Any]) -> Any:
+def from_first(act: Callable[[], Any], however_long: bool = False) -> Any:
     """What `act` returns on rank 0 (JSON-able), on every rank. Collective.
+
+    The others wait for it until the timeout; with `however_long`, as long as rank 0 lives.
 
     Raises:
         UserError: on every rank, what `act` raised on rank 0.
@@ -205,10 +209,24 @@ def from_first(act: Callable[[], Any]) -> Any:
             answer = {"value": act()}
         except UserError as error:
             answer = {"error": str(error)}
-    answer = broadcast_json(answer)
+    answer = _hand_on_at_last(answer) if however_long and not _alone() else broadcast_json(answer)
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
+
+
+def _hand_on_at_last(value: Any) -> Any:
+    """`broadcast_json` through the store in which the ranks met: no collective is open that could run out of time."""
+    global _handed_on
+    _handed_on += 1
+    store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/{_handed_on}"
+    if is_first():
+        store.set(key, json.dumps(value))
+    else:
+        store.wait([key], timedelta(days=365))
+    value = json.loads(store.get(key))
+    barrier()  # the store may be rank 0's, which must not end before the others have read
+    return value
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

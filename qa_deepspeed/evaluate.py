@@ -21,7 +21,7 @@ from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_birth
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluation_board import write_board
-from qa_deepspeed.evaluation_pass import gather_evaluation
+from qa_deepspeed.evaluation_pass import LOSS, gather_evaluation
 from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers, require_trained_head
@@ -44,11 +44,13 @@ def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
     """The head that answers.
 
     Raises:
-        UserError: a head without logits of whole rows is asked for them.
+        UserError: a head without logits of whole rows, or without a loss beside its answers, is asked for them.
     """
     head = head_of(model, options.version_2_with_negative)
     if options.gather == "full" and head.null_score_is_odds:
         raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
+    if options.metric_for_best_model == LOSS and head.null_score_is_odds:
+        raise UserError("a beam head answers or tells its loss, not both at once: take --metric_for_best_model f1")
     return head
 
 
@@ -72,7 +74,8 @@ def evaluate(reader: Reader, data: EvaluationData, options: RunOptions, output_d
         if gathered.logits is not None:
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
-        metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir)
+        further = {} if gathered.loss is None else {LOSS: gathered.loss}
+        metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
             keep_threshold(output_dir, metrics["null_score_diff_threshold"])
     with dist.naming_lost_ranks("evaluation"):

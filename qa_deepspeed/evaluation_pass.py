@@ -30,6 +30,9 @@ from qa_deepspeed.qa.row_table import RowTable
 BATCHES_PER_EXCHANGE = 64
 """Micro-batches of a rank whose rows are sent to rank 0 together; until then they stay on the device."""
 
+LOSS = "loss"
+"""Name of the metric, and of the column, that is the mean loss of the rows."""
+
 Forward = Callable[[dict[str, Tensor]], Any]
 
 
@@ -39,6 +42,8 @@ class Gathered:
 
     candidates: Candidates
     logits: FullLogits | None
+    loss: float | None
+    """Mean of the rows' losses, where it was asked for."""
 
 
 def gather_evaluation(
@@ -74,6 +79,7 @@ class _Reduction:
         self._head = head
         self._count, self._max_length = options.n_best_size, options.max_answer_length
         self._whole = options.gather == "full"
+        self._loss = options.metric_for_best_model == LOSS
         self._length = int(store.lengths.max(initial=0))
         self._best_window: tuple[np.ndarray, np.ndarray] | None = None
         if options.best_window_only:
@@ -85,14 +91,18 @@ class _Reduction:
         }  # fmt: skip
         if self._whole:
             self.columns |= dict.fromkeys(("start_logits", "end_logits"), ("f4", (self._length,)))
+        if self._loss:
+            self.columns[LOSS] = ("f4", ())
 
     def __call__(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """The columns of the micro-batch's real rows, on its device; filler is dropped."""
         starts = self._starts(batch)
         found = self._head.best(outputs, batch, starts, self._count, self._max_length)
         kept = candidate_columns(batch, found, self._count)
+        real = real_rows(batch)
+        if self._loss:
+            kept[LOSS] = self._head.losses(outputs, batch)[:real]
         if self._whole:
-            real = real_rows(batch)
             kept["start_logits"] = self._whole_rows(outputs.start_logits, batch)[:real]
             kept["end_logits"] = self._whole_rows(outputs.end_logits, batch)[:real]
         return kept
@@ -120,4 +130,5 @@ class _Reduction:
         columns = table.columns()
         whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
         logits = FullLogits(columns["feature_id"], **whole) if whole else None
-        return Gathered(Candidates(**columns), logits)
+        loss = float(columns.pop(LOSS).mean(dtype=np.float64)) if self._loss else None
+        return Gathered(Candidates(**columns), logits, loss)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from qa_deepspeed import dist
@@ -25,6 +26,10 @@ from qa_deepspeed.proof import load_probe, prove
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD_FILE = "run.json"
+"""Written last: an export that has it is whole."""
+PARTIAL = ".partial"
+"""Folder inside the export's own until everything is proved: the folder itself may be a mounted disk, or the one that
+the user is in."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,33 +58,37 @@ def export(checkpoint: Path, out: Path, dtype: str = "fp32", max_shard_size: str
     """Write the model of `checkpoint` into `out` and prove it; returns what was proved, which run.json there holds.
 
     Raises:
-        UserError: the checkpoint is damaged, `out` holds something, or the proof fails (then `out` is not made).
+        UserError: the checkpoint is damaged, `out` holds something or cannot be written, or the proof fails (then `out`
+            is left as it was).
     """
-    out = out.resolve()
     problem = damage(checkpoint)
     if problem:
         raise UserError(f"{checkpoint} cannot be exported: {problem}")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
         raise UserError(f"max_shard_size '{max_shard_size}' is not a size like 5GB or 500MB")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    there = out.exists()
+    if there and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
         raise UserError(f"{out} is not empty: name a new folder")
     loop = read_loop_state(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint / MODEL_FOLDER)
     state = whole_weights(checkpoint, DTYPES[dtype])
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = out / PARTIAL
     try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
         with torch.device("meta"):
             model: Any = model_from_config(config, loop.options["qa_head"]).to(DTYPES[dtype])
         model.save_pretrained(aside, state_dict=dict(state), max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER).save_pretrained(aside)
         proof = prove(aside, state, load_probe(checkpoint, loop.precision, loop.device))
         record = {"step": loop.step, **proof, "checkpoint": str(checkpoint.resolve())}
-        write_json(aside / RECORD_FILE, {"status": "exported", "export": record})
-        if out.exists():
-            out.rmdir()
-        os.rename(aside, out)
+        for path in aside.iterdir():
+            os.replace(path, out / path.name)
+        write_json(out / RECORD_FILE, {"status": "exported", "export": record})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if not there and out.exists() and not any(out.iterdir()):
+            out.rmdir()
     return record

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed import dist
-from qa_deepspeed.checkpoint_files import checkpoints, damage, read_loop_state
+from qa_deepspeed.checkpoint_files import checkpoints, damage, newest_first, read_loop_state, rename_by_rows
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
@@ -48,14 +48,15 @@ def writable_folder(name: str | None) -> Path:
     return folder
 
 
-def claim(output_dir: Path) -> RunLock | None:
+def claim(output_dir: Path, options: RunOptions) -> RunLock | None:
     """On rank 0, hold the folder against other runs; None where it is not a run's and will be refused anyway.
 
     Raises:
         UserError: another run is at work in it.
     """
     ours = any((output_dir / name).is_file() for name in (RUN_FILE, LOCK_FILE))
-    if not dist.is_first() or (_holds_files(output_dir) and not ours):
+    refused = _holds_files(output_dir, options) and not ours and not options.overwrite_output_dir
+    if not dist.is_first() or refused:
         return None
     return RunLock(output_dir)
 
@@ -68,15 +69,15 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
     Raises:
         UserError: the folder holds something else and may not be overwritten.
     """
-    if options.overwrite_output_dir and not _asked_for_more(output_dir, identity):
+    if options.overwrite_output_dir and not asked_for_more(output_dir, identity):
         _remove_run(output_dir)
         return "fresh"
     asked = options.resume_from_checkpoint
     named = asked not in ("auto", "never")
     if named:
-        state = read_loop_state(Path(asked))
+        state = read_loop_state(_named(asked))
         refuse_changes(state.identity, identity, state.options, options, asked)
-    if not _holds_files(output_dir):
+    if not _holds_files(output_dir, options):
         return "resume" if named else "fresh"
     run = _read_run(output_dir)
     if run is None or asked == "never":
@@ -101,9 +102,11 @@ def choose_checkpoint(output_dir: Path, asked: str, identity: dict[str, Any]) ->
         UserError: none is whole.
     """
     auto = asked == "auto"
-    newest_first = sorted(reversed(checkpoints(output_dir)), key=lambda path: _is_of_other(path, identity))
-    candidates = [str(path) for path in newest_first] if auto else [asked]
     acting = dist.first_on_this_filesystem(output_dir)
+    if acting:
+        rename_by_rows(output_dir, identity["global_batch_size"])
+    dist.barrier()
+    candidates = [str(path) for path in (newest_first(output_dir, identity) if auto else [_named(asked)])]
     for name in dist.broadcast_json(candidates):
         problem = damage(Path(name)) if acting else None
         if problem:
@@ -117,21 +120,26 @@ def choose_checkpoint(output_dir: Path, asked: str, identity: dict[str, Any]) ->
                     "out")  # fmt: skip
 
 
-def _is_of_other(checkpoint: Path, identity: dict[str, Any]) -> bool:
-    try:
-        return read_loop_state(checkpoint).identity != identity
-    except UserError:  # damaged: it keeps its turn, to be named
-        return False
+def _named(asked: str) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names, also where its run has renamed it for its other batches."""
+    path = Path(asked)
+    renamed = [] if path.exists() else list(path.parent.glob(f"{path.name}.batch*"))
+    return renamed[0] if len(renamed) == 1 else path
 
 
-def _holds_files(output_dir: Path) -> bool:
+def _holds_files(output_dir: Path, options: RunOptions) -> bool:
     """Whether there is more than what a run leaves that was killed before it had written run.json."""
-    return any(not path.name.startswith((".", "rejected_", REQUEUE_FILE)) for path in output_dir.iterdir())
+    cache = Path(options.cache_dir).resolve() if options.cache_dir else None
+    return any(
+        not path.name.startswith((".", "rejected_", REQUEUE_FILE))
+        and not (cache and cache.is_relative_to(path.resolve()))
+        for path in output_dir.iterdir()
+    )
 
 
-def _asked_for_more(output_dir: Path, identity: dict[str, Any]) -> bool:
+def asked_for_more(output_dir: Path, identity: dict[str, Any]) -> bool:
     """Whether this very run stopped there to be started again: the command that comes back is the same, also where it
-    once said --overwrite_output_dir."""
+    once said --overwrite_output_dir or named a checkpoint, and goes on from where it stopped."""
     run = _read_run(output_dir) or {}
     return (output_dir / REQUEUE_FILE).is_file() and run.get("identity") == identity
 
@@ -149,7 +157,7 @@ def global_rows_of(output_dir: Path, options: RunOptions) -> int | None:
         run = _read_run(output_dir) or {}
         identity, theirs = run.get("identity", {}), run.get("options", {})
     else:
-        state = read_loop_state(Path(options.resume_from_checkpoint))
+        state = read_loop_state(_named(options.resume_from_checkpoint))
         identity, theirs = state.identity, state.options
     same = all(theirs.get(name) == getattr(options, name) for name in MICRO_BATCH_OPTIONS)
     return identity.get("global_batch_size") if same and not may_change("global_batch_size", options) else None

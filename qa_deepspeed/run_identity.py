@@ -7,6 +7,7 @@ from typing import Any
 
 from qa_deepspeed.checkpoint_files import LoopState
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.engine.ds_config import Resolved, section_in_words
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.options import nearest
 
@@ -24,17 +25,27 @@ BEHIND = {
 }  # fmt: skip
 """What counts as one thing -> the options that it comes from."""
 
+FIXED = ("head", "optimizer", "scheduler")
+"""What weights or optimizer state of a checkpoint are made for: no run goes on with another."""
+
 FOLLOWS = {"steps": ("features", "global_batch_size")}
 """What changes by itself when something else does."""
 
 
-def identity(options: RunOptions, features: str, steps: int, global_rows: int, precision: str) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with; everything else may change between two starts."""
-    return {name: getattr(options, name) for name in OWN_NUMBERS} | {
+def identity(resolved: Resolved, features: str, steps: int, head: str) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with; everything else may change between two starts.
+
+    Args:
+        features: fingerprint of the training rows. head: as `loading.head_kind`.
+    """
+    return {name: getattr(resolved.options, name) for name in OWN_NUMBERS} | {
         "features": features,
         "steps": steps,
-        "global_batch_size": global_rows,
-        "precision": precision,
+        "global_batch_size": resolved.plan.global_rows,
+        "precision": resolved.precision,
+        "head": head,
+        "optimizer": section_in_words(resolved.config, "optimizer"),
+        "scheduler": section_in_words(resolved.config, "scheduler"),
     }
 
 
@@ -52,15 +63,15 @@ def refuse_changes(
     """
     allowed = _allowed(options)
     allowed |= {name for name, causes in FOLLOWS.items() if allowed & set(causes)}
-    told = []
-    for name in (*OWN_NUMBERS, *BEHIND):
-        if theirs.get(name) == ours.get(name) or name in allowed:
-            continue
-        told.append(_difference(name, theirs.get(name), ours.get(name), their_options, options))
-    if told:
-        raise UserError(f"{where} holds another run: {'; '.join(told)}. Pass another --output_dir, "
-                        "--overwrite_output_dir to start afresh, or --resume_with_changes NAME[,NAME] to go on with "
-                        "these changes")  # fmt: skip
+    different = [name for name in (*OWN_NUMBERS, *BEHIND, *FIXED)
+                 if theirs.get(name) != ours.get(name) and name not in allowed]  # fmt: skip
+    if not different:
+        return
+    told = "; ".join(_difference(name, theirs.get(name), ours.get(name), their_options, options) for name in different)
+    ways = "Pass another --output_dir, or --overwrite_output_dir to start afresh"
+    if not set(different) & set(FIXED):
+        ways += ", or --resume_with_changes NAME[,NAME] to go on with these changes"
+    raise UserError(f"{where} holds another run: {told}. {ways}")
 
 
 def _allowed(options: RunOptions) -> set[str]:
@@ -70,7 +81,7 @@ def _allowed(options: RunOptions) -> set[str]:
     named = [name.strip() for name in (options.resume_with_changes or "").split(",") if name.strip()]
     for name in named:
         if name not in parts:
-            raise UserError(f"resume_with_changes names '{name}', which may always change or is no option"
+            raise UserError(f"resume_with_changes names '{name}', which may always change, or never, or is no option"
                             f"{nearest(name, parts)}")  # fmt: skip
     return {parts[name] for name in named}
 

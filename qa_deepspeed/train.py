@@ -13,7 +13,7 @@ import transformers
 from qa_deepspeed import dist, run_identity
 from qa_deepspeed.agreement import agree
 from qa_deepspeed.best_model import BestModel
-from qa_deepspeed.checkpoint_files import damage, read_loop_state, step_of
+from qa_deepspeed.checkpoint_files import damage, read_loop_state
 from qa_deepspeed.config import RunOptions, keep_global_rows, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
 from qa_deepspeed.engine import checkpoint, ds_config
@@ -31,13 +31,14 @@ from qa_deepspeed.evaluate import (
 from qa_deepspeed.finish import finish_run, hyperparameters
 from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import load_model, quiet_transformers
+from qa_deepspeed.models.loading import head_kind, load_model, quiet_transformers
 from qa_deepspeed.pacing import Pacing
 from qa_deepspeed.proof import Probe, load_probe, prove
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.record import peak_memory, software
 from qa_deepspeed.report import make_reporter
 from qa_deepspeed.run_folder import (
+    asked_for_more,
     choose_checkpoint,
     claim,
     global_rows_of,
@@ -57,7 +58,7 @@ def train(options: RunOptions) -> dict[str, Any]:
         Stopped: a signal or the clock ended it, a checkpoint is saved, and the same call goes on.
     """
     output_dir = writable_folder(options.output_dir)
-    lock = claim(output_dir)
+    lock = claim(output_dir, options)
     try:
         with Pacing(options, output_dir) as pacing:
             return _train(options, output_dir, pacing, BestModel(options))
@@ -80,13 +81,14 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     dist.start(device, options.timeout)
     resolved = _keep_global_batch(resolved, output_dir)
     steps = total_steps(options, len(store), resolved.plan)
-    identity = run_identity.identity(options, store.fingerprint, steps, resolved.plan.global_rows, resolved.precision)
-    what = dist.from_first(lambda: _begin(output_dir, options, identity))
+    head = head_kind(facts.config, options.qa_head)
+    identity = run_identity.identity(resolved, store.fingerprint, steps, head)
+    what, checkpoint_asked = dist.from_first(lambda: _begin(output_dir, options, identity))
     pacing.begin()
     if what == "finished":
         dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts afresh)")
         return {}
-    resume_from = choose_checkpoint(output_dir, options.resume_from_checkpoint, identity) if what == "resume" else None
+    resume_from = choose_checkpoint(output_dir, checkpoint_asked, identity) if what == "resume" else None
     began = time.perf_counter()
     engine = _make_engine(resolved, facts, steps, device)
     layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
@@ -113,7 +115,8 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         if best is None:
             probe, state = probe_of(engine, run), engine.whole_state()
         else:
-            done, loop = step_of(best), read_loop_state(best)
+            loop = read_loop_state(best)
+            done = run_identity.place_in(loop, run.identity, len(run.store))
             probe = load_probe(best, loop.precision, loop.device)
             state = checkpoint.whole_weights(best, next(engine.module.parameters()).dtype)
             reader = reader_of_checkpoint(best, facts, run.resolved, engine.device)
@@ -127,26 +130,28 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     finally:
         reporter.close()
     peak = peak_memory(engine.device)
-    if dist.is_first():
-        stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
-        config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
-        costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
-        finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores, proof)
+    stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
+    config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
+    costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
+    dist.from_first(
+        lambda: finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores, proof),
+        however_long=True,
+    )
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
     return metrics
 
 
 def _best_before(run: Run, done: int) -> Path | None:
     """The checkpoint of the best model, if that is another than the model after `done` steps. Collective."""
-    step = run.best.step
-    if step is None or step == done:
+    name = run.best.checkpoint(run.resolved.plan.global_rows)
+    if name is None or name == f"checkpoint-{done}":
         return None
-    folder = run.output_dir / f"checkpoint-{step}"
+    folder = run.output_dir / name
     problem = dist.from_first(lambda: damage(folder))
     if problem:
         dist.log0(f"{folder}: {problem}; the model of step {done} is kept, not the best")
         return None
-    dist.log0(f"taking the best model, of step {step}: {run.best.metric} {abs(run.best.value):.2f}")
+    dist.log0(f"taking the best model, of {name}: {run.best.metric} {abs(run.best.value):.2f}")
     return folder
 
 
@@ -174,12 +179,14 @@ def _keep_global_batch(resolved: Resolved, output_dir: Path) -> Resolved:
     return dataclasses.replace(resolved, plan=keep_global_rows(resolved.plan, rows))
 
 
-def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> str:
-    """Decide whether to start, go on or be done, and mark the folder as this run's. For rank 0."""
+def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> tuple[str, str]:
+    """Decide whether to start, go on or be done, and from which checkpoint; mark the folder as this run's. For rank 0.
+    """
     what = where_to_begin(output_dir, options, identity)
+    asked = "auto" if asked_for_more(output_dir, identity) else options.resume_from_checkpoint
     if what != "finished":
         write_run(output_dir, "running", identity, options=options.to_dict())
-    return what
+    return what, asked
 
 
 def _make_engine(resolved: Resolved, facts: ModelFacts, steps: int, device: torch.device) -> Engine:

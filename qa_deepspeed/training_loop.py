@@ -113,12 +113,14 @@ def fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> in
             dist.at(f"step {number}, evaluation and save")
             on_the_way = number < run.steps or run.best.watching
             if logs and options.evaluate_during_training and run.evaluation is not None and on_the_way:
-                best_yet = run.best.observe(evaluate_and_tell(engine, run, run.evaluation, reporter, number), number)
+                metrics = evaluate_and_tell(engine, run, run.evaluation, reporter, number)
+                best_yet = run.best.observe(metrics, number, plan.global_rows)
             verdict = run.pacing.after_step(number, run.steps)
             if verdict.save or best_yet:  # every rank writes its shards
                 watch.check(run.ids_of_step, run.output_dir)
                 add_files = _what_export_needs(engine, run)
-                writer.save(_loop_state(engine, run, number), add_files, run.best.kept_steps)
+                best = run.best.checkpoint(plan.global_rows)
+                writer.save(_loop_state(engine, run, number), add_files, [best] if best else [])
         if verdict.stop:
             run.pacing.ask_for_requeue(verdict.stop)
             raise Stopped(f"stopped by {verdict.stop} after step {number} of {run.steps}; the same command goes on")

@@ -2,6 +2,12 @@
 
 A checkpoint is written as `checkpoint-N.partial` by all ranks and renamed to `checkpoint-N` when every file is on the
 disk and listed in its manifest. A save that fails leaves the run going.
+
+Nothing is written in the background. What DeepSpeed 0.19.8 has for that (`checkpoint.writer.decoupled`) hands a second
+process the training's own memory, not a copy: zeros that were saved and then overwritten were sevens in the file, so
+that the optimizer must wait for the files in any case and only one forward and backward pass is gained. And where the
+disk is full that process dies, later saves return as if all were well, and the next optimizer step raises: the run
+cannot go on. Both were tried, with its `python` writer; its `fast` one needs a GPU and libaio.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from qa_deepspeed.checkpoint_files import (
     damage,
     flush_folder,
     read_loop_state,
+    remove,
+    remove_leftovers,
     remove_old,
     total_bytes,
     write_loop_state,
@@ -42,14 +50,16 @@ class Checkpoints:
         self._limit = limit
         self._acting = dist.first_on_this_filesystem(output_dir)
         self._expected_bytes = engine.parameters * BYTES_OF_A_PARAMETER
+        if self._acting:
+            remove_leftovers(output_dir)
 
     def save(
-        self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[int] = ()
+        self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[str] = ()
     ) -> Path | None:
         """Write output_dir/checkpoint-STEP, with what `add_files` puts there; one rank of each disk calls that.
 
-        Steps in `keep` survive the limit on the number of checkpoints. Returns None after a failure, which is told: the
-        disk is full or broken, and the run goes on.
+        The checkpoints named in `keep`, and this one, survive the limit on their number. Returns None after a failure,
+        which is told: the disk is full or broken, and the run goes on.
         """
         final = self._output_dir / f"checkpoint-{state.step}"
         partial = final.with_name(final.name + ".partial")
@@ -65,17 +75,23 @@ class Checkpoints:
             return None
         dist.log0(f"saved {final}")
         if self._limit is not None and self._acting:
-            for path in remove_old(self._output_dir, self._limit, keep):
+            for path in remove_old(self._output_dir, self._limit, {final.name, *keep}):
                 dist.log0(f"removed {path}")
         return final
 
     def _agree(self, act: Callable[..., None], *arguments: Any) -> bool:
-        """Do one part of a save on every rank; whether it went well on all of them."""
+        """Do one part of a save on every rank; whether it went well on all of them.
+
+        A full disk has a class of its own in every library that writes (tokenizers raise Exception itself), and a rank
+        that left here would part from the others: whatever is raised is told and agreed on.
+        """
         problem = None
         try:
             act(*arguments)
         except OSError as error:
             problem = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if problem:
             dist.log_rank(f"cannot save a checkpoint: {problem}")
         return dist.sums([problem is not None])[0] == 0
@@ -99,7 +115,8 @@ class Checkpoints:
         write_loop_state(partial, state)
         write_manifest(partial)
         self._expected_bytes = total_bytes(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged, or of settings that the run has left behind
+            remove(final)
         os.rename(partial, final)
         flush_folder(self._output_dir)
 

@@ -124,11 +124,17 @@ def resolve(
 
 
 def check_trainable(resolved: Resolved) -> None:
-    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains wrongly.
+    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains or saves wrongly.
 
     In float16 at stage 0 it divides gradients by the loss scale that it never multiplied the loss by: seen on a GPU,
     where the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only).
+
+    Its writers that work in the background: engine/checkpoint.py says why they cannot be had.
     """
+    for key in ("writer", "load_universal"):
+        if resolved.config.get("checkpoint", {}).get(key):
+            raise UserError(f"{resolved.name}: checkpoint.{key} does not go with this trainer's checkpoints, which are "
+                            "whole or not there, and load at any number of ranks as they are: take it out")  # fmt: skip
     if resolved.precision == "fp16" and resolved.zero_stage == 0:
         raise UserError("fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
                         "scale twice): take --deepspeed_config zero1 or zero2, or --bf16")  # fmt: skip
@@ -167,6 +173,20 @@ def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, 
     if left:
         raise UserError(f'{resolved.name}: nothing owns the "auto" of {", ".join(left)}; put a value there')
     return config
+
+
+def section_in_words(config: dict[str, Any], section: str) -> str:
+    """The `optimizer` or `scheduler` that a config names, with those of its parameters that no option owns; "default"
+    where it names none."""
+    named = config.get(section)
+    if not named:
+        return "default"
+    own = {
+        name: value
+        for name, value in sorted(named.get("params", {}).items())
+        if f"{section}.params.{name}" not in OWNER_OF and value != AUTO
+    }
+    return f"{named.get('type')} {json.dumps(own)}" if own else str(named.get("type"))
 
 
 def hidden_size(model_config: Any) -> int:

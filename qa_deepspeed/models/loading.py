@@ -93,6 +93,15 @@ def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> t
     return make(config, dtype=torch.float32)
 
 
+def head_kind(config: PretrainedConfig, qa_head: str | None) -> str:
+    """Which head `load_model` gives, span or beam, by the same rules.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return "span" if _model_class(config, qa_head) is AutoModelForQuestionAnswering else "beam"
+
+
 def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
     """The Transformers class for `qa_head` (span or beam), or for the head that the checkpoint has, if none is asked.
 

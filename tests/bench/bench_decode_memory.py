@@ -109,7 +109,7 @@ def one_size(count):
             store = Store(candidates.feature_id)
             options = RunOptions(version_2_with_negative=True, predict_file="made.json")
             predict = decoder(candidates, None, store, None, "exact")
-            metrics = answer_and_score(predict, store, options, False, Path(folder))
+            metrics = answer_and_score(predict, store, options, False, Path(folder), {})
         seconds = time.perf_counter() - began
         size = (Path(folder) / "nbest_predictions.json").stat().st_size
     assert metrics["total"] == count

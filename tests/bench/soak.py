@@ -1,28 +1,36 @@
-"""Kill a run with SIGKILL at random moments, start it again by the same command, and compare it with an unbroken one.
+"""Kill a run with SIGKILL inside each of its phases, start it again by the same command, and compare it with an
+unbroken one.
 
     python tests/bench/soak.py --kills 50 --folder FOLDER
 
-Every ZeRO stage gets its share of the kills, on two ranks with dropout, evaluation on the way and a checkpoint every
-second step; moments are drawn over the whole length of a run, from the imports to the last file. At the end the model's
-bytes must be those of the unbroken run, and so must the rows of every optimizer step, however often a step was taken.
+Every ZeRO stage gets its share of the kills, on two ranks with dropout, evaluations on the way that choose the best
+model, and a checkpoint every second step. The ranks note when a phase begins and ends; a kill waits for the beginning
+of its phase and then a random part of the time that the phase took unbroken (the median). The ranks die one after the
+other, in random order, up to `LONGEST_GAP_SECONDS` apart. At the end model, answers and metrics must be those of the
+unbroken run, byte for byte, and so must the questions and tokens of every optimizer step, however often one was taken.
+
+The unbroken run and the last start of the killed one are torchrun's; what is killed is forked from one process that has
+imported what takes long, so that fifty kills take minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -32,54 +40,111 @@ from tests.paths import REPOSITORY
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS = 24
-BUILT = "optimizer steps of"
-"""What a run prints when its model is built."""
-PHASES = (
-    ("HasAns", "after an evaluation"),
-    ("saved ", "after a save"),
-    ("going on from", "after loading"),
-    (BUILT, "after building the model"),
-    ("train:", "after the features"),
-)
-"""What a run prints -> how far it had come."""
+RANKS = 2
+CYCLE = ("features", "training", "save", "loading", "evaluation", "save", "training", "save", "evaluation", "save",
+         "export", "export", "finishing")  # fmt: skip
+"""Where one kill after another falls; a run comes nearer to its end from kill to kill, then the next one begins."""
+MOST_PASSED = {"training": 5, "save": 3}
+"""So many times at most a phase is let begin before the kill; others are killed the first time."""
+LONGEST_GAP_SECONDS = 0.3
+COMPARED = ("model.safetensors", "metrics.json", "predictions.json", "nbest_predictions.json")
+POLL_SECONDS = 0.005
+
+Mark = tuple[float, str, str]
+"""Time, "begin" or "end", phase."""
 
 
 def options(folder: Path, stage: str, name: str) -> list[str]:
     """The flags of a run."""
     return flags(
         model_name_or_path=folder / "sample/model", train_file=folder / "sample/train.json",
-        predict_file=folder / "sample/dev.json", cache_dir=folder / "cache", output_dir=folder / name,
+        predict_file=folder / "sample/dev.json", cache_dir=folder / f"{name}.cache", output_dir=folder / name,
         deepspeed_config=stage, version_2_with_negative=True, max_seq_length=160, doc_stride=64, learning_rate=1e-3,
         max_train_examples=100, max_steps=STEPS, logging_steps=6, save_steps=2, save_total_limit=2, do_eval=True,
-        evaluate_during_training=True, per_gpu_train_batch_size=4, gradient_accumulation_steps=2,
+        evaluate_during_training=True, metric_for_best_model="f1", load_best_model_at_end=True,
+        per_gpu_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
 
 
-def start(folder: Path, stage: str, name: str) -> subprocess.Popen[bytes]:
-    """Two ranks that write the rows of every step to FOLDER/NAME.rows.RANK and what they print to FOLDER/NAME.log."""
-    command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port(), str(Path(__file__).resolve()),
-               "--rank_of", str(folder / f"{name}.rows"), *options(folder, stage, name)]  # fmt: skip
+def launch(folder: Path, stage: str, name: str) -> None:
+    """A start by torchrun, to its end."""
+    command = ["torchrun", "--nproc_per_node", str(RANKS), "--master_port", free_port(), str(Path(__file__).resolve()),
+               "--rank_of", str(folder / name), *options(folder, stage, name)]  # fmt: skip
     with (folder / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+    assert done.returncode == 0, f"see {log.name}"
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the launcher and all that it has started."""
-    try:
-        started = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        started = []
-    for one in started:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
-    psutil.wait_procs(started, timeout=30)
+class Ranks:
+    """A start of a run whose ranks are forked from this process, which has imported all that they need."""
+
+    def __init__(self, folder: Path, stage: str, name: str) -> None:
+        self._marks, self._log = folder / f"{name}.marks", folder / f"{name}.log"
+        self._begin = self._marks.stat().st_size if self._marks.exists() else 0
+        port = free_port()
+        self.processes = []
+        for rank in range(RANKS):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+                     "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            work = (self._log, place, folder / name, options(folder, stage, name))
+            self.processes.append(multiprocessing.get_context("fork").Process(target=forked, args=work, daemon=True))
+            self.processes[-1].start()
+
+    def marks(self) -> list[Mark]:
+        """What rank 0 noted since this start: time, "begin" or "end", phase."""
+        return read_marks(self._marks, self._begin)
+
+    def wait(self) -> None:
+        """Until all have ended, well."""
+        for process in self.processes:
+            process.join()
+            assert process.exitcode == 0, f"see {self._log}"
+
+    def comes_to(self, phase: str, passed: int) -> bool:
+        """Wait until `phase` begins once more after `passed` times; false if the run ends before."""
+        while any(process.is_alive() for process in self.processes):
+            if sum(mark[1:] == ("begin", phase) for mark in self.marks()) > passed:
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def kill(self, chance: random.Random) -> str:
+        """SIGKILL for each, one after the other; returns the phase that it met rank 0 in."""
+        for process in chance.sample(self.processes, RANKS):
+            process.kill()
+            time.sleep(chance.uniform(0, LONGEST_GAP_SECONDS))
+        for process in self.processes:
+            process.join()
+        marks = self.marks()
+        open_phases = [phase for index, (_, state, phase) in enumerate(marks)
+                       if state == "begin" and ("end", phase) not in [mark[1:] for mark in marks[index:]]]  # fmt: skip
+        return f"inside {open_phases[-1]}" if open_phases else f"after {marks[-1][2]}"
+
+
+def read_marks(file: Path, begin: int = 0) -> list[Mark]:
+    """What rank 0 noted after the byte `begin`: time, "begin" or "end", phase."""
+    if not file.exists():
+        return []
+    with file.open() as noted:
+        noted.seek(begin)
+        lines = [line.split() for line in noted if line.endswith("\n")]
+    return [(float(when), state, phase) for when, state, phase in lines]
+
+
+def durations(marks: list[Mark]) -> dict[str, float]:
+    """Phase -> the seconds that it took, the median of all times."""
+    began: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
+    for when, state, phase in marks:
+        if state == "begin":
+            began[phase] = when
+        else:
+            found.setdefault(phase, []).append(when - began[phase])
+    return {phase: statistics.median(seconds) for phase, seconds in found.items()}
 
 
 def rows_of(folder: Path, name: str) -> dict[int, set[str]]:
-    """Step -> the different lists of rows that it was ever taken with, as text, over both ranks."""
+    """Step -> the different lists of rows that it was ever taken with, as text, over all ranks."""
     found: dict[int, set[str]] = {}
     for path in folder.glob(f"{name}.rows.*"):
         for line in path.read_text().splitlines():
@@ -87,87 +152,100 @@ def rows_of(folder: Path, name: str) -> dict[int, set[str]]:
                 entry = json.loads(line)
             except ValueError:  # cut off by a kill
                 continue
-            found.setdefault(entry["step"], set()).add(json.dumps(entry["rows"]))
+            found.setdefault(entry["step"], set()).add(json.dumps([entry["questions"], entry["tokens"]]))
     return found
 
 
-def phase(folder: Path, name: str, begin: int) -> str:
-    """How far a run had come when it was killed, from what it printed since `begin`."""
-    log = (folder / f"{name}.log").read_text(errors="replace")[begin:]
-    for words, what in PHASES:
-        if words in log:
-            return what
-    return "in imports and features"
-
-
-def wait_until_built(process: subprocess.Popen[bytes], log: Path, begin: int) -> None:
-    """Until the model is built or the process has ended: importing takes longer than training so little."""
-    while process.poll() is None and not (log.exists() and BUILT in log.read_text(errors="replace")[begin:]):
-        time.sleep(0.1)
-
-
 def soak(folder: Path, stage: str, kills: int, chance: random.Random) -> dict[str, Any]:
-    """The unbroken run, then the killed one; raises AssertionError where they differ.
-
-    Every fourth moment is drawn over the whole run, the others over what comes after the model is built.
-    """
-    began = time.monotonic()
-    whole = start(folder, stage, f"{stage}-whole")
-    wait_until_built(whole, folder / f"{stage}-whole.log", 0)
-    built = time.monotonic()
-    assert whole.wait() == 0, f"see {stage}-whole.log"
-    length, rest = time.monotonic() - began, time.monotonic() - built
-    name, phases, leftovers = f"{stage}-killed", Counter[str](), 0
-    log = folder / f"{name}.log"
-    for number in range(kills):
-        begin = len(log.read_text(errors="replace")) if log.exists() else 0
-        process = start(folder, stage, name)
-        if number % 4:
-            wait_until_built(process, log, begin)
-        try:
-            process.wait(timeout=chance.uniform(0.1, rest if number % 4 else length))
-        except subprocess.TimeoutExpired:
-            kill(process)
-            phases[phase(folder, name, begin)] += 1
-            leftovers += bool(list((folder / name).glob("*.partial")))
-        else:  # it came to its end before the moment: the next kills go to a new run
-            assert process.returncode == 0, f"see {name}.log"
-            compare(folder, f"{stage}-whole", name)
+    """The unbroken run, then the killed one; raises AssertionError where they differ."""
+    whole, name = f"{stage}-whole", f"{stage}-killed"
+    launch(folder, stage, whole)
+    took = durations(read_marks(folder / f"{whole}.marks"))
+    took["loading"] = 0.1  # an unbroken run loads no checkpoint
+    took["features"] = max(took["features"], 0.1)  # rank 0 may have come when the other rank was done
+    met, partial, runs = Counter[str](), 0, 1
+    for phase in itertools.islice(itertools.cycle(CYCLE), kills):
+        if phase == "features":
+            shutil.rmtree(folder / f"{name}.cache", ignore_errors=True)
+        while True:
+            ranks = Ranks(folder, stage, name)
+            if ranks.comes_to(phase, chance.randrange(MOST_PASSED.get(phase, 1))):
+                break
+            ranks.wait()  # the run is done: the kill goes to a new one
+            compare(folder, whole, name)
             shutil.rmtree(folder / name)
-            phases["ended before its moment"] += 1
-    assert start(folder, stage, name).wait() == 0, f"see {name}.log"
-    compare(folder, f"{stage}-whole", name)
-    return {"stage": stage, "kills": dict(phases), "inside a save": leftovers, "seconds of a run": round(length, 1)}
+            runs += 1
+        time.sleep(chance.uniform(0, took[phase]))
+        met[ranks.kill(chance)] += 1
+        partial += bool([*(folder / name).glob("*.partial"), *(folder / name).glob(".model.partial")])
+    launch(folder, stage, name)
+    compare(folder, whole, name)
+    return {"stage": stage, "kills": dict(met), "left something half written": partial, "runs compared": runs,
+            "seconds inside": {phase: round(seconds, 2) for phase, seconds in took.items()}}  # fmt: skip
 
 
 def compare(folder: Path, whole: str, killed: str) -> None:
     """The same bytes, and the same rows in every step."""
-    ours, theirs = (folder / name / "model.safetensors" for name in (killed, whole))
-    assert ours.read_bytes() == theirs.read_bytes(), f"{killed}: other weights"
+    for file in COMPARED:
+        assert (folder / killed / file).read_bytes() == (folder / whole / file).read_bytes(), f"{killed}: other {file}"
     expected = rows_of(folder, whole)
     assert sorted(expected) == list(range(STEPS)) and all(len(rows) == 1 for rows in expected.values())
     assert rows_of(folder, killed) == expected, f"{killed}: other rows"
 
 
-def be_a_rank(rows_file: str, arguments: list[str]) -> None:
-    """Train, and write down which rows every step takes, with a checksum of their tokens."""
-    import os
+def forked(log: Path, place: dict[str, str], run: Path, arguments: list[str]) -> None:
+    """A rank in a process of its own, which says everything in the log."""
+    os.environ.update(place)
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    be_a_rank(str(run), arguments)
 
+
+def be_a_rank(run: str, arguments: list[str]) -> None:
+    """Train, and write down when phases begin and end (on rank 0), and the questions and tokens of every step."""
     import qa_deepspeed.train as trainer
+    import qa_deepspeed.training_loop as loop
     from qa_deepspeed.cli import main
+    from qa_deepspeed.engine.checkpoint import Checkpoints
 
-    steps = trainer._steps
+    rank = os.environ["RANK"]
 
-    def recorded(run: Any, first_step: int) -> Iterator[Any]:
-        with open(f"{rows_file}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
-            for step, epoch, rows in steps(run, first_step):
-                tokens = zlib.crc32(run.store.take(rows).input_ids.tobytes())
-                entry = {"step": step, "rows": [*map(int, rows), tokens]}
+    def mark(state: str, phase: str) -> None:
+        if rank == "0":
+            with open(f"{run}.marks", "a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic()} {state} {phase}\n")
+
+    def note(owner: Any, function: str, phase: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, function)
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            mark("begin", phase)
+            result = inner(*arguments, **named)
+            mark("end", phase)
+            return result
+
+        setattr(owner, function, noted)
+
+    steps = loop._steps
+
+    def noted_steps(run_parts: Any, first_step: int) -> Iterator[Any]:
+        with open(f"{run}.rows.{rank}", "a", encoding="utf-8") as file:
+            for step, epoch, rows in steps(run_parts, first_step):
+                tokens = zlib.crc32(run_parts.store.take(rows).input_ids.tobytes())
+                entry = {"step": step, "questions": run_parts.ids_of_step(step), "tokens": tokens}
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
+                mark("begin", "training")
                 yield step, epoch, rows
+                mark("end", "training")
 
-    trainer._steps = recorded
+    loop._steps = noted_steps
+    for owner, function, phase in (
+        (trainer, "_features", "features"), (trainer, "_resume", "loading"), (Checkpoints, "save", "save"),
+        (loop, "evaluate", "evaluation"), (trainer, "_save_proved", "export"), (trainer, "finish_run", "finishing"),
+    ):  # fmt: skip
+        note(owner, function, phase)
     main(["train", *arguments])
 
 
@@ -181,6 +259,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
     arguments = parser.parse_args()
+    os.environ.update(environment())  # one thread a rank: read when torch is imported
+    import deepspeed  # noqa: F401  before the ranks are forked
+
+    import qa_deepspeed.train  # noqa: F401
+
     folder = arguments.folder.resolve()
     if not (folder / "sample").exists():
         (folder / "sample").mkdir(parents=True)
@@ -188,7 +271,8 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     for place, stage in enumerate(arguments.stages):
         share = arguments.kills // len(arguments.stages) + (place < arguments.kills % len(arguments.stages))
-        print(json.dumps(soak(folder, stage, share, chance)), flush=True)
+        began = time.monotonic()
+        print(json.dumps(soak(folder, stage, share, chance) | {"seconds": round(time.monotonic() - began)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from qa_deepspeed import dist
-from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, read_loop_state
+from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.checkpoint import whole_weights
 from qa_deepspeed.engine.shards import Shards, plain_values_only
@@ -116,6 +116,28 @@ def damaged_checkpoints_are_named_and_passed_over() -> None:
     assert "optim_states.pt does not hold what was written" in printed, printed
     assert "checkpoint-2, step 2 of 6" in printed, printed
     assert same_model("whole", "damaged")
+
+
+def every_file_of_a_checkpoint_is_watched() -> None:
+    """Each one cut, emptied, missing or filled with noise: the damage is seen and the file named."""
+    unfinished_copy("whole", "watched")
+    folder = FOLDER / "watched/checkpoint-6"
+
+    def check() -> None:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) >= 8, files
+        for path in files:
+            content = path.read_bytes()
+            for spoil in (
+                lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.write_bytes(b""), noise,
+                Path.unlink,
+            ):  # fmt: skip
+                spoil(path)
+                assert path.name in (damage(folder) or ""), (path, damage(folder))
+                path.write_bytes(content)
+        assert damage(folder) is None
+
+    on_first(check)
 
 
 def nothing_starts_from_zero_in_silence() -> None:
@@ -251,12 +273,30 @@ def the_best_model_stays_and_is_the_end() -> None:
         assert proof["rows"] == 4 and proof["largest_difference"] <= 1e-5
 
 
+def a_changed_batch_keeps_the_best_model() -> None:
+    """Two steps count as one from there on, and go wrong: the best model is one of before, which the end takes."""
+    watching = {"logging_steps": 2, "save_steps": 2, "save_total_limit": 1, "evaluate_during_training": True,
+                "metric_for_best_model": "loss", "load_best_model_at_end": True}  # fmt: skip
+    run("batch", "step 4/6", lambda: os.kill(os.getpid(), signal.SIGUSR1), **watching)
+    printed = run("batch", **watching, global_batch_size=16, learning_rate=0.3,
+                  resume_with_changes="global_batch_size,learning_rate")  # fmt: skip
+    assert "checkpoint-4.batch8, step 2 of 6" in printed, printed
+    folder = FOLDER / "batch"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4.batch8", "checkpoint-6"], printed
+    if dist.is_first():
+        saved, weights = load_file(folder / "model.safetensors"), whole_weights(folder / "checkpoint-4.batch8")
+        assert all(torch.equal(saved[name], weights[name]) for name in saved)
+        losses_then = logged("batch", "eval/loss")
+        assert losses_then[-1] == min(losses_then) < losses_then[-2]
+
+
 def exports_are_proved_from_every_stage() -> None:
     """Float32 gives the engine's logits, bfloat16 the rounded weights, several files the same as one."""
 
     def check() -> None:
         for name, step in (("crossing", 1), ("changed", 4), ("whole", 6), ("crossing", 3)):  # stages 0, 1, 2, 3
             out = FOLDER / f"exported-{name}-{step}"
+            out.mkdir()  # empty, as a mounted disk may be
             record = export(FOLDER / name / f"checkpoint-{step}", out)
             assert record["rows"] == 4 and record["largest_difference"] <= 1e-5, record
             full = load_file(out / "model.safetensors")
@@ -308,6 +348,7 @@ def two_ranks_finish_what_one_went_on_with() -> None:
 
 SCENES = (
     damaged_checkpoints_are_named_and_passed_over,
+    every_file_of_a_checkpoint_is_watched,
     nothing_starts_from_zero_in_silence,
     a_limit_keeps_the_last_ones,
     the_clock_saves_and_stops,
@@ -315,6 +356,7 @@ SCENES = (
     any_stage_goes_on_from_any_other,
     changes_are_refused_by_name_unless_named,
     the_best_model_stays_and_is_the_end,
+    a_changed_batch_keeps_the_best_model,
     exports_are_proved_from_every_stage,
     two_ranks_stop_in_mid_epoch,
 )

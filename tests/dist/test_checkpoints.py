@@ -1,14 +1,18 @@
 """Checkpoints of two ranks: damaged files, full disks, clocks, signals, other stages and ranks, two runs on one folder."""
 
 import json
+import os
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.dist.launching import alone, by_torchrun, environment, flags, free_port, run
+from qa_deepspeed.checkpoint_files import checkpoints, damage, step_of
+from tests.dist.launching import alone, by_deepspeed, by_torchrun, environment, flags, free_port, run
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
@@ -75,6 +79,31 @@ def test_a_second_run_on_one_folder_is_refused(options: dict[str, object], tmp_p
         finally:
             first.kill()
     assert second.returncode == 2 and f"process {first.pid} on " in second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launch", "number"),
+    [(by_deepspeed, signal.SIGTERM), (by_deepspeed, signal.SIGINT), (by_deepspeed, signal.SIGUSR1),
+     (by_torchrun, signal.SIGTERM), (by_torchrun, signal.SIGINT)],
+)  # fmt: skip
+def test_a_signal_to_the_launcher_ends_the_run_in_good_order(
+    options: dict[str, object], tmp_path: Path, launch: Callable[..., list[str]], number: int
+) -> None:
+    """torchrun hands its signal on; deepspeed does not, and gets it with all that it has started, as Ctrl-C gives it."""
+    given = {**options, "output_dir": tmp_path / "run", "max_steps": 100000, "save_steps": 0}
+    command = launch(2, "train", *flags(**given))
+    with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, start_new_session=True) as launcher:  # fmt: skip
+        assert launcher.stdout is not None
+        assert any("step 3/" in line for line in launcher.stdout)
+        (os.kill if launch is by_torchrun else os.killpg)(launcher.pid, number)
+        printed, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    reason = json.loads((tmp_path / "run/requeue").read_text())["reason"]
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    assert f"stopped by {reason} after step {step_of(checkpoint)} of 100000" in printed, printed[-2000:] + errors[-2000:]
+    assert damage(checkpoint) is None
 
 
 @pytest.mark.slow

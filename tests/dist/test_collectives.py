@@ -1,11 +1,17 @@
 """Ranks: every exchange with uneven and empty shares, and the same calls alone."""
 
+import multiprocessing
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.errors import UserError
 from tests.dist.launching import free_port, run
 from tests.paths import REPOSITORY
 
@@ -15,6 +21,38 @@ def test_three_ranks(tmp_path: Path) -> None:
     command = ["torchrun", "--nproc_per_node", "3", "--master_port", free_port(), "-m", "tests.dist.collectives"]
     done = run([*command, str(tmp_path)], REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def wait_longer_than_the_timeout(rank: int, port: str, answers: Any) -> None:
+    """One of two ranks: rank 0 takes a second more than the timeout, then fails as a user's mistake does."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    dist.start(torch.device("cpu"), 3)
+
+    def upload(refused: str) -> str:
+        time.sleep(4 if not refused else 0)
+        if refused:
+            raise UserError(refused)
+        return "uploaded"
+
+    told = [dist.from_first(lambda: upload(""), however_long=True)]
+    try:
+        dist.from_first(lambda: upload("no login"), however_long=True)
+    except UserError as error:
+        told.append(str(error))
+    dist.stop()
+    answers.put(told)
+
+
+@pytest.mark.distributed
+def test_what_takes_rank_0_long_is_waited_for() -> None:
+    forks = multiprocessing.get_context("fork")
+    answers, port = forks.Queue(), free_port()
+    ranks = [forks.Process(target=wait_longer_than_the_timeout, args=(rank, port, answers)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert [answers.get(timeout=60) for _ in ranks] == [["uploaded", "no login"]] * 2
+    for process in ranks:
+        process.join()
 
 
 def test_alone_everything_works_without_a_group(tmp_path: Path) -> None:

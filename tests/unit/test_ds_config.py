@@ -170,6 +170,14 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     }
 
 
+@pytest.mark.parametrize("asked", [{"writer": {"type": "fast", "decoupled": True}}, {"load_universal": True}])
+def test_other_ways_to_save_are_refused_in_training(tmp_path: Path, asked: dict[str, object]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"checkpoint": asked}))
+    resolved = ds_config.resolve(options(deepspeed_config=str(tmp_path / "config.json")), 1, "cpu")
+    with pytest.raises(UserError, match=f"checkpoint.{next(iter(asked))} does not go with"):
+        ds_config.check_trainable(resolved)
+
+
 def test_float16_at_stage_0_is_refused_in_training() -> None:
     with pytest.raises(UserError, match="take --deepspeed_config zero1"):
         ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero0", fp16=True), 1, "cuda"))

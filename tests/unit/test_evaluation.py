@@ -16,6 +16,7 @@ from qa_deepspeed.data import load_features, model_facts
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, evaluate
 from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.qa.batching import make_batch
 from qa_deepspeed.qa.decode_classic import classic_text, decode_classic
 from qa_deepspeed.qa.decode_hf import decode_like_transformers
 from qa_deepspeed.qa.full_logits import FullLogits
@@ -155,6 +156,24 @@ def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
     assert everywhere == best_by_brute_force(setup, logits, False)
     assert best == best_by_brute_force(setup, logits, True)
     assert everywhere != best
+
+
+def test_the_loss_is_the_mean_over_all_windows(setup, tmp_path):
+    """Against every window on its own, by torch's cross-entropy over the places that an answer can have."""
+    metrics = run(setup, tmp_path / "loss", metric_for_best_model="loss", per_gpu_eval_batch_size=5)
+    reader, data, _ = setup
+    losses = []
+    for row in range(len(data.store)):
+        batch = make_batch(data.store.take, np.array([row]), data.layout)
+        outputs = reader.eval_forward(batch.inputs)
+        begin, end = int(batch.context_begin[0]), int(batch.context_end[0])
+        places = [int(batch.null_position[0]), *range(begin, end)]
+        for logits, label in ((outputs.start_logits, batch.start), (outputs.end_logits, batch.end)):
+            target = torch.tensor(places.index(int(label[0])))
+            losses.append(float(torch.nn.functional.cross_entropy(logits[0, places], target)))
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert json.loads((tmp_path / "loss/metrics.json").read_text())["loss"] == metrics["loss"]
+    assert "loss" not in run(setup, tmp_path / "none")
 
 
 def test_modes_decode_as_their_functions_do(setup, tmp_path):

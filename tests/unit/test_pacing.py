@@ -34,7 +34,7 @@ def test_checkpoints_by_count_or_share(save_steps: float, steps: int, interval: 
     assert save_interval(save_steps, steps) == interval
 
 
-@pytest.mark.parametrize("save_steps", [-1, 1.5, -0.1])
+@pytest.mark.parametrize("save_steps", [-1, 1.5, -0.1, float("inf"), float("nan")])
 def test_no_interval(save_steps: float) -> None:
     with pytest.raises(UserError, match="save_steps"):
         save_interval(save_steps, 100)

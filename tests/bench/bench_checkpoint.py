@@ -1,0 +1,124 @@
+"""Time and size of a checkpoint beside torch.save and torch.load of the same state.
+
+    torchrun --nproc_per_node 2 tests/bench/bench_checkpoint.py --model MODEL --folder FOLDER [--repeats 3]
+
+For ZeRO stages 2 and 3 a model takes one step, so that its optimizer has a state, and is saved and loaded by turns: by
+the trainer (shards, checksums, everything on the disk, the rename; before it loads it checks the sums), and by
+torch.save and torch.load of the objects in the same files, shared among the ranks and written down to the disk too. A
+time is that of the slowest rank, the best of the repeats; a size is bytes for each parameter of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import qa_deepspeed.train as trainer
+from qa_deepspeed import dist
+from qa_deepspeed.agreement import agree
+from qa_deepspeed.checkpoint_files import LoopState, damage, total_bytes
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.data import model_facts
+from qa_deepspeed.engine import checkpoint
+from qa_deepspeed.engine.engine import Engine
+from qa_deepspeed.engine.shards import plain_values_only
+
+STAGES = ("zero2", "zero3")
+LENGTH = 128
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """How long the slowest rank takes; all begin together."""
+    dist.barrier()
+    began = time.perf_counter()
+    act()
+    return dist.maxima([time.perf_counter() - began])[0]
+
+
+def stepped(model: str, stage: str, folder: Path) -> Engine:
+    """An engine that has made an update."""
+    given = {"model_name_or_path": model, "output_dir": str(folder), "deepspeed_config": stage}
+    resolved = agree(RunOptions(**given, given=frozenset(given)), dist.world_size(), "cpu", True)  # type: ignore[arg-type]
+    engine = trainer._make_engine(resolved, model_facts(resolved.options), 10, torch.device("cpu"))
+    ids = torch.randint(1000, 2000, (resolved.plan.rows, LENGTH))
+    engine.begin_micro_batch(last=True)
+    outputs = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    engine.backward(outputs.start_logits.float().logsumexp(1).sum())
+    engine.step(want_norm=False)
+    return engine
+
+
+def write(states: dict[str, Any], folder: Path) -> None:
+    """torch.save of each, down to the disk."""
+    for name, value in states.items():
+        with (folder / name).open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(paths: list[Path]) -> dict[str, Any]:
+    """torch.load of each."""
+    with plain_values_only():
+        return {path.name: torch.load(path, map_location="cpu", weights_only=True) for path in paths}
+
+
+def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """One line of the table."""
+    engine = stepped(model, stage, folder)
+    state = LoopState(1, dist.world_size(), engine.zero_stage, engine.precision, "cpu", {"global_batch_size": 16}, 1,
+                      engine.optimized_names, {}, engine.config, {}, {})  # fmt: skip
+    writer = checkpoint.Checkpoints(engine, folder, None)
+    ours, plain = folder / "checkpoint-1", folder / "plain"
+    plain.mkdir(exist_ok=True)
+    times: dict[str, list[float]] = {}
+
+    def take(what: str, act: Callable[[], object]) -> None:
+        times.setdefault(what, []).append(seconds(act))
+
+    for _ in range(repeats):
+        take("save", lambda: writer.save(state))
+        take("check", lambda: damage(ours) if dist.is_first() else None)
+        take("load", lambda: checkpoint.load(engine, ours, state))
+        mine = sorted(ours.glob("*.pt"))[dist.rank() :: dist.world_size()]
+        states = read(mine)
+        take("torch.save", lambda: write(states, plain))  # noqa: B023
+        take("torch.load", lambda: read([plain / path.name for path in mine]))  # noqa: B023
+    numbers = {what: round(min(found), 3) for what, found in times.items()}
+    numbers |= {"bytes": round(total_bytes(ours) / engine.parameters, 2)}
+    numbers |= {"torch.save bytes": round(total_bytes(plain) / engine.parameters, 2)}
+    dist.barrier()
+    if dist.is_first():
+        shutil.rmtree(folder)
+    return {"stage": stage, "parameters": engine.parameters, **numbers}
+
+
+def main() -> None:
+    """Measure each stage; rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    dist.describe_lone_process()
+    dist.start(torch.device("cpu"), 600)
+    for stage in STAGES:
+        folder = arguments.folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        dist.log0(json.dumps(measure(arguments.model, stage, folder, arguments.repeats)))
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main()
