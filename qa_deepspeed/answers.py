@@ -12,6 +12,7 @@ import numpy as np
 from qa_deepspeed.config import AUTO, RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json, write_text
+from qa_deepspeed.progress import Progress
 from qa_deepspeed.qa.analysis import Analysis
 from qa_deepspeed.qa.decode import Candidates, decode
 from qa_deepspeed.qa.decode_classic import classic_text, decode_classic
@@ -83,8 +84,10 @@ def answer_and_score(
     untuned: dict[str, Any] = {}
     if options.null_score_diff_threshold == AUTO:
         first = Scorer(True, options.metric_language, output_dir)
-        for example, prediction in zip(store.examples, predict(settings), strict=True):
-            _score(first, example, prediction)
+        with Progress("looking for the threshold", len(store.examples), "question") as told:
+            for example, prediction in zip(store.examples, predict(settings), strict=True):
+                _score(first, example, prediction)
+                told.advance()
         found = first.result()
         untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
         settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
@@ -107,9 +110,11 @@ def _observed(
 ) -> Iterator[Prediction]:
     """Pass the predictions through; scorer and analysis take in each."""
     windows = _windows_of_examples(store)
-    for example, prediction in zip(store.examples, predictions, strict=True):
-        analysis.add(example, prediction, next(windows), *_score(scorer, example, prediction))
-        yield prediction
+    with Progress("decoding and scoring", len(store.examples), "question") as told:
+        for example, prediction in zip(store.examples, predictions, strict=True):
+            analysis.add(example, prediction, next(windows), *_score(scorer, example, prediction))
+            told.advance()
+            yield prediction
 
 
 def _score(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float]:

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed import dist
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.progress import Progress
 
 LOOP_FILE = "loop.json"
 MANIFEST_FILE = "manifest.json"
@@ -161,9 +163,11 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
+    checking = Progress(f"checking {folder.name}", len(listed), "file", shown=dist.is_first())
+    with checking as told, ThreadPoolExecutor(HASH_THREADS) as threads:
         found = threads.map(lambda name: _measure(folder / name, flush=False)["sha256"], listed)
         for name, digest in zip(listed, found, strict=True):
+            told.advance()
             if digest != listed[name][1]:
                 return f"{name} does not hold what was written (its checksum differs)"
     return None

@@ -10,10 +10,12 @@ from typing import Any, Literal, cast
 
 from transformers import PretrainedConfig
 
+from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import Family, family_of
 from qa_deepspeed.models.loading import load_config, load_tokenizer
+from qa_deepspeed.progress import Progress
 from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_cache import look_up, prepare_features
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -68,7 +70,11 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     """
     folder, files = _cache_folder_and_files(options, purpose)
     source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
-    return prepare_features(source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache)
+    with Progress(f"features of the {purpose} file", None, "question", shown=dist.is_first()) as told:
+        return prepare_features(
+            source, facts.tokenizer, facts.family, settings, folder, overwrite=options.overwrite_cache,
+            progress=told.reach,
+        )  # fmt: skip
 
 
 def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> tuple[str, dict[str, int] | None]:

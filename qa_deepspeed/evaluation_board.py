@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qa_deepspeed.answers import REPORT_FILE
-from qa_deepspeed.qa.charts import BLACK, HEIGHT, WIDTH, Figure, figures
+from qa_deepspeed.qa.charts import BLACK, GREY, HEIGHT, WIDTH, Figure, figures
 from qa_deepspeed.qa.report_page import markdown_tables
 
 TITLE_HEIGHT = 24
@@ -44,7 +44,9 @@ def _pixels(figure: Figure) -> np.ndarray:
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (WIDTH, HEIGHT + TITLE_HEIGHT), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for points in figure.grid:
+        draw.line([(x, y + TITLE_HEIGHT) for x, y in points], fill=GREY)
     for x, y, width, height, colour in figure.bars:
         draw.rectangle([x, y + TITLE_HEIGHT, x + width, y + height + TITLE_HEIGHT], fill=colour)
     for points, colour in figure.lines:

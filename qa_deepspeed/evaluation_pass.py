@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.models.qa_heads import Head
+from qa_deepspeed.progress import Progress
 from qa_deepspeed.qa.batching import Batch, Layout, evaluation_batches, make_batch
 from qa_deepspeed.qa.best_window import best_window_ranges
 from qa_deepspeed.qa.decode import Candidates
@@ -58,17 +58,17 @@ def gather_evaluation(
     batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
     table = RowTable(len(store), reduce.columns, folder) if dist.is_first() else None
     waiting: list[dict[str, Tensor]] = []
-    for number, rows in enumerate(
-        tqdm(batches, desc="evaluating", unit="batch", disable=None if dist.is_first() else True), 1
-    ):
-        batch = make_batch(store.take, rows, layout).to(device)
-        waiting.append(reduce(forward(head.inputs(batch)), batch))
-        if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
-            arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
-            waiting.clear()
-            arrived = dist.gather_rows(arrays)
-            if table is not None and arrived is not None:
-                table.put(arrived["feature_id"], arrived)
+    with Progress("evaluating", len(batches), "batch", shown=dist.is_first()) as told:
+        for number, rows in enumerate(batches, 1):
+            batch = make_batch(store.take, rows, layout).to(device)
+            waiting.append(reduce(forward(head.inputs(batch)), batch))
+            told.advance()
+            if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
+                arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
+                waiting.clear()
+                arrived = dist.gather_rows(arrays)
+                if table is not None and arrived is not None:
+                    table.put(arrived["feature_id"], arrived)
     return None if table is None else reduce.gathered(table)
 
 

@@ -87,6 +87,7 @@ class QuestionAnswerer:
         cls,
         name: str,
         *,
+        tokenizer: Any = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | str | None = None,
         batch_size: int | None = None,
@@ -94,6 +95,7 @@ class QuestionAnswerer:
         """The model of a folder or of the hub.
 
         Args:
+            tokenizer: a tokenizer, or the folder or hub name of one; left out, the model's.
             device: as torch names it, or the number of a GPU, -1 for the CPU; left out, a GPU if there is one.
             dtype: such as torch.bfloat16 or "bfloat16"; left out, the one that the model was saved in.
             batch_size: windows of one forward pass; left out, as many as suit the device.
@@ -103,7 +105,7 @@ class QuestionAnswerer:
         quiet_transformers(verbose=False)
         options = RunOptions(model_name_or_path=str(name))
         config = load_config(options)
-        tokenizer = load_tokenizer(options)
+        tokenizer = _tokenizer(str(name) if tokenizer is None else tokenizer)
         model, fresh = load_model(options, config)
         require_trained_head(str(name), fresh)
         model = model.to(_dtype(dtype or config.dtype))
@@ -240,19 +242,25 @@ def pipeline(
 
     Args:
         model: folder, hub name, or a model, which then needs its tokenizer too.
+        tokenizer: as model; left out, that of the model's folder.
         torch_dtype: the older name of dtype.
     Raises:
-        UserError: another task, no model, or another model's tokenizer.
+        UserError: another task, no model, or none of its tokenizer.
     """
     if task != "question-answering":
         raise UserError(f"this pipeline is for 'question-answering' only, not for '{task}'")
     if isinstance(model, str):
-        if tokenizer not in (None, model):
-            raise UserError("a model named by folder or hub name answers with its own tokenizer: leave tokenizer= out")
-        return QuestionAnswerer.from_pretrained(model, device=device, dtype=dtype or torch_dtype, batch_size=batch_size)
-    if model is None or tokenizer is None or isinstance(tokenizer, str):
+        return QuestionAnswerer.from_pretrained(
+            model, tokenizer=tokenizer, device=device, dtype=dtype or torch_dtype, batch_size=batch_size
+        )
+    if model is None or tokenizer is None:
         raise UserError("which model? pass model= as a folder or hub name, or a loaded model together with tokenizer=")
-    return QuestionAnswerer(model, tokenizer, device=device, batch_size=batch_size)
+    return QuestionAnswerer(model, _tokenizer(tokenizer), device=device, batch_size=batch_size)
+
+
+def _tokenizer(given: Any) -> Any:
+    """The tokenizer that is given, loaded where only its folder or hub name is."""
+    return load_tokenizer(RunOptions(model_name_or_path=given)) if isinstance(given, str) else given
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:

@@ -18,16 +18,20 @@ LINE_SECONDS = 30.0
 class Progress:
     """Counts work done and tells rate and time left on the standard error stream. Use it as a context manager."""
 
-    def __init__(self, what: str, total: int | None, unit: str, shown: bool = True, lines: bool = True) -> None:
+    def __init__(
+        self, what: str, total: int | None, unit: str, shown: bool = True, lines: bool = True, done: int = 0
+    ) -> None:
         """what: the stage, such as "answering"; total: units of the whole, if known; shown: false to tell nothing;
-        lines: false to tell nothing where there is no terminal.
+        lines: false to tell nothing where there is no terminal; done: units that were done before.
         """
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(desc=what, total=total, unit=unit, delay=QUIET_SECONDS, disable=not (shown and terminal))
+        self._bar = tqdm(desc=what, total=total, unit=unit, initial=done, delay=QUIET_SECONDS, dynamic_ncols=True,
+                         unit_scale=total is not None and total >= 10_000,
+                         disable=not (shown and terminal))  # fmt: skip
         self._lines = shown and lines and not terminal
         self._what, self._total, self._unit = what, total, unit
         self._began = self._told = time.monotonic()
-        self._done = 0
+        self._before = self._done = done
 
     def __enter__(self) -> Progress:
         return self
@@ -35,21 +39,35 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; for where no context manager fits."""
         self._bar.close()
 
     def advance(self, units: int = 1) -> None:
         """Count units that are done."""
-        self._done += units
-        self._bar.update(units)
+        self.reach(self._done + units)
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Tell how many units are done, and of how many, once that is known."""
+        if total is not None and total != self._total:
+            self._total = self._bar.total = total
+        self._bar.update(done - self._done)
+        self._done = done
         now = time.monotonic()
         if self._lines and now - self._told >= LINE_SECONDS:
             self._told = now
             print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
-        rate = self._done / seconds
-        if self._total is None:
-            return f"{self._what}: {self._done:,} {self._unit}s, {rate:.1f}/s"
-        left = int((self._total - self._done) / rate)
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        return f"{self._what}: {self._done:,} of {self._total:,} {self._unit}s, {rate:.1f}/s, {clock} left"
+        rate = (self._done - self._before) / seconds
+        of = "" if self._total is None else f" of {self._total:,}"
+        left = "" if self._total is None or not rate else f", {clock((self._total - self._done) / rate)} left"
+        return f"{self._what}: {self._done:,}{of} {self._unit}s, {rate:.1f}/s{left}"
+
+
+def clock(seconds: float) -> str:
+    """Such as 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

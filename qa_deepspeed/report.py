@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qa_deepspeed import dist
 from qa_deepspeed.evaluation_board import read_report
+from qa_deepspeed.progress import Progress
 from qa_deepspeed.qa.evaluation_view import EvaluationView
 
 METRICS_FILE = "metrics.jsonl"
@@ -48,9 +49,7 @@ class Reporter(NullReporter):
 
         self._board = TensorBoard(output_dir, done_steps)
         self._metrics = _open_metrics(output_dir / METRICS_FILE, done_steps)
-        self._bar = tqdm(
-            total=total_steps, initial=done_steps, unit="step", desc="training", disable=not sys.stderr.isatty()
-        )
+        self._progress = Progress("training", total_steps, "step", lines=False, done=done_steps)
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
@@ -70,7 +69,7 @@ class Reporter(NullReporter):
 
     def advance(self) -> None:
         """Count one optimizer step."""
-        self._bar.update()
+        self._progress.advance()
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """The run is finished: what it was, and its final scores."""
@@ -78,7 +77,7 @@ class Reporter(NullReporter):
 
     def close(self) -> None:
         """End the files and the bar."""
-        self._bar.close()
+        self._progress.close()
         self._board.close()
         self._metrics.close()
 

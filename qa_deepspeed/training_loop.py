@@ -25,6 +25,7 @@ from qa_deepspeed.loss_watch import LossWatch
 from qa_deepspeed.meter import Meter
 from qa_deepspeed.models.qa_heads import Objective, head_of
 from qa_deepspeed.pacing import Pacing, Stopped
+from qa_deepspeed.progress import clock
 from qa_deepspeed.proof import PROBE_ROWS, Probe, save_probe, take_probe
 from qa_deepspeed.qa.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.evaluation_view import view_evaluation
@@ -106,7 +107,7 @@ def fit(engine: Engine, run: Run, reporter: NullReporter, first_step: int) -> in
         reporter.advance()
         if logs:  # every rank takes part in the sums, rank 0 writes
             watch.check(run.ids_of_step, run.output_dir)
-            _log(engine, meter, reporter, number, run.steps, epoch, rate)
+            _log(engine, meter, reporter, run, number, epoch, rate)
             run.throughput = meter.throughput()
         with meter.paused():
             best_yet = False
@@ -153,10 +154,11 @@ def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
 
 
 def _log(
-    engine: Engine, meter: Meter, reporter: NullReporter, number: int, steps: int, epoch: int, rate: float
+    engine: Engine, meter: Meter, reporter: NullReporter, run: Run, number: int, epoch: int, rate: float
 ) -> None:
     """Read the meter on all ranks, tell on rank 0."""
     values = meter.read()
+    rows_left = (run.steps - number) * run.resolved.plan.global_rows
     values |= {"train/learning_rate": rate, "train/epoch": float(epoch)}
     if engine.grad_norm is not None:
         values["train/grad_norm"] = engine.grad_norm
@@ -166,9 +168,10 @@ def _log(
     reporter.log(
         number,
         values,
-        f"step {number}/{steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
+        f"step {number}/{run.steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
         f"{values['speed/questions_per_second']:.1f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
-        f"padding {values['speed/padding_share']:.1%}  of roof {values['speed/model_flops_utilization']:.0%}",
+        f"padding {values['speed/padding_share']:.1%}  of roof {values['speed/model_flops_utilization']:.0%}  "
+        f"{clock(rows_left / values['speed/questions_per_second'])} left",
     )
 
 

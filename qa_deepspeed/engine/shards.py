@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed import dist
+from qa_deepspeed.progress import Progress
+
 WEIGHT = "weight"
 """Name of a parameter's float32 value beside those of its optimizer state, like `exp_avg`."""
 
@@ -72,15 +75,18 @@ class Shards:
         frozen = self._frozen() if self._stage == 3 else {}
         found: dict[str, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
-        for name, stored in self.common["module"].items():
-            source = aliases.get(name, name)
-            if source not in found:
-                if source in self._pieces:
-                    value = self.read(source)[WEIGHT].reshape(shapes.get(source, stored.shape))
-                else:
-                    value = frozen.get(source, stored)
-                found[source] = (value.to(dtype) if value.is_floating_point() else value).clone()
-            result[name] = found[source]
+        module = self.common["module"]
+        with Progress("putting weights together", len(module), "tensor", shown=dist.is_first()) as told:
+            for name, stored in module.items():
+                source = aliases.get(name, name)
+                if source not in found:
+                    if source in self._pieces:
+                        value = self.read(source)[WEIGHT].reshape(shapes.get(source, stored.shape))
+                    else:
+                        value = frozen.get(source, stored)
+                    found[source] = (value.to(dtype) if value.is_floating_point() else value).clone()
+                result[name] = found[source]
+                told.advance()
         return result
 
     def _index_whole(self, optimized: list[str]) -> None:

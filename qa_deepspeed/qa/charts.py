@@ -17,9 +17,10 @@ Point = tuple[float, float]
 
 @dataclass
 class Figure:
-    """Shapes in the order of drawing: (points, colour) lines, (x, y, width, height, colour) bars, texts."""
+    """Shapes in the order of drawing: grid, (x, y, width, height, colour) bars, (points, colour) lines, texts."""
 
     title: str
+    grid: list[list[Point]] = field(default_factory=list)
     lines: list[tuple[list[Point], str]] = field(default_factory=list)
     bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)
     texts: list[tuple[float, float, str, str]] = field(default_factory=list)  # x, baseline, text, start|middle|end
@@ -31,7 +32,7 @@ class Figure:
     def axes(self, across: str, up: str) -> None:
         """Frame, grid and percent signs of axes from 0 to 1; `across` may be empty where bars are named."""
         for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-            self.lines.append(([self.place(0, tick), self.place(1, tick)], GREY))
+            self.grid.append([self.place(0, tick), self.place(1, tick)])
             self.texts.append((LEFT - 6, self.place(0, tick)[1] + 4, f"{tick:.0%}", "end"))
             if across:
                 self.texts.append((self.place(tick, 0)[0], HEIGHT - BOTTOM + 16, f"{tick:.0%}", "middle"))
@@ -49,7 +50,7 @@ class Figure:
         x = WIDTH - RIGHT
         for name, colour in reversed(list(zip(names, COLOURS, strict=False))):
             self.texts.append((x, TOP - 10, name, "end"))
-            x -= 9 * len(name) + 10
+            x -= 7 * len(name) + 10
             self.bars.append((x, TOP - 18, 8, 8, colour))
             x -= 14
 
@@ -58,14 +59,18 @@ class Figure:
         parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
                  f'height="{HEIGHT}" font-family="sans-serif" font-size="12">']  # fmt: skip
         parts.append(f"<title>{escape(self.title)}</title>")
+        parts += [_polyline(points, GREY) for points in self.grid]
         for x, y, width, height, colour in self.bars:
             parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
-        for points, colour in self.lines:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts += [_polyline(points, colour) for points, colour in self.lines]
         for x, y, text, anchor in self.texts:
             parts.append(f'<text x="{x:.1f}" y="{y:.1f}" fill="{BLACK}" text-anchor="{anchor}">{escape(text)}</text>')
         return "\n".join([*parts, "</svg>"])
+
+
+def _polyline(points: Sequence[Point], colour: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, Figure]:
@@ -106,6 +111,7 @@ def _slice(name: str, values: Mapping[str, Mapping[str, float]]) -> Figure:
             x = (number + 0.1 + 0.4 * which) * width
             figure.bar(x, 0.38 * width, cell[metric] / 100, COLOURS[which])
         middle = figure.place((number + 0.5) * width, 0)[0]
-        figure.texts.append((middle, HEIGHT - BOTTOM + 16, value, "middle"))
-        figure.texts.append((middle, HEIGHT - BOTTOM + 32, f"{cell['questions']:,}", "middle"))
+        lines = [*value.split(), f"{cell['questions']:,}"]  # words below each other: neighbours do not touch
+        for line, text in enumerate(lines):
+            figure.texts.append((middle, HEIGHT - BOTTOM + 16 + 15 * line, text, "middle"))
     return figure

@@ -17,6 +17,8 @@ figure { display: inline-block; margin: 1em 0 }
 """
 
 MISTAKE_COLUMNS = ("probability", "question", "gold", "prediction", "f1", "context", "example_id")
+BOARD_COLUMNS = MISTAKE_COLUMNS[:5]
+"""What TensorBoard has room for: it breaks the numbers' digits over lines to give long contexts more."""
 
 
 def page(report: Mapping[str, Any], title: str) -> str:
@@ -53,17 +55,17 @@ def score_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def markdown_tables(report: Mapping[str, Any]) -> dict[str, str]:
     """The same tables in markdown, by name."""
-    mistakes = [[_cell(mistake[name]) for name in MISTAKE_COLUMNS] for mistake in report["mistakes"]]
+    mistakes = [[_cell(mistake[name]) for name in BOARD_COLUMNS] for mistake in report["mistakes"]]
     return {
         "scores": _markdown_table(("metric", "value", "95% interval"), score_rows(report)),
-        "mistakes": _markdown_table(MISTAKE_COLUMNS, mistakes),
+        "mistakes": _markdown_table(BOARD_COLUMNS, mistakes),
     }
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return " | ".join(value) if isinstance(value, list) else str(value)
+    return (" | ".join(value) if isinstance(value, list) else str(value)) or "(no answer)"
 
 
 def _html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -255,6 +255,20 @@ def test_a_saved_model_is_read_with_its_threshold(saved: Path, tmp_path: Path) -
     assert QuestionAnswerer.from_pretrained(str(tmp_path))(question=QUESTION, context=CONTEXT)["answer"] == ""
 
 
+def test_a_tokenizer_of_another_folder_is_used(saved: Path, tmp_path: Path) -> None:
+    """By its name or loaded; a model alone has none."""
+    bert = answerer("bert")
+    wanted = bert(question=QUESTION, context=CONTEXT)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((saved / file).read_bytes())
+    for model, tokenizer in ((str(tmp_path), str(saved)), (str(tmp_path), bert.tokenizer), (bert.model, str(saved))):
+        found = pipeline("question-answering", model=model, tokenizer=tokenizer, device=-1)
+        given = found(question=QUESTION, context=CONTEXT)
+        assert given == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-6)}
+    with pytest.raises(UserError, match="together with tokenizer="):
+        pipeline("question-answering", model=bert.model)
+
+
 def test_a_model_without_a_trained_head_is_refused(saved: Path, tmp_path: Path) -> None:
     transformers.BertModel(answerer("bert").model.config).save_pretrained(tmp_path)
     answerer("bert").tokenizer.save_pretrained(tmp_path)

@@ -51,7 +51,7 @@ def view(tmp_path: Path) -> EvaluationView:
     store: Any = Store(50)
     predictions = [
         Prediction(example.example_id, text := "" if n % 2 else str(n % 8),
-                   [{"text": text, "probability": 0.75, "start_logit": 1.0, "end_logit": 0.0, "start": 3}], n - 20.0)
+                   [(text, 0.75, 1.0, 0.0, 3)], n - 20.0)
         for n, example in enumerate(store.examples)
     ]  # fmt: skip
     write_predictions(iter(predictions), tmp_path, DecodeSettings(version_2_with_negative=True))

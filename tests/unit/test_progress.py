@@ -1,0 +1,85 @@
+"""Progress: lines with rate and time left where there is no terminal, a bar on one, silence where it is soon over."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from qa_deepspeed import progress
+from qa_deepspeed.progress import Progress
+from tests.paths import REPOSITORY
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that Progress sees: its only entry."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_file_gets_a_line_every_half_minute(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("training", 4000, "step", done=1000) as told:
+        for _ in range(100):
+            clock[0] += 1.0
+            told.advance(10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "training: 1,300 of 4,000 steps, 10.0/s, 0:04:30 left",
+        "training: 1,600 of 4,000 steps, 10.0/s, 0:04:00 left",
+        "training: 1,900 of 4,000 steps, 10.0/s, 0:03:30 left",
+    ]
+
+
+def test_the_whole_may_become_known_on_the_way(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("features", None, "question") as told:
+        for done, total in ((500, None), (500, 9000), (2000, 9000)):
+            clock[0] += 40.0
+            told.reach(done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "features: 500 questions, 12.5/s",
+        "features: 500 of 9,000 questions, 6.2/s, 0:22:40 left",
+        "features: 2,000 of 9,000 questions, 16.7/s, 0:07:00 left",
+    ]
+
+
+def test_what_is_soon_over_or_not_asked_for_is_not_told(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shown, lines, seconds in ((True, True, 1.0), (False, True, 99.0), (True, False, 99.0)):
+        with Progress("answering", 2, "window", shown, lines) as told:
+            clock[0] += seconds
+            told.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
+    code = (
+        "import time; from qa_deepspeed import progress; progress.QUIET_SECONDS = 0.1\n"
+        "with progress.Progress('answering', 40, 'window') as told:\n"
+        "    for _ in range(40): time.sleep(0.02); told.advance()"
+    )
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=terminal, cwd=REPOSITORY)
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    os.close(master)
+    assert process.wait() == 0
+    bars = seen.decode().split("\r")
+    shape = re.compile(r"answering: +\d+%.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+window/s\]")
+    assert any(shape.search(bar) for bar in bars), bars[-3:]
