@@ -26,7 +26,7 @@ from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBest
 
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
-ROWS_PER_CHUNK = 512  # the lists of a chunk stay in the processor's cache
+ROWS_PER_CHUNK = 384  # the lists of a chunk stay in the processor's cache
 
 
 @dataclass
