@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.paths import REPOSITORY
 
-HANG_SECONDS = 240
+HANG_SECONDS = 360
 """A launch that takes longer is taken to hang: every process of it is killed and the test fails."""
 
 

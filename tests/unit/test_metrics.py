@@ -239,7 +239,7 @@ def test_cross_fitting_uses_the_threshold_of_the_other_half():
 def test_streaming_gives_what_scoring_at_once_gives():
     golds = [Gold("a", ("yes",)), Gold("b", ()), Gold("c", ("no way",))]
     predictions = [
-        Prediction(gold.example_id, text, [{"text": text}], odds)
+        Prediction(gold.example_id, text, [(text, 1.0, 0.0, 0.0, 0)], odds)
         for gold, text, odds in zip(golds, ("yes", "no", "way"), (-2.0, 1.0, 0.5), strict=True)
     ]
     scorer = Scorer(version_2_with_negative=True)
