@@ -59,5 +59,5 @@ def test_an_example_fits_its_model_and_its_data(path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_says_where_its_numbers_come_from(path: Path) -> None:
     text = path.read_text()
-    assert text.startswith("# ") and any(source in text for source in ("arXiv", "README of", "published"))
+    assert text.startswith("# ") and any(source in text for source in ("arXiv", "README of", "repository", "published"))
     assert isinstance(yaml.safe_load(text), dict)
