@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from qa_deepspeed import dist
+from qa_deepspeed import dist, pacing
 from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.checkpoint import whole_weights
@@ -160,9 +161,16 @@ def a_limit_keeps_the_last_ones() -> None:
 
 def the_clock_saves_and_stops() -> None:
     """Rank 0's clock says for all when to save and when to stop; the same command goes on from there."""
-    printed = run("clock", "step 3/6", lambda: time.sleep(2), save_steps=0, save_on_time="2s")
+    passed = 0.0
+
+    def an_hour_passes() -> None:
+        nonlocal passed
+        passed += 3600
+
+    pacing.time = SimpleNamespace(monotonic=lambda: time.monotonic() + passed)  # type: ignore[assignment]
+    printed = run("clock", "step 3/6", an_hour_passes, save_steps=0, save_on_time="1h")
     assert [path.name for path in checkpoints(FOLDER / "clock")] == ["checkpoint-3"], printed
-    printed = run("clock_stops", "step 3/6", lambda: time.sleep(8), save_steps=0, max_time="8s")
+    printed = run("clock_stops", "step 3/6", an_hour_passes, save_steps=0, max_time="1h")
     assert "stopped: stopped by max_time after step 3 of 6" in printed, printed
     assert json.loads((FOLDER / "clock_stops/requeue").read_text())["reason"] == "max_time"
     again = run("clock_stops", save_steps=0)
