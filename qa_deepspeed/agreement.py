@@ -10,6 +10,7 @@ from qa_deepspeed.config import RunOptions, check_counts, check_objective
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.hub_upload import check_upload
+from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.pacing import duration, save_interval
 
 
@@ -24,6 +25,7 @@ def agree(options: RunOptions, world_size: int, device_type: str, bf16_supported
     options = evaluation_options(resolved.options)
     check_counts(options)
     check_objective(options)
+    check_lora(options)
     save_interval(options.save_steps, steps=1)
     duration(options.save_on_time, "save_on_time")
     duration(options.max_time, "max_time")

@@ -106,6 +106,13 @@ class RunOptions:
     max_steps: int = option(-1, "optimizer steps; if positive, num_train_epochs does not count", only=TRAIN)
     warmup_steps: int = option(0, "optimizer steps of linear warm-up", only=TRAIN)
     seed: int = option(42, "seed of everything random")
+    # LoRA
+    lora_rank: int | None = option(None, "train adapters of this rank and the head, all else frozen (needs peft); what "
+                                   "is saved is the adapter", only=TRAIN)  # fmt: skip
+    lora_alpha: int = option(16, "adapters count lora_alpha / lora_rank times", only=TRAIN)
+    lora_dropout: float = option(0.0, "dropout before the adapters", only=TRAIN)
+    lora_target_modules: str = option("all-linear", "modules that get adapters, like query,value; or all linear ones "
+                                      "but the head's", only=TRAIN)  # fmt: skip
     # decoding
     n_best_size: int = option(20, "answers kept for each question")
     max_answer_length: int = option(30, "longest answer, in tokens")
@@ -120,8 +127,9 @@ class RunOptions:
     metric_language: str = option("en", "normalisation and word cutting of the metrics: en is the official one; zh, ja "
                                   "and th count characters", choices=METRIC_LANGUAGES)  # fmt: skip
     # how it runs
-    deepspeed_config: str | None = option(None, "a shipped config by name (zero0 ... zero3, zero2_offload, "
-                                          "zero3_offload) or a path to a DeepSpeed JSON file")  # fmt: skip
+    deepspeed_config: str | None = option(None, "a shipped config by name (zero0 ... zero3, zero3_offload; "
+                                          "the README has all) or a path to a DeepSpeed JSON file")  # fmt: skip
+    nvme_path: str | None = option(None, "folder on a local NVMe disk of each node, for zero3_nvme", only=TRAIN)
     gradient_checkpointing: bool = option(False, "keep each layer's input only and compute the rest again in the "
                                           "backward pass: less memory, a third more work", only=TRAIN)  # fmt: skip
     attn_implementation: str | None = option(None, "attention of Transformers: eager, sdpa, flash_attention_2, "

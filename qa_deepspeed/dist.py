@@ -85,16 +85,6 @@ def describe_lone_process() -> None:
                       MASTER_PORT=str(port))  # fmt: skip
 
 
-def share_cores() -> None:
-    """Divide this node's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
-
-    Two ranks that each start a thread per core take each other's cores: steps become 4 to 40 times slower.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size()))
-
-
 def start(device: torch.device, timeout_seconds: int) -> None:
     """Join the process group; returns when all ranks have. Called after the features are built, never before."""
     global _host_group
@@ -292,22 +282,3 @@ def first_on_this_filesystem(folder: Path) -> bool:
     if first:
         claim.unlink()
     return first
-
-
-def torchrun(arguments: Sequence[str]) -> int:
-    """Run torchrun; 0, or the exit status of the rank that failed first, or 128 + the number of the signal that ended
-    that rank or torchrun itself.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    try:
-        main(list(arguments))
-    except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-    except SignalException as error:
-        status = -error.sigval.value
-    else:
-        return 0
-    return status if status > 0 else 128 - status

@@ -12,19 +12,20 @@ import torch
 
 from qa_deepspeed import dist
 from qa_deepspeed.answers import LOGITS_FILE, PAGE_FILE, answer_and_score, decoder, evaluation_options, save_logits
-from qa_deepspeed.checkpoint_files import checkpoints
+from qa_deepspeed.checkpoint_files import checkpoints, read_loop_state
 from qa_deepspeed.config import AUTO, RunOptions, check_counts
 from qa_deepspeed.data import ModelFacts, load_features, model_facts, notes
-from qa_deepspeed.engine import checkpoint, ds_config
+from qa_deepspeed.engine import birth, checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
-from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_birth
+from qa_deepspeed.engine.engine import Reader, evaluation_reader
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluation_board import write_board
 from qa_deepspeed.evaluation_pass import LOSS, gather_evaluation
 from qa_deepspeed.kept_threshold import keep_threshold, kept_threshold
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import load_model, model_from_config, quiet_transformers, require_trained_head
+from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_head
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.qa_heads import Head, head_of
 from qa_deepspeed.qa.batching import Layout
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -120,6 +121,9 @@ def reader_of_checkpoint(folder: Path, facts: ModelFacts, resolved: Resolved, de
         UserError: the checkpoint is damaged.
     """
     model = model_from_config(facts.config, resolved.options.qa_head)
+    adapters = LoraSettings.of(read_loop_state(folder).options)
+    if adapters is not None:
+        add_adapters(model, adapters, str(resolved.options.model_name_or_path), resolved.options.seed)
     model.load_state_dict(checkpoint.whole_weights(folder))
     whole = dataclasses.replace(resolved, config={**resolved.config, "zero_optimization": {"stage": 0}})
     return evaluation_reader(model, {}, whole, device)
@@ -144,9 +148,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     tell_features(store, "evaluate", output_dir)
     dist.start(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
-    birth = partitioned_birth(config, options.verbose_logging)  # must outlive the loading
-    model, fresh = load_model(options, facts.config)
-    del birth
+    model, fresh = birth.load(options, facts.config, config)
     require_trained_head(options.model_name_or_path, fresh)
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)

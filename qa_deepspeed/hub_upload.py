@@ -7,6 +7,7 @@ from pathlib import Path
 from qa_deepspeed.errors import UserError
 
 UPLOADED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "README.md",
+            "adapter_config.json",
             "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
             "metrics.json"]  # fmt: skip
 """Patterns of the files that go to the hub; predictions, checkpoints and logs stay."""

@@ -51,7 +51,7 @@ def model_card(
 
 def _header(name: str, options: RunOptions, record: Mapping[str, Any]) -> dict[str, Any]:
     header: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if options.lora_rank is not None else "transformers",
         "pipeline_tag": "question-answering",
         "tags": ["question-answering", "extractive-qa", "deepspeed", "qa_deepspeed"],
     }
@@ -116,6 +116,9 @@ def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
         else f"\n\nNo answer (`\"\"`) is given where the null odds exceed {threshold:.4g}, the threshold of the "
         "evaluation below."
     )
+    bare = f'transformers.AutoModelForQuestionAnswering.from_pretrained("{name}")'
+    if options.lora_rank is not None:
+        bare = f'peft.AutoPeftModel.from_pretrained("{name}")'
     return (
         "## How to load it\n\n"
         "```python\n"
@@ -123,7 +126,7 @@ def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
         f'answerer = QuestionAnswerer.from_pretrained("{name}")\n'
         f'answerer(question="...", context="...", {lengths})\n'
         "```\n\n"
-        f"or the bare model: `transformers.AutoModelForQuestionAnswering.from_pretrained(\"{name}\")`.{told}"
+        f"or the bare model: `{bare}`.{told}"
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine import ds_config
-from qa_deepspeed.engine.memory import Need, Zero, need, need_on_cpu
+from qa_deepspeed.engine.device import choose_device
+from qa_deepspeed.engine.memory import Need, Zero, countable, need, need_on_cpu
+from qa_deepspeed.engine.roof import measured_roof, training_flops
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.footprint import Footprint, footprint
-from qa_deepspeed.models.loading import load_config, quiet_transformers
+from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
 
 UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)},
          **{f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}}  # fmt: skip
@@ -62,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "none (default 1)")  # fmt: skip
     parser.add_argument("--gpu_memory", default="80GiB", help="memory of one GPU (default 80GiB)")
     parser.add_argument("--cpu_memory", default="1TiB", help="memory of one machine (default 1TiB)")
+    parser.add_argument("--measure-roof", action="store_true", help="measure how fast this machine's device multiplies "
+                        "matrices, and say how long a step takes at least; without a model, only that")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options.add_arguments(parser, RunOptions, "train")
 
@@ -72,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: no such model or config, sizes that are none.
     """
-    own = ("command", "config", "nodes", "gpus_per_node", "gpu_memory", "cpu_memory", "json")
+    own = ("command", "config", "nodes", "gpus_per_node", "gpu_memory", "cpu_memory", "measure_roof", "json")
     given = {name: value for name, value in vars(arguments).items() if name not in own}
     run_options = options.build(RunOptions, "train", given, arguments.config)
     for name in ("nodes", "gpus_per_node"):
@@ -84,13 +90,48 @@ def run(arguments: argparse.Namespace) -> int:
         parse_size(arguments.cpu_memory, "cpu_memory"),
     )  # fmt: skip
     quiet_transformers(run_options.verbose_logging)
-    model, rows = plan(run_options, load_config(run_options), machines)
+    roofs = roofs_here(choose_device(run_options.no_cuda)) if arguments.measure_roof else {}
+    if roofs and not run_options.model_name_or_path:
+        print(json.dumps({"roof": roofs}) if arguments.json else "\n".join(told_roofs(roofs, None)))
+        return 0
+    model_config = load_config(run_options)
+    model, rows = plan(run_options, model_config, machines)
     chosen, why = recommend(rows)
     if arguments.json:
-        print(json.dumps(_plain(model, rows, chosen, why)))
+        print(json.dumps(_plain(model, rows, chosen, why) | {"roof": roofs}))
     else:
-        print("\n".join(table(run_options, model, machines, rows, why)))
+        work = step_work(run_options, model_config) if roofs else None
+        print("\n".join([*told_roofs(roofs, work), *table(run_options, model, machines, rows, why)]))
     return 0 if chosen else 1
+
+
+def roofs_here(device: torch.device) -> dict[str, float]:
+    """Matrix operations a second of `device` in each type that a training can have there; torch_autocast has the half
+    types' ones."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if device.type == "cuda":
+        kinds["float16"] = torch.float16
+    return {name: measured_roof(device, kind) for name, kind in kinds.items()}
+
+
+def step_work(run_options: RunOptions, model_config: Any) -> float:
+    """Matrix operations of the forward and backward pass of one full micro-batch."""
+    with torch.device("meta"):
+        model = model_from_config(copy.deepcopy(model_config), run_options.qa_head)
+    by_token, by_pair = training_flops(model, model_config)
+    length = run_options.max_seq_length
+    return run_options.per_gpu_train_batch_size * (by_token * length + by_pair * length**2)
+
+
+def told_roofs(roofs: Mapping[str, float], work: float | None) -> list[str]:
+    """A line for each type: the roof, and how long `work` takes there at least."""
+    lines = []
+    for name, roof in roofs.items():
+        line = f"roof of this device in {name}: {roof / 1e9:,.0f} GFLOP/s"
+        if work is not None:
+            line += f"; a micro-batch of {work / 1e9:,.0f} GFLOP takes at least {work / roof:.3g} s"
+        lines.append(line)
+    return [*lines, ""] if lines else []
 
 
 def parse_size(text: str, name: str) -> int:
@@ -107,13 +148,13 @@ def parse_size(text: str, name: str) -> int:
 
 
 def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tuple[Footprint, list[Row]]:
-    """The model's footprint and one row for each shipped config, and for the run's own if it is another.
+    """The model's footprint and one row for each shipped config that can be counted, and for the run's own.
 
     Raises:
         UserError: a config and the options disagree, or the model cannot be measured.
     """
     on_cpu = machines.gpu_memory is None
-    names = list(ds_config.shipped())
+    names = [name for name in ds_config.shipped() if countable(ds_config.load(name))]
     if run_options.deepspeed_config and run_options.deepspeed_config.removesuffix(".json") not in names:
         names.append(run_options.deepspeed_config)
     rows, model = [], None

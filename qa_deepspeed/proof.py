@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.lora import CONFIG_FILE, load_by_peft
 
 PROBE_FILE = "probe.safetensors"
 PROBE_ROWS = 4
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "torch_autocast": 5e-2}
 """Largest difference of a logit, relative to the largest logit where that exceeds 1, by the engine's precision."""
+
+MERGED_TOLERANCE = 1e-4
+"""The least tolerance for a model whose adapters were merged into its weights: sums in another order."""
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the weights that an engine of a precision computes with, where it is not float32."""
@@ -72,19 +76,24 @@ def load_probe(folder: Path, precision: str, device: str) -> Probe:
     return Probe(parts["inputs."], parts["outputs."], precision, device)
 
 
-def prove(folder: Path, state: Mapping[str, torch.Tensor], probe: Probe) -> dict[str, Any]:
-    """Load the model in `folder` again; returns what was compared, for the record.
+def prove(
+    folder: Path, state: Mapping[str, torch.Tensor], probe: Probe, merged: bool = False
+) -> dict[str, Any]:
+    """Load the model in `folder` again, an adapter by peft; returns what was compared, for the record.
 
-    Every tensor must equal that of `state`. Logits are compared where the model is saved in the precision that it was
-    trained in or a finer one.
+    Every tensor must equal that of `state`, what was saved. Logits are compared where the model is saved in the
+    precision that it was trained in or a finer one.
 
     Raises:
         UserError: it is not the model that was trained.
     """
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     kind = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
-    model = kind.from_pretrained(folder, dtype=dtype).eval()
-    loaded = model.state_dict()
+    if (folder / CONFIG_FILE).is_file():
+        model, loaded = load_by_peft(folder, kind, dtype)
+    else:
+        model = kind.from_pretrained(folder, dtype=dtype).eval()
+        loaded = model.state_dict()
     wrong = [name for name, value in state.items() if name not in loaded or not torch.equal(loaded[name], value)]
     wrong += [name for name in loaded if name not in state]
     if wrong:
@@ -94,7 +103,8 @@ def prove(folder: Path, state: Mapping[str, torch.Tensor], probe: Probe) -> dict
     if dtype not in (torch.float32, TYPES.get(probe.precision)):
         return record
     difference = largest_difference(model, probe)
-    tolerance = TOLERANCES[probe.precision] * (1 if probe.device == "cpu" else OTHER_DEVICE)
+    tolerance = max(TOLERANCES[probe.precision], MERGED_TOLERANCE if merged else 0.0)
+    tolerance *= 1 if probe.device == "cpu" else OTHER_DEVICE
     if not difference <= tolerance:
         raise UserError(f"{folder} answers other than the model that was trained: logits differ by {difference:.2e}, "
                         f"{tolerance:.0e} is allowed; it must not be used")  # fmt: skip

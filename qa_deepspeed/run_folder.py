@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qa_deepspeed.checkpoint_files import checkpoints, damage, newest_first, rea
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.files import write_json
+from qa_deepspeed.models.lora import CONFIG_FILE, WEIGHTS_FILE, save_weights
 from qa_deepspeed.pacing import REQUEUE_FILE
 from qa_deepspeed.run_identity import may_change, refuse_changes
 from qa_deepspeed.run_lock import LOCK_FILE, RunLock
@@ -175,22 +176,23 @@ def save_model(
     state: dict[str, torch.Tensor],
     tokenizer: Any,
     options: RunOptions,
-    check: Callable[[Path], dict[str, Any]],
+    check: Callable[[Path, Mapping[str, torch.Tensor]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Make `output_dir` a normal Transformers checkpoint, with the run's options beside it. For rank 0.
+    """Make `output_dir` a normal Transformers checkpoint (or peft adapter), the run's options beside it. For rank 0.
 
-    `check` looks at the files before they get their place, and raises if they are wrong; returns what it returns.
+    `check` looks at the files, which hold the tensors that it is passed, before they get their place, and raises if
+    they are wrong; returns what it returns.
 
     Files are written aside and renamed one by one, so that no file is ever half there. training_args.bin holds plain
     values only: `torch.load(weights_only=True)` reads it.
     """
     aside = output_dir / ".model.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, state_dict=state)
+    saved = save_weights(aside, model, state)
     tokenizer.save_pretrained(aside)
     write_json(aside / "training_args.json", options.to_dict())
     torch.save(options.to_dict(), aside / "training_args.bin")
-    checked = check(aside)
+    checked = check(aside, saved)
     for path in aside.iterdir():
         os.replace(path, output_dir / path.name)
     aside.rmdir()
@@ -209,5 +211,6 @@ def _remove_run(output_dir: Path) -> None:
     for path in [*output_dir.glob("checkpoint-*"), output_dir / "tensorboard", output_dir / ".model.partial"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (RUN_FILE, "metrics.jsonl", "metrics.json", "predictions.json", "nbest_predictions.json",
-                 "null_odds.json", "logits.npz", "report.json", "report.html", "model.safetensors"):  # fmt: skip
+                 "null_odds.json", "logits.npz", "report.json", "report.html", "model.safetensors",
+                 CONFIG_FILE, WEIGHTS_FILE):  # fmt: skip
         (output_dir / name).unlink(missing_ok=True)

@@ -22,10 +22,11 @@ BEHIND = {
     "steps": ("num_train_epochs", "max_steps"),
     "global_batch_size": ("per_gpu_train_batch_size", "gradient_accumulation_steps"),
     "precision": ("bf16", "fp16", "fp16_opt_level"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }  # fmt: skip
 """What counts as one thing -> the options that it comes from."""
 
-FIXED = ("head", "optimizer", "scheduler")
+FIXED = ("head", "optimizer", "scheduler", "lora")
 """What weights or optimizer state of a checkpoint are made for: no run goes on with another."""
 
 FOLLOWS = {"steps": ("features", "global_batch_size")}
@@ -38,7 +39,10 @@ def identity(resolved: Resolved, features: str, steps: int, head: str) -> dict[s
     Args:
         features: fingerprint of the training rows. head: as `loading.head_kind`.
     """
-    return {name: getattr(resolved.options, name) for name in OWN_NUMBERS} | {
+    options = resolved.options
+    adapters = [getattr(options, name) for name in BEHIND["lora"]] if options.lora_rank is not None else None
+    return {name: getattr(options, name) for name in OWN_NUMBERS} | {
+        "lora": adapters,
         "features": features,
         "steps": steps,
         "global_batch_size": resolved.plan.global_rows,
@@ -63,7 +67,7 @@ def refuse_changes(
     """
     allowed = _allowed(options)
     allowed |= {name for name, causes in FOLLOWS.items() if allowed & set(causes)}
-    different = [name for name in (*OWN_NUMBERS, *BEHIND, *FIXED)
+    different = [name for name in dict.fromkeys((*OWN_NUMBERS, *BEHIND, *FIXED))
                  if theirs.get(name) != ours.get(name) and name not in allowed]  # fmt: skip
     if not different:
         return
@@ -76,8 +80,8 @@ def refuse_changes(
 
 def _allowed(options: RunOptions) -> set[str]:
     """The parts of the identity that `resume_with_changes` names, by their own names or by those of their options."""
-    parts = {name: name for name in (*OWN_NUMBERS, *BEHIND)}
-    parts |= {option: part for part, behind in BEHIND.items() for option in behind}
+    parts = {name: name for name in (*OWN_NUMBERS, *BEHIND) if name not in FIXED}
+    parts |= {option: part for part, behind in BEHIND.items() if part not in FIXED for option in behind}
     named = [name.strip() for name in (options.resume_with_changes or "").split(",") if name.strip()]
     for name in named:
         if name not in parts:

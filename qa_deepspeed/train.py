@@ -16,10 +16,10 @@ from qa_deepspeed.best_model import BestModel
 from qa_deepspeed.checkpoint_files import damage, read_loop_state
 from qa_deepspeed.config import RunOptions, keep_global_rows, total_steps
 from qa_deepspeed.data import ModelFacts, load_features, model_facts
-from qa_deepspeed.engine import checkpoint, ds_config
+from qa_deepspeed.engine import birth, builds, checkpoint, ds_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import Resolved
-from qa_deepspeed.engine.engine import Engine, Reader, partitioned_birth, training_engine
+from qa_deepspeed.engine.engine import Engine, Reader, training_engine
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import (
     EvaluationData,
@@ -31,7 +31,8 @@ from qa_deepspeed.evaluate import (
 from qa_deepspeed.finish import finish_run, hyperparameters
 from qa_deepspeed.kept_threshold import forget_threshold
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import head_kind, load_model, quiet_transformers
+from qa_deepspeed.models.loading import head_kind, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.pacing import Pacing
 from qa_deepspeed.proof import Probe, load_probe, prove
 from qa_deepspeed.qa.feature_store import FeatureStore
@@ -72,6 +73,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     device = choose_device(options.no_cuda)
     resolved = agree(options, dist.world_size(), device.type, bf16_supported(device))
     options = resolved.options
+    builds.require(resolved.config)
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
     forget_threshold(facts.config)
@@ -193,12 +195,15 @@ def _make_engine(resolved: Resolved, facts: ModelFacts, steps: int, device: torc
     options = resolved.options
     config = ds_config.finish(resolved, steps, ds_config.hidden_size(facts.config))
     transformers.set_seed(options.seed)  # a fresh head is the same on all ranks, and in every run of this seed
-    birth = partitioned_birth(config, options.verbose_logging)  # must outlive the loading
-    model, fresh = load_model(options, facts.config)
-    del birth
+    model, fresh = birth.load(options, facts.config, config)
     if fresh:
         dist.log0(f"fresh weights, not in {options.model_name_or_path}: {', '.join(fresh)}")
+    adapters = LoraSettings.of(options.to_dict())
+    if adapters is not None:
+        add_adapters(model, adapters, str(options.model_name_or_path), options.seed)
     engine = training_engine(model, config, resolved, steps, device)
+    if adapters is not None:
+        dist.log0(f"LoRA: {engine.trained_parameters:,} of {engine.parameters:,} parameters are trained")
     plan = resolved.plan
     dist.log0(
         f"{resolved.name} (ZeRO stage {resolved.zero_stage}, {resolved.precision}): {steps} optimizer steps of "
@@ -226,5 +231,6 @@ def _save_proved(engine: Engine, run: Run, state: dict[str, torch.Tensor] | None
     """Write the final model; it gets its place when it has been loaded again and answers as the engine. For rank 0."""
     assert state is not None, "rank 0 has the whole state"
     return save_model(
-        run.output_dir, engine.module, state, run.tokenizer, run.options, lambda folder: prove(folder, state, probe)
-    )
+        run.output_dir, engine.module, state, run.tokenizer, run.options,
+        lambda folder, saved: prove(folder, saved, probe),
+    )  # fmt: skip

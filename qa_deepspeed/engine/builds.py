@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -11,10 +12,15 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.errors import UserError
+
 STALE_SECONDS = 600
 """A lock older than this is taken to be of a build that was interrupted: the longest build takes a third of it."""
 
 BUILT_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lion": "lion", "lamb": "lamb", "adagrad": "adagrad"}
+
+WITHOUT = {"async_io": "take --deepspeed_config zero3_offload", "quantizer": "take --deepspeed_config zero3"}
+"""What to do instead, for operators that are no optimizer's."""
 
 
 def needed_operators(config: dict[str, Any]) -> list[str]:
@@ -29,7 +35,22 @@ def needed_operators(config: dict[str, Any]) -> list[str]:
             found.append(f"cpu_{kind}" if offload != "none" or kind == "adagrad" else f"fused_{kind}")
     if "nvme" in (offload, (zero.get("offload_param") or {}).get("device")):
         found.append("async_io")
+    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+        found.append("quantizer")
     return found
+
+
+def require(config: dict[str, Any]) -> list[str]:
+    """The operators that a run of this config compiles when it starts.
+
+    Raises:
+        UserError: what stands in the way of that.
+    """
+    operators = needed_operators(config)
+    found = faults(operators)
+    if found:
+        raise UserError("; ".join(found))
+    return operators
 
 
 def faults(operators: list[str]) -> list[str]:
@@ -42,14 +63,29 @@ def faults(operators: list[str]) -> list[str]:
         if age > STALE_SECONDS:
             found.append(f"{lock} has stood for {age / 60:.0f} minutes: a build was interrupted, and every run waits "
                          f"for it; rm {lock}")  # fmt: skip
-        built = (root / name / f"{name}.so").exists()
-        compiler = os.environ.get("CXX", "g++")
-        if not built and shutil.which(compiler) is None:
-            found.append(f"the config's optimizer needs the operator {name} compiled, and there is no {compiler}; "
-                         "install it, or leave the config's optimizer section out")  # fmt: skip
-        if not built and not _has_ninja():
+        if (root / name / f"{name}.so").exists() or _came_with_deepspeed(name):
+            continue
+        compiler = "nvcc" if name == "quantizer" else os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            found.append(f"the config needs the operator {name} compiled, and there is no {compiler}; install it, or "
+                         f"{WITHOUT.get(name, 'leave the optimizer section out of the config')}")  # fmt: skip
+        if name == "async_io" and not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
+            found.append("the operator async_io is built with libaio, whose headers are not here; apt install "
+                         f"libaio-dev, or {WITHOUT[name]}")  # fmt: skip
+        if not _has_ninja():
             found.append(f"the operator {name} is built by ninja, which is not here; pip install ninja")
     return found
+
+
+def _came_with_deepspeed(name: str) -> bool:
+    """Whether DeepSpeed was installed with this operator compiled (DS_BUILD_OPS); it is not imported for this."""
+    found = importlib.util.find_spec("deepspeed")
+    places = found.submodule_search_locations if found is not None else None
+    return any(any(Path(place).glob(f"ops/**/{name}_op*.so")) for place in places or ())
+
+
+def _header_folders() -> list[str]:
+    return ["/usr/include", "/usr/local/include", *os.environ.get("CPATH", "").split(os.pathsep)]
 
 
 def _has_ninja() -> bool:

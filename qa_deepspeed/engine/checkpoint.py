@@ -37,8 +37,8 @@ from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.engine.shards import Shards, plain_values_only
 from qa_deepspeed.errors import UserError
 
-BYTES_OF_A_PARAMETER = 16
-"""What a checkpoint holds of a parameter in float32: weight, its optimizer's copy, two moments. A first guess only."""
+BYTES_OF_A_WEIGHT, BYTES_OF_ITS_TRAINING = 4, 12
+"""What a checkpoint holds of a parameter in float32: weight; optimizer's copy and two moments. A first guess only."""
 
 
 class Checkpoints:
@@ -49,7 +49,9 @@ class Checkpoints:
         self._output_dir = output_dir
         self._limit = limit
         self._acting = dist.first_on_this_filesystem(output_dir)
-        self._expected_bytes = engine.parameters * BYTES_OF_A_PARAMETER
+        self._expected_bytes = (
+            engine.parameters * BYTES_OF_A_WEIGHT + engine.trained_parameters * BYTES_OF_ITS_TRAINING
+        )
         if self._acting:
             remove_leftovers(output_dir)
 

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.cores import share_cores
 from qa_deepspeed.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
@@ -22,7 +23,7 @@ def choose_device(no_cuda: bool) -> torch.device:
     """
     if no_cuda or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        dist.share_cores()
+        share_cores()
         keep_freed_memory()
         return torch.device("cpu")
     if dist.local_rank() >= torch.cuda.device_count():

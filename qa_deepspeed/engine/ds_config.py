@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed import dist
 from qa_deepspeed.config import BatchPlan, RunOptions, plan_batches
 from qa_deepspeed.engine.config_keys import unknown_keys
 from qa_deepspeed.errors import UserError
@@ -35,6 +37,8 @@ OWNER_OF = {
     "scheduler.params.warmup_max_lr": "learning_rate",
     "scheduler.params.warmup_num_steps": "warmup_steps",
     "scheduler.params.total_num_steps": "max_steps",
+    "zero_optimization.offload_optimizer.nvme_path": "nvme_path",
+    "zero_optimization.offload_param.nvme_path": "nvme_path",
 }
 """The option that owns a config key, for the numbers that both can say."""
 
@@ -120,11 +124,14 @@ def resolve(
     resolved = Resolved(config, options, _plan(options, world_size), name)
     if resolved.precision == "fp16" and device_type == "cpu":
         raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
+    zero = config.get("zero_optimization", {})
+    if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
+        raise UserError(f"{name}: the quantised messages of ZeRO++ need GPUs: take zero3")
     return resolved
 
 
 def check_trainable(resolved: Resolved) -> None:
-    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains or saves wrongly.
+    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains or saves wrongly, and for NVMe without a folder.
 
     In float16 at stage 0 it divides gradients by the loss scale that it never multiplied the loss by: seen on a GPU,
     where the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only).
@@ -138,6 +145,12 @@ def check_trainable(resolved: Resolved) -> None:
     if resolved.precision == "fp16" and resolved.zero_stage == 0:
         raise UserError("fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
                         "scale twice): take --deepspeed_config zero1 or zero2, or --bf16")  # fmt: skip
+    zero = resolved.config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key) or {}
+        if section.get("device") == "nvme" and not os.access(section.get("nvme_path") or "", os.W_OK):
+            raise UserError(f"{resolved.name} keeps state on NVMe: pass --nvme_path, a folder there that can be "
+                            f"written, not {section.get('nvme_path')}")  # fmt: skip
 
 
 def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, Any]:
@@ -165,6 +178,7 @@ def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, 
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_optimization.zero_hpz_partition_size": dist.local_world_size(),
     }
     for key, parent, leaf in list(_leaves(config)):
         if parent[leaf] == AUTO and key in filled:

@@ -42,19 +42,6 @@ def import_deepspeed(verbose: bool) -> Any:
     return deepspeed
 
 
-def partitioned_birth(config: dict[str, Any], verbose: bool) -> Any:
-    """Under ZeRO-3, the object that makes `from_pretrained` partition parameters while it loads; else None.
-
-    Transformers holds it by a weak reference: keep it until the model is loaded.
-    """
-    if config.get("zero_optimization", {}).get("stage", 0) != 3:
-        return None
-    import_deepspeed(verbose)
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(config)
-
-
 class Reader:
     """A model that answers: whole on this rank, or partitioned over the ranks under ZeRO-3.
 
@@ -131,6 +118,12 @@ class Engine(Reader):
     def parameters(self) -> int:
         """How many numbers the whole model has, on all ranks together."""
         return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many of them are trained: all, or LoRA's adapters and the head."""
+        trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
     @property
     def learning_rate(self) -> float:

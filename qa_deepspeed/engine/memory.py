@@ -62,6 +62,14 @@ class Zero:
         )
 
 
+def countable(config: dict[str, Any]) -> bool:
+    """Whether what follows counts all that a run of this config needs: not NVMe, ZeRO++ or torch_autocast's copies."""
+    zero = config.get("zero_optimization", {})
+    devices = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    plusplus = any(zero.get(key) for key in ("zero_hpz_partition_size", "zero_quantized_weights"))
+    return "nvme" not in devices and not plusplus and not config.get("torch_autocast", {}).get("enabled")
+
+
 def _offloads(section: dict[str, Any] | None) -> bool:
     return (section or {}).get("device", "none") != "none"
 

@@ -38,16 +38,20 @@ def training_flops(model: torch.nn.Module, model_config: Any) -> tuple[float, fl
     """Matrix operations of a forward and a backward pass: (per token, per pair of tokens of one row).
 
     6 for each weight of a matrix that every token meets (Kaplan et al. 2020, section 2.1; embeddings are looked up and
-    do not count), and 12 x layers x width for each pair that attends (Chowdhery et al. 2022, appendix B). What gradient
-    checkpointing computes again does not count: utilisation is of the model, not of the machine.
+    do not count), 4 where the weight is frozen and has no gradient, and 12 x layers x width for each pair that attends
+    (Chowdhery et al. 2022, appendix B). What gradient checkpointing computes again does not count: utilisation is of
+    the model, not of the machine.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     shapes = [
         (parameter, getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()
     ]  # a parameter partitioned by ZeRO-3 has its whole shape there
-    weights = sum(shape.numel() for parameter, shape in shapes if len(shape) > 1 and id(parameter) not in looked_up)
+    operations = sum(
+        shape.numel() * (6.0 if parameter.requires_grad else 4.0)
+        for parameter, shape in shapes if len(shape) > 1 and id(parameter) not in looked_up
+    )  # fmt: skip
     layers = next((getattr(model_config, name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
                    if hasattr(model_config, name)), 0)  # fmt: skip
     width = next((getattr(model_config, name) for name in ("hidden_size", "d_model", "dim", "n_embd")
                   if isinstance(getattr(model_config, name, None), int)), 0)  # fmt: skip
-    return 6.0 * weights, 12.0 * layers * width
+    return operations, 12.0 * layers * width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.lora import base_of, load_adapters
 from qa_deepspeed.models.qa_heads import BEAM_CLASSES
 
 
@@ -29,7 +31,7 @@ def load_config(options: RunOptions) -> PretrainedConfig:
     """
     if not options.model_name_or_path:
         raise UserError("which model? pass --model_name_or_path (a checkpoint folder or a hub name)")
-    config = _from_pretrained(AutoConfig, options.config_name or options.model_name_or_path, options)
+    config = _from_pretrained(AutoConfig, options.config_name or _where(options, "config.json"), options)
     if options.model_type and options.model_type.lower() != config.model_type:
         raise UserError(
             f"model_type {options.model_type} contradicts {options.model_name_or_path}, which is a "
@@ -45,22 +47,46 @@ def load_tokenizer(options: RunOptions) -> Any:
         UserError: none found.
     """
     extra = {"do_lower_case": True} if options.do_lower_case else {}
-    name = options.tokenizer_name or options.model_name_or_path
+    name = options.tokenizer_name or _where(options, "tokenizer_config.json")
     return _from_pretrained(AutoTokenizer, name, options, **extra)
 
 
-def load_model(options: RunOptions, config: PretrainedConfig) -> tuple[torch.nn.Module, list[str]]:
+def _where(options: RunOptions, file: str) -> str | None:
+    """The model's folder or hub name; that of its base model where it is an adapter that came without `file`."""
+    name = options.model_name_or_path
+    base = base_of(name)
+    return name if base is None or (Path(str(name)) / file).is_file() else base
+
+
+def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter its value."""
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def load_model(
+    options: RunOptions, config: PretrainedConfig, put: Callable[[torch.Tensor, torch.Tensor], None] = put
+) -> tuple[torch.nn.Module, list[str]]:
     """The model in float32, and the names of weights that the checkpoint lacks and that were drawn at random.
 
+    Where `model_name_or_path` is a folder with a LoRA adapter: its base model with the adapter and its head in it.
+
+    Args:
+        put: gives a parameter its whole value, for models that are not whole here.
     Raises:
         UserError: no weights found, or no question-answering head exists for this architecture.
     """
+    name = options.model_name_or_path
+    base = base_of(name)
     model, report = _from_pretrained(
-        _model_class(config, options.qa_head), options.model_name_or_path, options, config=config, dtype=torch.float32,
+        _model_class(config, options.qa_head), base or name, options, config=config, dtype=torch.float32,
         output_loading_info=True, attn_implementation=options.attn_implementation,
     )  # fmt: skip
     _forget_unused_renamings(model)
-    return model, sorted(report["missing_keys"])
+    fresh = set(report["missing_keys"])
+    if base is not None:
+        fresh -= set(load_adapters(model, str(name), put))
+    return model, sorted(fresh)
 
 
 def _forget_unused_renamings(model: Any) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.data import load_features, model_facts
-from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine import birth, ds_config
 from qa_deepspeed.engine.device import choose_device
-from qa_deepspeed.engine.engine import Reader, evaluation_reader, partitioned_birth
+from qa_deepspeed.engine.engine import Reader, evaluation_reader
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.evaluate import EvaluationData, evaluate
 from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import load_model
 
 
 def evaluate_sizes(task: dict[str, Any], config_name: str) -> None:
@@ -35,9 +34,7 @@ def evaluate_sizes(task: dict[str, Any], config_name: str) -> None:
         data[size] = EvaluationData(store, facts.layout(frozenset({"token_type_ids"}), 0), facts.tokenizer)
     dist.start(device, 60)
     config = ds_config.finish(resolved, 1, ds_config.hidden_size(facts.config))
-    birth = partitioned_birth(config, False)
-    model, _ = load_model(options, facts.config)
-    del birth
+    model, _ = birth.load(options, facts.config, config)
     assert "token_type_ids" in model_columns(model, facts.config)
     reader = evaluation_reader(model, config, resolved, device)
     if task.get("dies"):

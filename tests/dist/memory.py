@@ -9,11 +9,11 @@ import torch
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
-from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine import birth, ds_config
 from qa_deepspeed.engine.device import choose_device
-from qa_deepspeed.engine.engine import partitioned_birth, training_engine
+from qa_deepspeed.engine.engine import import_deepspeed, training_engine
 from qa_deepspeed.models.heads import span_loss
-from qa_deepspeed.models.loading import load_config, load_model, quiet_transformers
+from qa_deepspeed.models.loading import load_config, quiet_transformers
 
 STEPS = 3
 SAMPLE_SECONDS = 0.005
@@ -50,10 +50,10 @@ def main() -> None:
     watcher.start()
     model_config = load_config(options)
     config = ds_config.finish(resolved, STEPS, ds_config.hidden_size(model_config))
-    birth = partitioned_birth(config, False)
+    if resolved.zero_stage == 3:
+        import_deepspeed(False)
     before = anonymous()
-    model, _ = load_model(options, model_config)
-    del birth
+    model, _ = birth.load(options, model_config, config)
     loaded = anonymous()
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
     engine = training_engine(model, config, resolved, STEPS, device)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qa_deepspeed.config import RunOptions
-from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine import builds, ds_config
 from qa_deepspeed.engine.config_keys import SECTIONS
 from qa_deepspeed.errors import UserError
 
@@ -29,11 +29,14 @@ def write(folder: Path, config: Any) -> str:
 @pytest.mark.parametrize("name", ds_config.shipped())
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 def test_every_shipped_config_resolves_at_any_world_size(name: str, world_size: int) -> None:
-    resolved = ds_config.resolve(options(deepspeed_config=name, bf16=True), world_size, "cuda")
+    autocast = name.endswith("autocast")
+    asked = options(deepspeed_config=name, bf16=not autocast, nvme_path="/")
+    resolved = ds_config.resolve(asked, world_size, "cuda")
     config = ds_config.finish(resolved, total_steps=100, hidden_size=768)
     assert '"auto"' not in json.dumps(config)
     assert config["train_batch_size"] == 8 * world_size
-    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["bf16"]["enabled"] != autocast and not config["fp16"]["enabled"]
+    assert resolved.precision == ("torch_autocast" if autocast else "bf16")
     assert config["gradient_clipping"] == 1.0
 
 
@@ -114,6 +117,8 @@ def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"deepspeed_config": "zero22"}, "did you mean 'zero2'"),
         ({"fp16_opt_level": "O1"}, "ZeRO stage 0 only"),
+        ({"deepspeed_config": "zero3_zeropp"}, "need GPUs: take zero3"),
+        ({"deepspeed_config": "zero2_autocast", "bf16": True}, "torch_autocast.enabled is true in zero2_autocast"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(given: dict, message: str) -> None:
@@ -182,3 +187,29 @@ def test_float16_at_stage_0_is_refused_in_training() -> None:
     with pytest.raises(UserError, match="take --deepspeed_config zero1"):
         ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero0", fp16=True), 1, "cuda"))
     ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero1", fp16=True), 1, "cuda"))
+
+
+@pytest.mark.parametrize("given", [{}, {"nvme_path": "/no/such/folder"}])
+def test_nvme_without_a_folder_is_one_line(given: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass --nvme_path, a folder there that can be written"):
+        ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero3_nvme", **given), 2, "cpu"))
+    given = {"nvme_path": str(tmp_path)}
+    resolved = ds_config.resolve(options(deepspeed_config="zero3_nvme", **given), 2, "cpu")
+    ds_config.check_trainable(resolved)
+    offload = resolved.config["zero_optimization"]
+    assert offload["offload_param"]["nvme_path"] == offload["offload_optimizer"]["nvme_path"] == str(tmp_path)
+
+
+def test_what_an_operator_lacks_is_told_with_what_to_take_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(builds, "_header_folders", lambda: [str(tmp_path)])
+    config = ds_config.resolve(options(deepspeed_config="zero3_nvme"), 2, "cpu").config
+    with pytest.raises(UserError, match="no no-such-compiler.*apt install libaio-dev, or take .* zero3_offload"):
+        builds.require(config)
+    (tmp_path / "libaio.h").touch()
+    monkeypatch.setenv("CXX", "sh")
+    assert builds.require(config) == ["async_io"]
+    assert builds.needed_operators(ds_config.load("zero3_zeropp")) == ["quantizer"]

@@ -12,7 +12,7 @@ from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.memory import Zero, need, need_on_cpu
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.footprint import Footprint
-from qa_deepspeed.plan import Machines, parse_size, plan, recommend
+from qa_deepspeed.plan import Machines, parse_size, plan, recommend, step_work, told_roofs
 from tests.paths import REPOSITORY
 
 BILLION = Footprint(
@@ -104,10 +104,22 @@ def test_nothing_fits_says_what_is_lacking() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "qa_deepspeed", "plan", "--model_name_or_path", str(tmp_path), "--bf16"]
+    command = [sys.executable, "-m", "qa_deepspeed", "plan", "--model_name_or_path", str(tmp_path), "--bf16",
+               "--measure-roof"]  # fmt: skip
     done = subprocess.run([*command, "--nodes", "2", "--json"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     shipped = sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json"))
-    assert [row["config"] for row in found["configs"]] == shipped
+    uncounted = ["zero2_autocast", "zero3_nvme", "zero3_zeropp"]
+    assert [row["config"] for row in found["configs"]] == [name for name in shipped if name not in uncounted]
+    assert min(found["roof"].values()) > 1e8
     assert found["recommended"] in found["why"]
+
+
+def test_a_step_takes_as_long_as_its_matrix_products_at_the_roof() -> None:
+    """Kaplan et al. 2020: 6 operations for each weight and token; 12 for each pair of tokens, layer and channel."""
+    weights = 2 * (4 * 256**2 + 2 * 256 * 1024) + 2 * 256
+    work = step_work(RunOptions(per_gpu_train_batch_size=4, max_seq_length=100), CONFIG)
+    assert work == 4 * (6 * weights * 100 + 12 * 2 * 256 * 100**2)
+    (line, _) = told_roofs({"float32": 2e9}, 1e9)
+    assert line == "roof of this device in float32: 2 GFLOP/s; a micro-batch of 1 GFLOP takes at least 0.5 s"

@@ -1,0 +1,227 @@
+"""LoRA (Hu et al. 2021): adapters of low rank beside frozen weights, by peft; saved as peft saves them.
+
+Adapters are put into the Transformers model itself, which keeps its class and its forward; the question-answering head
+is trained beside them, whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+
+_ADAPTER = "default"  # the name that peft gives a model's only adapter; files leave it out
+_IN_FILES = "base_model.model."  # where peft's wrapper has the model; what names in files begin with
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """What adapters are like. target_modules: names of modules, or all linear ones but the head's."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LoraSettings | None:
+        """Those of a run's options by name; None for a run that trains all weights (or one of before there was LoRA).
+
+        Raises:
+            UserError: numbers that cannot be.
+        """
+        rank = options.get("lora_rank")
+        if rank is None:
+            return None
+        if rank < 1 or options["lora_alpha"] < 1 or not 0 <= options["lora_dropout"] < 1:
+            raise UserError("lora_rank and lora_alpha must be at least 1, lora_dropout at least 0 and less than 1")
+        names = tuple(name.strip() for name in options["lora_target_modules"].split(",") if name.strip())
+        if not names:
+            raise UserError(f"lora_target_modules names no module: pass names with commas between, or {ALL_LINEAR}")
+        return cls(rank, options["lora_alpha"], options["lora_dropout"], names)
+
+
+def check_lora(options: RunOptions) -> None:
+    """Before a training run.
+
+    Raises:
+        UserError: LoRA's options cannot be had, or are given without a rank, or the run would start from an adapter.
+    """
+    settings = LoraSettings.of(options.to_dict())
+    given = sorted(name for name in options.given if name.startswith("lora_"))
+    if settings is not None:
+        require_peft()
+    elif given:
+        raise UserError(f"{', '.join(given)} without --lora_rank: pass a rank, like 8, or leave them out")
+    if base_of(options.model_name_or_path):
+        raise UserError(f"{options.model_name_or_path} holds a LoRA adapter, which is not trained further: start from "
+                        "its base model, or merge a checkpoint first (qa-deepspeed export --merge_lora)")  # fmt: skip
+
+
+def require_peft() -> Any:
+    """The peft package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UserError("LoRA adapters need peft, which is not installed: pip install 'qa_deepspeed[lora]'") from None
+    return peft
+
+
+def head_names(model: Any) -> list[str]:
+    """The modules of the question-answering head: what stands beside the base model."""
+    return [
+        name for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]  # fmt: skip
+
+
+def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> Any:
+    """Put fresh adapters into `model`, whose weights come from `base`; only they and the head are trained then.
+
+    Returns peft's tuner, which can merge the adapters into the weights. What is saved names the model's class, not
+    peft's task type: its wrapper for question answering forgets token_type_ids (peft 0.21), its general one does not.
+
+    Raises:
+        UserError: peft is missing, or the model has none of the modules that are named.
+    """
+    peft = require_peft()
+    heads = head_names(model)
+    targets = ALL_LINEAR if settings.target_modules == (ALL_LINEAR,) else list(settings.target_modules)
+    config = peft.LoraConfig(
+        auto_mapping={"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        target_modules=targets, exclude_modules=rf"({'|'.join(heads)})(\..*)?",
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+    )  # fmt: skip
+    torch.manual_seed(seed)  # what was drawn before differs from one ZeRO stage to another
+    tuner = _inject(model, config, f"lora_target_modules {','.join(settings.target_modules)}")
+    config.target_modules, config.exclude_modules = sorted(tuner.targeted_module_names), None
+    config.modules_to_save = heads  # for those who load it; here the head needs no wrapper
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in heads:
+            parameter.requires_grad_(True)
+    return tuner
+
+
+def _inject(model: Any, config: Any, what: str) -> Any:
+    try:
+        return require_peft().LoraModel(model, config, _ADAPTER)
+    except ValueError as error:
+        known = sorted({name.split(".")[-1] for name, part in model.named_modules() if hasattr(part, "weight")})
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise UserError(f"{what}: {reason}; the model has {', '.join(known)}") from None
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether adapters were put into the model."""
+    return _ADAPTER in getattr(model, "peft_config", {})
+
+
+def save_weights(
+    folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any
+) -> Mapping[str, torch.Tensor]:
+    """Write the model whose whole state dict is `state` into `folder`; returns the tensors in its files, by name.
+
+    A model without adapters as Transformers does, with `how` for its `save_pretrained`. Of one with adapters, these and
+    the head so that `PeftModel.from_pretrained` reads them, and the config, which a tuned threshold goes into.
+    """
+    if not has_adapters(model):
+        model.save_pretrained(folder, state_dict=dict(state), **how)
+        return state
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, state).items()}
+    save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    dataclasses.replace(model.peft_config[_ADAPTER], inference_mode=True).save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    return saved
+
+
+def load_by_peft(folder: Path, kind: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What peft itself makes of the adapter in `folder` on its base model, of the Transformers class `kind`: the model,
+    and the adapter's tensors by their names in files."""
+    peft = require_peft()
+    config = AutoConfig.from_pretrained(folder)
+    base = kind.from_pretrained(base_of(str(folder)), config=config, dtype=dtype)
+    wrapped = peft.PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    return wrapped.eval(), peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+
+
+def adapter_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a state dict the adapters and the head, by the names of peft's files."""
+    heads = head_names(model)
+    found = require_peft().get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    found |= {name: value for name, value in state.items() if name.split(".")[0] in heads}
+    return {_IN_FILES + name: value for name, value in found.items()}
+
+
+def base_of(name: str | None) -> str | None:
+    """The base model of the adapter in the folder `name`, or None if there is no adapter in it.
+
+    Raises:
+        UserError: its config cannot be read, it is of another kind than LoRA, or the base model's folder is gone.
+    """
+    if not name or not (Path(name) / CONFIG_FILE).is_file():
+        return None
+    try:
+        config = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
+        kind, base = config["peft_type"], str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(name) / CONFIG_FILE} cannot be read ({error!r})") from None
+    if kind != "LORA":
+        raise UserError(f"{name} holds an adapter of the kind {kind}: only LORA is read here")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"the adapter in {name} was trained on {base}, which is not there: put the base model there, "
+                        f"or its place into {CONFIG_FILE}")  # fmt: skip
+    return base
+
+
+def load_adapters(model: Any, name: str, put: Callable[[torch.Tensor, torch.Tensor], None]) -> list[str]:
+    """Put the adapters in the folder `name` into its base model, and its head; returns the parameters they fill.
+
+    Args:
+        put: gives a parameter of the model its whole value.
+    Raises:
+        UserError: the adapter is not for this model, or its weights are missing.
+    """
+    peft = require_peft()
+    try:
+        saved = load_file(Path(name) / WEIGHTS_FILE)
+    except OSError as error:
+        raise UserError(f"{Path(name) / WEIGHTS_FILE} cannot be read ({error})") from None
+    config = peft.LoraConfig.from_pretrained(name)
+    config.modules_to_save = None
+    _inject(model, config, f"the adapter in {name} does not fit its base model")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    names = {_file_name(own): own for own in parameters}
+    wanted = {_file_name(own) for own in parameters if f".{_ADAPTER}." in own}
+    unknown = sorted(set(saved) - set(names)) or sorted(wanted - set(saved))
+    if unknown:
+        raise UserError(f"the adapter in {name} does not fit its base model: {', '.join(unknown[:3])} ...")
+    for stored, value in saved.items():
+        put(parameters[names[stored]], value)
+    return [names[stored] for stored in saved]
+
+
+def _file_name(own: str) -> str:
+    return _IN_FILES + own.replace(f".{_ADAPTER}.", ".").replace(".base_layer.", ".")
