@@ -6,6 +6,8 @@
 #   LAUNCHER   deepspeed (default) or torchrun
 #   PORT       rank 0's port (default 29500)
 #   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address
+#   RENDEZVOUS                      with torchrun: HOST:PORT where the machines meet, instead of NODE_RANK and MASTER_ADDR;
+#                                   HOST is one of them. The same on all, PORT another for each run
 #   ECHO_ONLY=1   print the command and do nothing
 set -euo pipefail
 # shellcheck source=launch/launching.sh
@@ -22,8 +24,13 @@ case ${LAUNCHER:-deepspeed} in
         command=(deepspeed --num_accelerators "$GPUS" --master_port "$PORT" --module qa_deepspeed train "$@")
         ;;
     torchrun)
-        command=(torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" --node_rank "${NODE_RANK:-0}"
-            --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$PORT" -m qa_deepspeed train "$@")
+        if [ -n "${RENDEZVOUS:-}" ]; then
+            meeting=(--rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "qa_deepspeed-${RENDEZVOUS##*:}")
+        else
+            meeting=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$PORT")
+        fi
+        command=(python -m qa_deepspeed.torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" "${meeting[@]}"
+            -m qa_deepspeed train "$@")
         ;;
     *) fail "LAUNCHER must be deepspeed or torchrun, not '$LAUNCHER'" ;;
 esac

@@ -68,7 +68,7 @@ start_by_ssh() {
     nodes=$(wc -l <"$live")
     read -r first _ <"$live"
     while read -r host slots _; do
-        part=(torchrun --nnodes "$nodes" --nproc_per_node "${slots#slots=}" --node_rank "$number"
+        part=(python -m qa_deepspeed.torchrun --nnodes "$nodes" --nproc_per_node "${slots#slots=}" --node_rank "$number"
             --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT" -m qa_deepspeed train "$@")
         number=$((number + 1))
         part=(env "PATH=$PATH" "PYTHONPATH=$PYTHONPATH" "${part[@]}")

@@ -17,7 +17,7 @@ import torch
 from qa_deepspeed import hosts, options, run_identity
 from qa_deepspeed.agreement import agree
 from qa_deepspeed.config import RunOptions, total_steps
-from qa_deepspeed.data import ModelFacts, look_up_features, model_facts
+from qa_deepspeed.data import ModelFacts, longest_rows_at_once, look_up_features, model_facts
 from qa_deepspeed.engine import builds, ds_config
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.memory import Zero, need, need_on_cpu
@@ -131,6 +131,9 @@ def _config(checked: Checked) -> list[str]:
         f"{plan.global_rows} rows a step = {plan.rows} rows x {plan.accumulation} accumulation x {plan.world_size} "
         "ranks",
     ]
+    if resolved.options.max_tokens_per_batch:
+        lines.append(f"cut into micro-batches of at most {resolved.options.max_tokens_per_batch:,} padded tokens on a "
+                     f"rank: {longest_rows_at_once(resolved.options, plan)} of the longest rows")  # fmt: skip
     for name in ("per_gpu_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
                  "weight_decay", "adam_epsilon", "max_grad_norm", "seed"):  # fmt: skip
         keys = [key for key, owner in ds_config.OWNER_OF.items() if owner == name]
@@ -154,7 +157,9 @@ def _model(checked: Checked) -> list[str]:
     checked.facts = facts = model_facts(checked.options)
     resolved = _known(checked.resolved)
     kind = torch.bfloat16 if _element(resolved) == 2 else torch.float32
-    checked.footprint = footprint(facts.config, resolved.plan.rows, checked.options.max_seq_length, kind)
+    checked.footprint = footprint(
+        facts.config, longest_rows_at_once(resolved.options, resolved.plan), checked.options.max_seq_length, kind
+    )
     return [f"{facts.config.model_type}, {checked.footprint.parameters:,} parameters"]
 
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, cast
 from transformers import PretrainedConfig
 
 from qa_deepspeed import dist
-from qa_deepspeed.config import RunOptions
+from qa_deepspeed.config import BatchPlan, RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import Family, family_of
 from qa_deepspeed.models.loading import load_config, load_tokenizer
 from qa_deepspeed.progress import Progress
-from qa_deepspeed.qa.batching import Layout
+from qa_deepspeed.qa.batching import Layout, padded_length
 from qa_deepspeed.qa.feature_cache import look_up, prepare_features
 from qa_deepspeed.qa.feature_store import FeatureStore
 from qa_deepspeed.qa.features import FeatureSettings
@@ -88,6 +88,14 @@ def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
     """Evaluation does not look at labels: runs that learn from other answers share its features."""
     settings = feature_settings(options)
     return settings if purpose == "train" else dataclasses.replace(settings, answers="first")
+
+
+def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
+    """Rows of one rank's micro-batch where they are all of max_seq_length, which takes the most memory."""
+    if not options.max_tokens_per_batch:
+        return plan.rows
+    together = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
+    return min(together, -(-plan.global_rows // plan.world_size))
 
 
 def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:

@@ -282,3 +282,22 @@ def first_on_this_filesystem(folder: Path) -> bool:
     if first:
         claim.unlink()
     return first
+
+
+def torchrun(arguments: Sequence[str]) -> int:
+    """Run torchrun; 0, or the exit status of the rank that failed first, or 128 + the number of the signal that ended
+    that rank or torchrun itself.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(list(arguments))
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        status = -error.sigval.value
+    else:
+        return 0
+    return status if status > 0 else 128 - status

@@ -18,6 +18,7 @@ NOT_RUN_HERE = {
     "launch/test.sh": "runs this test",
     "qa-deepspeed plan": "names a model of the hub; tests/unit/test_plan.py runs it",
     "qa-deepspeed check": "needs a hosts file and other machines; tests/unit/test_check.py runs it",
+    "HOSTFILE=hosts launch/multinode.sh": "needs other machines; tests/multinode runs it",
 }
 
 

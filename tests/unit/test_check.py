@@ -94,6 +94,19 @@ def test_batch_arithmetic(run: RunOptions, capsys: pytest.CaptureFixture[str]) -
     assert "33 does not divide" in fault and "take global_batch_size 32 or 36" in fault
 
 
+def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """The longest rows that fit together are what memory is reckoned with, not per_gpu_train_batch_size."""
+    told, reckoned, footprint = [], [], preflight.footprint
+    monkeypatch.setattr(preflight, "footprint", lambda *given: reckoned.append(given[1]) or footprint(*given))
+    for tokens in (None, 130, 100_000):
+        assert check(changed(run, max_tokens_per_batch=tokens, global_batch_size=32), ranks=2, port=free_port()) == 0
+        told.append(capsys.readouterr().out)
+    assert "micro-batches" not in told[0]
+    assert "at most 130 padded tokens on a rank: 2 of the longest rows" in told[1]
+    assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in told[2]
+    assert reckoned == [4, 2, 16]
+
+
 def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     (fault,) = faults(capsys, changed(run, train_file="gone.json"))
     assert "gone.json: no such file; check the path" in fault

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.paths import REPOSITORY
 
@@ -41,7 +40,7 @@ def program(folder: Path, name: str, text: str) -> None:
 def run(
     script: str, *flags: str, cwd: Path, stand_ins: Path | None = None, **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    own = ("GPUS", "CONFIG", "LAUNCHER", "PORT", "NODES", "HOSTFILE", "REPOSITORY")
+    own = ("GPUS", "CONFIG", "LAUNCHER", "PORT", "NODES", "HOSTFILE", "REPOSITORY", "RENDEZVOUS")
     kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("SLURM")}
     path = f"{stand_ins}{os.pathsep}{kept['PATH']}" if stand_ins else kept["PATH"]
     environment = {**kept, "VENV": "/nowhere", "PATH": path, **settings}
@@ -62,6 +61,16 @@ def test_local_by_deepspeed_runs_what_it_shows(tmp_path: Path, stand_ins: Path) 
     wanted = "--num_accelerators 2 --master_port 29500 --module qa_deepspeed train --deepspeed_config zero3"
     assert command == ["deepspeed", *wanted.split(), "--output_dir", "my run"]
     assert done.stdout.splitlines()[1:] == ["ran", *command[1:]]
+
+
+def test_local_by_torchrun_meets_at_a_rendezvous(tmp_path: Path, stand_ins: Path) -> None:
+    settings = {"LAUNCHER": "torchrun", "ECHO_ONLY": "1", "GPUS": "4", "NODES": "2"}
+    (static,) = shown(run("local.sh", "--seed", "7", cwd=tmp_path, NODE_RANK="1", MASTER_ADDR="node1", **settings))
+    (dynamic,) = shown(run("local.sh", "--seed", "7", cwd=tmp_path, RENDEZVOUS="node1:29400", **settings))
+    start, rest = "python -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 4", "-m qa_deepspeed train --seed 7"
+    assert " ".join(static) == f"{start} --node_rank 1 --master_addr node1 --master_port 29500 {rest}"
+    meeting = "--rdzv_backend c10d --rdzv_endpoint node1:29400 --rdzv_id qa_deepspeed-29400"
+    assert " ".join(dynamic) == f"{start} {meeting} {rest}"
 
 
 @pytest.mark.parametrize("setting", [{"GPUS": "two"}, {"PORT": "0"}, {"LAUNCHER": "rocket"}, {"NODES": "2"}])
@@ -109,15 +118,15 @@ def test_a_requeue_file_counts_where_the_launcher_changes_the_status(tmp_path: P
 
 def test_multinode_by_plain_ssh_starts_a_torchrun_on_each_host(tmp_path: Path, stand_ins: Path) -> None:
     program(stand_ins, "ssh", 'while [ "$1" != node1 ] && [ "$1" != node2 ]; do shift; done; shift; eval "$@"')
-    program(stand_ins, "torchrun", f'echo "$PWD" "$@" >>{tmp_path}/started; exit 0')
+    program(stand_ins, "python", f'echo "$PWD" "$@" >>{tmp_path}/started; exit 0')
     settings = {"HOSTFILE": hostfile(tmp_path), "LAUNCHER": "ssh"}
     done = run("multinode.sh", "--seed", "7", cwd=tmp_path, stand_ins=stand_ins, **settings)
     assert done.returncode == 0, done.stderr
     started = sorted((tmp_path / "started").read_text().splitlines())
     rest = "--master_addr node1 --master_port 29500 -m qa_deepspeed train --seed 7"
     assert started == [
-        f"{tmp_path} --nnodes 2 --nproc_per_node 2 --node_rank 0 {rest}",
-        f"{tmp_path} --nnodes 2 --nproc_per_node 4 --node_rank 1 {rest}",
+        f"{tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 2 --node_rank 0 {rest}",
+        f"{tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 {rest}",
     ]
 
 
@@ -171,26 +180,3 @@ def test_slurm_puts_a_stopped_run_back_into_the_queue(
 def test_slurm_from_another_folder_is_one_line(tmp_path: Path, stand_ins: Path) -> None:
     done = slurm(tmp_path, stand_ins, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 2 and "submit from the repository's folder" in done.stderr
-
-
-def test_the_kubernetes_manifest_runs_what_local_shows(tmp_path: Path) -> None:
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    command = container["command"] + container["args"]
-    settings = {
-        "NODES": str(spec["completions"]),
-        "GPUS": str(container["resources"]["limits"]["nvidia.com/gpu"]),
-        "NODE_RANK": "$(JOB_COMPLETION_INDEX)",
-        "MASTER_ADDR": f"{job['metadata']['name']}-0.{pod['subdomain']}",
-    }
-    done = run("local.sh", *container["args"], cwd=tmp_path, LAUNCHER="torchrun", ECHO_ONLY="1", **settings)
-    assert shown(done) == [command]
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
-    assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
-    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"]
-    assert pod["restartPolicy"] == "Never", "a failure policy by exit status needs it"
-    assert service["metadata"]["name"] == pod["subdomain"] and service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert all(isinstance(part, str) for part in command)

@@ -1,0 +1,36 @@
+"""`python -m qa_deepspeed.torchrun ...`: torchrun, whose exit status tells how the run ended.
+
+torchrun ends with 1 whatever happened. Here it is the status of the rank that failed first: 2 for a user's mistake, 75
+where the run stopped in good order with work left; also when it is torchrun that was told to stop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qa_deepspeed import dist
+from qa_deepspeed.pacing import REQUEUE_FILE, REQUEUE_STATUS
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments; the exit status."""
+    status = dist.torchrun(arguments)
+    folder = output_folder(arguments)
+    if status > 128 and folder is not None and (folder / REQUEUE_FILE).exists():
+        return REQUEUE_STATUS
+    return status
+
+
+def output_folder(arguments: Sequence[str]) -> Path | None:
+    """The value of --output_dir among the arguments, if it is there."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--output_dir" and (equals or place + 1 < len(arguments)):
+            return Path(value if equals else arguments[place + 1])
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Commands in the documents' running text: a test that is named here runs each, or a reason says why none does.
+
+Those of the README's bash blocks are run as they stand by tests/dist/test_readme.py.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.paths import REPOSITORY
+
+DOCUMENTS = ("README.md", "launch/README.md", "tests/bench/README.md")
+
+COMMAND = re.compile(r"launch/\S+\.(sh|sbatch)\b|^qa-deepspeed \w|^kubectl |\b(torchrun|python|deepspeed) (-|tests)")
+"""What makes a span of code a command."""
+
+RUN_BY = {
+    r"launch/local\.sh": "tests/unit/test_launch_scripts.py",
+    r"launch/multinode\.sh": "tests/multinode/test_two_hosts.py",
+    r"launch/slurm\.sbatch": "tests/unit/test_launch_scripts.py",
+    r"launch/quickstart\.sh": "tests/dist/test_quickstart.py",
+    r"launch/kubernetes\.yaml": "tests/unit/test_kubernetes.py",
+    r"qa_deepspeed\.torchrun": "tests/dist/test_torchrun.py",
+    r"^torchrun .* -m qa_deepspeed train": "tests/dist/test_command_line.py",
+    r"^qa-deepspeed (train|evaluate)": "tests/dist/test_command_line.py",
+    r"^qa-deepspeed compare": "tests/unit/test_compare.py",
+    r"^qa-deepspeed export": "tests/dist/checkpoint_scenes.py",
+    r"^qa-deepspeed predict": "tests/unit/test_predict_command.py",
+    r"^qa-deepspeed prepare": "tests/unit/test_prepare.py",
+    r"^qa-deepspeed plan": "tests/unit/test_plan.py",
+    r"^qa-deepspeed check": "tests/unit/test_check.py",
+    r"pytest -s (tests/dist/test_plan_memory\.py|tests/multinode)": "tests/dist/test_plan_memory.py",
+}
+"""Pattern of a command -> the test that runs what it runs."""
+
+NOT_RUN = {
+    r"tests/bench/\w+\.py": "a measurement: takes minutes and a quiet machine",
+    r"^(OMP_NUM_THREADS=1 )?deepspeed .* en-v[12]-train\.json": "a measurement of many minutes on data of its own",
+    r"launch/test\.sh -m gpu": "needs a GPU",
+    r"-m debugpy": "another program's",
+}
+"""Pattern of a command -> why no test runs it."""
+
+
+def commands(document: str) -> list[str]:
+    """The commands between backticks, outside of fenced blocks."""
+    text = re.sub(r"```.*?```", "", (REPOSITORY / document).read_text(), flags=re.DOTALL)
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
+    return [span for span in spans if COMMAND.search(span)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_run_by_a_test_or_has_a_reason(document: str) -> None:
+    found = commands(document)
+    assert len(found) >= 5
+    assert [one for one in found if not any(re.search(known, one) for known in RUN_BY | NOT_RUN)] == []
+
+
+def test_nothing_is_listed_that_no_document_says() -> None:
+    said = [one for document in DOCUMENTS for one in commands(document)]
+    assert [known for known in RUN_BY | NOT_RUN if not any(re.search(known, one) for one in said)] == []
+    assert [test for test in RUN_BY.values() if not (REPOSITORY / test).is_file()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[:2])
+def test_every_file_that_is_named_is_there(document: str) -> None:
+    """Paths between backticks, as seen from the repository."""
+    folders = "qa_deepspeed|launch|tests|ds_configs"
+    text = (REPOSITORY / document).read_text()
+    paths = set(re.findall(rf"`((?:{folders})/[\w./-]*\w)/?(?:[ `])", text))
+    assert paths and [path for path in sorted(paths) if not Path(REPOSITORY, path).exists()] == []
