@@ -50,7 +50,7 @@ class Figure:
         x = WIDTH - RIGHT
         for name, colour in reversed(list(zip(names, COLOURS, strict=False))):
             self.texts.append((x, TOP - 10, name, "end"))
-            x -= 7 * len(name) + 10
+            x -= 7 * len(name) + 15
             self.bars.append((x, TOP - 18, 8, 8, colour))
             x -= 14
 
