@@ -30,7 +30,7 @@ RUN_BY = {
     r"^qa-deepspeed prepare": "tests/unit/test_prepare.py",
     r"^qa-deepspeed plan": "tests/unit/test_plan.py",
     r"^qa-deepspeed check": "tests/unit/test_check.py",
-    r"pytest -s (tests/dist/test_plan_memory\.py|tests/multinode)": "tests/dist/test_plan_memory.py",
+    r"pytest -s (tests/dist/test_(plan_memory|loading)\.py|tests/multinode)": "tests/dist/test_plan_memory.py",
 }
 """Pattern of a command -> the test that runs what it runs."""
 
