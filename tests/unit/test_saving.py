@@ -15,7 +15,7 @@ from qa_deepspeed.engine.checkpoint import Checkpoints
 class StandIn:
     """Writes `size` random bytes where an engine writes its shards."""
 
-    parameters = 10
+    parameters = trained_parameters = 10
 
     def __init__(self, size: int = 1000) -> None:
         self.size = size
