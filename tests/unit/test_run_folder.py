@@ -1,7 +1,6 @@
 """Whose folder it is, what differs from the run that it holds, and who may write there."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.run_folder import claim, where_to_begin, writable_folder, write_run
 from qa_deepspeed.run_identity import identity
 from qa_deepspeed.run_lock import LOCK_FILE
+from tests.unit.small_disk import mounted
 
 
 def resolved(**options: object) -> Resolved:
@@ -102,13 +102,8 @@ def test_a_folder_that_will_be_written_is_held_and_another_is_not_touched(tmp_pa
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk that cannot be written, not even by root."""
-    folder = tmp_path / "read_only"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "read_only", "ro,size=1m") as folder:
+        yield folder
 
 
 def test_a_read_only_folder_is_told_before_anything_else(read_only: Path) -> None:

@@ -1,7 +1,6 @@
 """One save after another by a stand-in for the engine: what fails leaves the run going, the best and the last stay."""
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 
 from qa_deepspeed.checkpoint_files import LoopState, checkpoints, damage
 from qa_deepspeed.engine.checkpoint import Checkpoints
+from tests.unit.small_disk import mounted
 
 
 class StandIn:
@@ -75,13 +75,8 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=1m") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_told_before_and_in_the_save(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
