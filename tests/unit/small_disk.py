@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs at `folder`, which is made, with these mount options; where mounting is not allowed the test is skipped."""
+    """A tmpfs at `folder`, which is made, with these mount options; where none may be mounted the test is skipped."""
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
     if made.returncode:
