@@ -1,17 +1,45 @@
 """Two hosts on one machine, where that is permitted."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
 
-HOSTS = Path(__file__).with_name("hosts.sh")
+SCRIPT = Path(__file__).with_name("hosts.sh")
 COUNT = 2
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """node1 and node2. prefix: what the names of their namespaces begin with; disks: "shared" or "separate"."""
+
+    prefix: str
+    disks: str
+
+    def on(self, number: int) -> list[str]:
+        """What goes before a command that runs on that host."""
+        return ["ip", "netns", "exec", f"{self.prefix}{number}"]
+
+    def cut(self, number: int) -> None:
+        """Cut that host's link."""
+        subprocess.run(["ip", "-n", f"{self.prefix}{number}", "link", "set", "eth0", "down"], check=True)
+
+    def processes(self, number: int) -> list[str]:
+        """Numbers of the processes on that host."""
+        command = ["ip", "netns", "pids", f"{self.prefix}{number}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def script(prefix: str, *arguments: str) -> None:
+    """Run hosts.sh for the namespaces of that prefix."""
+    subprocess.run(["bash", SCRIPT, *arguments], env={**os.environ, "PREFIX": prefix}, check=True)
 
 
 def missing() -> str | None:
@@ -21,9 +49,18 @@ def missing() -> str | None:
     for name, package in (("ip", "iproute2"), ("sshd", "openssh-server"), ("ssh", "openssh-client"), ("pdsh", "pdsh")):
         if shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") is None:
             return f"{name} is not installed (package {package})"
-    made = subprocess.run(["ip", "netns", "add", "qa_probe"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "delete", "qa_probe"], capture_output=True)
+    probe = f"qa{os.getpid()}-probe"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
     return None if made.returncode == 0 else f"network namespaces are not permitted: {made.stderr.strip()}"
+
+
+def take_away_leftovers() -> None:
+    """Hosts of tests that were killed: their names say whose they were."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for process in set(re.findall(r"^qa(\d+)-node", listed, re.MULTILINE)):
+        if not Path(f"/proc/{process}").exists():
+            script(f"qa{process}-node", "down", str(COUNT))
 
 
 @pytest.fixture
@@ -33,16 +70,17 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
-@pytest.fixture(params=["shared disk"])
-def hosts(request: pytest.FixtureRequest, tmp_path: Path, disk: Path) -> Iterator[str]:
-    """node1 and node2; says whether they share the folder `disk`."""
+@pytest.fixture(params=["shared"])
+def hosts(request: pytest.FixtureRequest, tmp_path: Path, disk: Path) -> Iterator[Hosts]:
+    """node1 and node2, which share the folder `disk` or have one each; all else they share."""
     why = missing()
     if why:
         pytest.skip(f"hosts cannot be made here: {why}")
-    subprocess.run([HOSTS, "down", str(COUNT)], check=True)
-    own = [str(disk)] if request.param == "separate disks" else []
+    take_away_leftovers()
+    made = Hosts(f"qa{os.getpid()}-node", request.param)
+    own = [str(disk)] if made.disks == "separate" else []
     try:
-        subprocess.run([HOSTS, "up", str(tmp_path / "ssh"), str(COUNT), *own], check=True)
-        yield request.param
+        script(made.prefix, "up", str(tmp_path / "ssh"), str(COUNT), *own)
+        yield made
     finally:
-        subprocess.run([HOSTS, "down", str(COUNT)], check=True)
+        script(made.prefix, "down", str(COUNT))

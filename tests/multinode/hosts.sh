@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# Hosts on one machine: network namespaces node1, node2 ... on one bridge, an ssh server in each that the others reach by
-# name without a password. Needs root, iproute2 and openssh-server.
+# Hosts on one machine: network namespaces on one bridge, an ssh server in each that the others reach by its name (node1,
+# node2 ...) without a password. Needs root, iproute2 and openssh-server.
 #
+#   hosts.sh install                  what the tests need beside Python, by apt-get where it is missing
 #   hosts.sh up FOLDER COUNT [DISK]   keys and configuration go to FOLDER; DISK is a folder that every host but the first
 #                                     has for itself
 #   hosts.sh down COUNT               end every process in them, and take them away
 #   ip netns exec node1 COMMAND       runs a command on a host
+#
+#   PREFIX   what the namespaces' names begin with, before the number (default node); others can be up beside them
 set -euo pipefail
-PREFIX=node
+PREFIX=${PREFIX:-node}
 NETWORK=10.77.0
+
+install() {
+    local missing='' name
+    for name in ip ssh sshd pdsh; do PATH=$PATH:/usr/sbin command -v "$name" >/dev/null || missing+=" $name"; done
+    [ -n "$missing" ] || return 0
+    printf 'Installing what the test of two hosts lacks:%s\n' "$missing"
+    # At this run level Debian starts no server that it installs.
+    export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive
+    timeout 120 apt-get update -qq
+    timeout 300 apt-get install -qq --yes --no-install-recommends iproute2 openssh-client openssh-server pdsh
+}
 
 up() {
     local folder=$1 count=$2 disk=${3:-} number name start
     mkdir -p "$folder" /run/sshd
     ssh-keygen -q -t ed25519 -N '' -f "$folder/key"
     printf '127.0.0.1 localhost\n' >"$folder/hosts"
-    for number in $(seq "$count"); do printf '%s.%s %s\n' "$NETWORK" "$number" "$PREFIX$number" >>"$folder/hosts"; done
+    for number in $(seq "$count"); do printf '%s.%s node%s\n' "$NETWORK" "$number" "$number" >>"$folder/hosts"; done
     cat >"$folder/ssh_config" <<END
 IdentityFile $folder/key
 StrictHostKeyChecking no
@@ -46,9 +60,9 @@ END
         ip -n "$name" address add "$NETWORK.$number/24" dev eth0
         ip -n "$name" link set eth0 up
         ip -n "$name" link set lo up
-        start="/usr/sbin/sshd -f $folder/sshd_config -E $folder/$name.log"
+        start="/usr/sbin/sshd -f $folder/sshd_config -E $folder/node$number.log"
         # `ip netns exec` has mounts of its own, and whoever logs in has those of the server.
-        if [ -n "$disk" ] && [ "$number" -gt 1 ]; then start="mount -t tmpfs $name $disk && $start"; fi
+        if [ -n "$disk" ] && [ "$number" -gt 1 ]; then start="mount -t tmpfs node$number $disk && $start"; fi
         ip netns exec "$name" bash -c "$start"
     done
 }

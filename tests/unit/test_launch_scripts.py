@@ -12,13 +12,13 @@ import pytest
 from tests.paths import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", REPOSITORY / "tests" / "multinode" / "hosts.sh"])
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(script: Path) -> None:
-    command = ["shellcheck", "-x", f"launch/{script.name}"]
+    command = ["shellcheck", "-x", str(script.relative_to(REPOSITORY))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
