@@ -2,8 +2,8 @@
 
     python -m pytest -s tests/multinode
 
-needs root, and the Debian packages iproute2, openssh-server and pdsh (`tests/multinode/hosts.sh install`). The first test
-belongs to the default run of the tests, the others take minutes.
+needs root, and the Debian packages iproute2, openssh-server and pdsh (`tests/multinode/hosts.sh install`). The first
+test belongs to the default run of the tests, the others take minutes.
 """
 
 import json
