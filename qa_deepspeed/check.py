@@ -19,12 +19,14 @@ from qa_deepspeed.agreement import agree
 from qa_deepspeed.config import RunOptions, total_steps
 from qa_deepspeed.data import ModelFacts, longest_rows_at_once, look_up_features, model_facts
 from qa_deepspeed.engine import builds, ds_config
+from qa_deepspeed.engine.checkpoint import checkpoint_bytes
 from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.memory import Zero, need, need_on_cpu
 from qa_deepspeed.engine.optim import default_schedule
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.models.footprint import Footprint, footprint
+from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
 from qa_deepspeed.models.loading import head_kind, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings
 from qa_deepspeed.pacing import save_interval
 from qa_deepspeed.run_folder import claim, where_to_begin
 
@@ -158,9 +160,10 @@ def _model(checked: Checked) -> list[str]:
     resolved = _known(checked.resolved)
     kind = torch.bfloat16 if _element(resolved) == 2 else torch.float32
     checked.footprint = footprint(
-        facts.config, longest_rows_at_once(resolved.options, resolved.plan), checked.options.max_seq_length, kind
-    )
-    return [f"{facts.config.model_type}, {checked.footprint.parameters:,} parameters"]
+        facts.config, longest_rows_at_once(resolved.options, resolved.plan), checked.options.max_seq_length, kind,
+        LoraSettings.of(resolved.options.to_dict()),
+    )  # fmt: skip
+    return [f"{facts.config.model_type}, {told_parameters(checked.footprint)}"]
 
 
 def _element(resolved: Resolved) -> int:
@@ -253,15 +256,15 @@ def free_host_memory() -> int:
 
 
 def _disk(checked: Checked) -> list[str]:
-    parameters, run_options = _known(checked.footprint).parameters, checked.options
+    model, run_options = _known(checked.footprint), checked.options
     if not run_options.output_dir:
         raise UserError("where to? pass --output_dir (a folder for the model, checkpoints and predictions)")
     every = save_interval(run_options.save_steps, checked.steps) if checked.steps else 0
     kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
     if run_options.save_total_limit is not None:
         kept = min(kept, max(1, run_options.save_total_limit)) + 1
-    one = 16 * parameters  # parameters, master weights and two moments, in float32
-    wanted = kept * one + 4 * parameters
+    one = checkpoint_bytes(model.parameters, model.trained)
+    wanted = kept * one + 4 * model.trained
     unbuilt = [run_options.data_file(purpose) for purpose, (_, counts) in checked.features.items() if counts is None]
     wanted += int(CACHE_PER_INPUT * sum(os.path.getsize(name) for name in unbuilt if name and os.path.exists(name)))
     free = shutil.disk_usage(_nearest_folder(Path(run_options.output_dir))).free

@@ -20,8 +20,9 @@ from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.memory import Need, Zero, countable, need, need_on_cpu
 from qa_deepspeed.engine.roof import measured_roof, training_flops
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.models.footprint import Footprint, footprint
+from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings, check_lora
 
 UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)},
          **{f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}}  # fmt: skip
@@ -151,8 +152,10 @@ def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tupl
     """The model's footprint and one row for each shipped config that can be counted, and for the run's own.
 
     Raises:
-        UserError: a config and the options disagree, or the model cannot be measured.
+        UserError: a config and the options disagree, or the model cannot be measured, or not have such adapters.
     """
+    check_lora(run_options)
+    lora = LoraSettings.of(run_options.to_dict())
     on_cpu = machines.gpu_memory is None
     names = [name for name in ds_config.shipped() if countable(ds_config.load(name))]
     if run_options.deepspeed_config and run_options.deepspeed_config.removesuffix(".json") not in names:
@@ -169,7 +172,7 @@ def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tupl
         element = 2 if resolved.precision in ("bf16", "fp16") else 4
         if model is None:
             kind = torch.bfloat16 if element == 2 else torch.float32
-            model = footprint(model_config, resolved.plan.rows, run_options.max_seq_length, kind)
+            model = footprint(model_config, resolved.plan.rows, run_options.max_seq_length, kind, lora)
         zero = Zero.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
         function = need_on_cpu if on_cpu else need
         rows.append(_row(name, zero.stage, function(model, zero, machines.ranks, element, resolved.plan.accumulation),
@@ -224,7 +227,7 @@ def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: l
     if machines.gpu_memory is not None:
         where = f"{machines.gpu_memory / GIB:.0f} GiB each, {where}"
     lines = [
-        f"{run_options.model_name_or_path}: {model.parameters:,} parameters; {run_options.per_gpu_train_batch_size} "
+        f"{run_options.model_name_or_path}: {told_parameters(model)}; {run_options.per_gpu_train_batch_size} "
         f"rows of {run_options.max_seq_length} tokens on each of {machines.ranks} "
         f"{'CPU ranks' if on_cpu else 'GPUs'} ({machines.nodes} x {machines.ranks_per_node}), {where}",
         "GiB of one rank" + ("" if model.counted else "; activations estimated by formula, not counted"),

@@ -37,8 +37,11 @@ from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.engine.shards import Shards, plain_values_only
 from qa_deepspeed.errors import UserError
 
-BYTES_OF_A_WEIGHT, BYTES_OF_ITS_TRAINING = 4, 12
-"""What a checkpoint holds of a parameter in float32: weight; optimizer's copy and two moments. A first guess only."""
+
+def checkpoint_bytes(parameters: int, trained: int) -> int:
+    """About as many bytes as a checkpoint takes, all in float32: weights; the optimizer's copy and two moments of those
+    that are trained."""
+    return 4 * parameters + 12 * trained
 
 
 class Checkpoints:
@@ -49,9 +52,7 @@ class Checkpoints:
         self._output_dir = output_dir
         self._limit = limit
         self._acting = dist.first_on_this_filesystem(output_dir)
-        self._expected_bytes = (
-            engine.parameters * BYTES_OF_A_WEIGHT + engine.trained_parameters * BYTES_OF_ITS_TRAINING
-        )
+        self._expected_bytes = checkpoint_bytes(engine.parameters, engine.trained_parameters)
         if self._acting:
             remove_leftovers(output_dir)
 

@@ -1,13 +1,14 @@
 """What one rank of a training run needs, by arithmetic: bytes of memory, and bytes moved in an optimizer step.
 
 The terms are those of DeepSpeed 0.19's own code for the default optimizer (AdamW, two moments). P is the number of
-parameters, N the number of ranks, e the size of one element (4 in float32, 2 in half precision):
+parameters, T of those that are trained (with LoRA the adapters and the head, else all), N the number of ranks, e the
+size of one element (4 in float32, 2 in half precision):
 
     stage   parameters            gradients              optimizer (master weights and moments)
-    0       eP                    eP, in half +4P        8P, in half 12P
-    1       eP                    eP, in half +4P/N      12P/N
-    2       eP                    eP/N, in half +4P/N    12P/N
-    3       eP/N and gathered     eP/N, in half +4P/N    8P/N, in half 12P/N
+    0       eP                    eT, in half +4T        8T, in half 12T
+    1       eP                    eT, in half +4T/N      12T/N
+    2       eP                    eT/N, in half +4T/N    12T/N
+    3       eP/N and gathered     eT/N, in half +4T/N    8T/N, in half 12T/N
 
 In half precision the step makes a float32 copy of the gradients; stages 1 and 2 keep master weights of their own even
 in float32. With offload the optimizer's part, and float32 gradients 4P/N, are in host memory.
@@ -15,7 +16,8 @@ in float32. With offload the optimizer's part, and float32 gradients 4P/N, are i
 Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2S(N-1)/N, an all-gather or a
 reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
 (`use_multi_rank_bucket_allreduce`), so that they move half as much again as stage 0; Rajbhandari et al. 2020, section
-7, count a reduce-scatter there. Stage 3 gathers twice, or once where all parameters may stay (`max_live`).
+7, count a reduce-scatter there. Stage 3 gathers all parameters, frozen ones too, twice, or once where all may stay
+(`max_live`).
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ class Need:
     """Bytes of one rank. On a GPU rank all but the host's parts are on the device; a CPU rank has all in host memory.
 
     activations with every tensor kept, checkpointed with gradient checkpointing; both are on the device.
-    host: what is in host memory while training; loading: while the weights are read, in float32; at stage 3 rank 0
-    alone reads them, which `loading_first` counts.
+    host: what is in host memory while training; loading: while the weights are read, in float32. At stage 3 every rank
+    takes its share out of the mapped files (safetensors), and has one parameter whole at a time.
     sent: over the network in one optimizer step; bus: between host and device in one optimizer step.
     """
 
@@ -92,7 +94,6 @@ class Need:
     checkpointed: int
     host: int
     loading: int
-    loading_first: int
     sent: int
     bus: int
 
@@ -102,8 +103,8 @@ class Need:
         return self.parameters + self.gradients + self.optimizer + self.buffers + PROCESS_DEVICE_BYTES
 
     def host_of(self, ranks: int) -> int:
-        """The most host memory of a node with so many ranks, rank 0 among them."""
-        return max(self.host * ranks, self.loading * ranks + self.loading_first)
+        """The most host memory of a node with so many ranks."""
+        return max(self.host, self.loading) * ranks
 
     def device(self, checkpointing: bool = False) -> int:
         """All device memory of a GPU rank."""
@@ -113,35 +114,34 @@ class Need:
 def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
     """What a GPU rank needs; `element` bytes a parameter, `accumulation` micro-batches an optimizer step."""
     whole, share = model.parameters, -(-model.parameters // ranks)
+    trained, trained_share = model.trained, -(-model.trained // ranks)
     half = element == 2
-    partitioned_gradients = zero.stage >= 2
-    gradients = element * (share if partitioned_gradients else whole)
+    gradients = element * (trained_share if zero.stage >= 2 else trained)
     if half:
-        gradients += 4 * (whole if zero.stage == 0 else share)
-    optimizer = {0: 8 * whole + 4 * whole * half, 3: 8 * share + 4 * share * half}.get(zero.stage, 12 * share)
+        gradients += 4 * (trained if zero.stage == 0 else trained_share)
+    of_stage = {0: (8 + 4 * half) * trained, 3: (8 + 4 * half) * trained_share}
+    optimizer = of_stage.get(zero.stage, 12 * trained_share)
     parameters = element * whole
-    host = PROCESS_HOST_BYTES
-    bus = 0
+    in_host = element * share * zero.offload_parameters
+    host = PROCESS_HOST_BYTES + in_host
+    bus = 2 * accumulation * in_host
     if zero.stage == 3:
         gathered = min(whole, max(zero.max_live, model.largest_layer))
-        parameters = element * gathered + (0 if zero.offload_parameters else element * share)
-        host += element * share * zero.offload_parameters
-        bus += 2 * accumulation * element * share * zero.offload_parameters
+        parameters = element * (gathered + share) - in_host
     if zero.offload_optimizer:
-        host += 12 * share + (element + 4) * share
-        bus += (element * accumulation + element) * share
+        host += (12 + element + 4) * trained_share
+        bus += (element * accumulation + element) * trained_share
         gradients, optimizer = 0, 0
     return Need(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        buffers=element * _buffers(model, zero, whole),
+        buffers=element * _buffers(model, zero),
         activations=model.saved - model.attention,
         checkpointed=model.checkpointed - model.checkpointed_attention,
         host=host,
-        loading=PROCESS_HOST_BYTES + (0 if zero.stage == 3 else 4 * whole),
-        loading_first=4 * whole if zero.stage == 3 else 0,
-        sent=_sent(zero, element * whole, ranks, accumulation, whole <= zero.max_live),
+        loading=PROCESS_HOST_BYTES + (4 * model.largest_tensor + in_host if zero.stage == 3 else 4 * whole),
+        sent=_sent(model, zero, element, ranks, accumulation),
         bus=bus,
     )
 
@@ -162,36 +162,36 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
     """
     on_gpu = need(model, zero, ranks, element, accumulation)
     whole, share = model.parameters, -(-model.parameters // ranks)
+    trained, trained_share = model.trained, -(-model.trained // ranks)
     if zero.stage == 0:
-        buffers = whole
+        buffers = trained
     else:
-        bucket = min(zero.reduce_bucket, whole)
+        bucket = min(zero.reduce_bucket, trained)
         allocated = zero.reduce_bucket if zero.stage == 3 else bucket
-        buffers = allocated + bucket * (2 + (zero.overlap and zero.stage < 3)) + share
-        buffers += bucket * (zero.stage < 3) + share * (zero.stage == 1) + (whole + share) * (zero.stage == 3)
-        buffers += 2 * model.largest_tensor * zero.offload_optimizer
+        buffers = allocated + bucket * (2 + (zero.overlap and zero.stage < 3)) + trained_share
+        buffers += bucket * (zero.stage < 3) + trained_share * (zero.stage == 1)
+        buffers += (whole + share) * (zero.stage == 3)
+        buffers += 2 * model.largest_trained * zero.offload_optimizer
     activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
     host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + element * buffers + activations + on_gpu.host
     return dataclasses.replace(on_gpu, buffers=element * buffers, activations=activations,
                                checkpointed=model.checkpointed, host=host, bus=0)  # fmt: skip
 
 
-def _buffers(model: Footprint, zero: Zero, whole: int) -> int:
+def _buffers(model: Footprint, zero: Zero) -> int:
     """Elements of the buffers of communication."""
     if zero.stage == 0:
-        return min(whole, STAGE_0_BUCKET)
-    bucket = max(zero.reduce_bucket, model.largest_tensor)
+        return min(model.trained, STAGE_0_BUCKET)
+    bucket = max(zero.reduce_bucket, model.largest_trained)
     # The bucket that fills, a second one while the first travels, and the flattened copy that travels.
-    return bucket * (2 + (zero.overlap and zero.stage < 3)) + model.largest_tensor * zero.offload_optimizer
+    return bucket * (2 + (zero.overlap and zero.stage < 3)) + model.largest_trained * zero.offload_optimizer
 
 
-def _sent(zero: Zero, size: int, ranks: int, accumulation: int, stays_gathered: bool) -> int:
-    once = size * (ranks - 1) // ranks
+def _sent(model: Footprint, zero: Zero, element: int, ranks: int, accumulation: int) -> int:
+    parameters, gradients = (element * count * (ranks - 1) // ranks for count in (model.parameters, model.trained))
     if zero.stage == 0:
-        return 2 * once
-    if zero.stage == 1:
-        return 3 * once
-    if zero.stage == 2:
-        return 2 * once * accumulation + once
-    gathers = 1 if stays_gathered else 2
-    return (gathers + 1) * once * accumulation
+        return 2 * gradients
+    if zero.stage < 3:
+        return 2 * gradients * (accumulation if zero.stage == 2 else 1) + gradients
+    gathers = 1 if model.parameters <= zero.max_live else 2
+    return (gathers * parameters + gradients) * accumulation

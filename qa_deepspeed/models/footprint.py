@@ -15,21 +15,25 @@ from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Numbers of parameters, and bytes of activations of one micro-batch.
 
-    largest_layer: parameters of the largest repeated layer (of the whole model if none repeats). largest_tensor:
-    elements of the largest parameter. saved: bytes of the tensors that autograd keeps, the matrices of attention
-    weights among them (`attention`). checkpointed and checkpointed_attention: the same where only the input of each
-    repeated layer is kept and one layer at a time is computed again.
+    trained: those that are trained. largest_layer: parameters of the largest repeated layer (of the whole model if none
+    repeats). largest_tensor, largest_trained: elements of the largest parameter, and of the largest that is trained.
+    saved: bytes of the tensors that autograd keeps, the matrices of attention weights among them (`attention`).
+    checkpointed and checkpointed_attention: the same where only the input of each repeated layer is kept and one layer
+    at a time is computed again.
     """
 
     parameters: int
+    trained: int
     largest_layer: int
     largest_tensor: int
+    largest_trained: int
     saved: int
     attention: int
     checkpointed: int
@@ -37,19 +41,25 @@ class Footprint:
     counted: bool
 
 
-def footprint(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> Footprint:
-    """The footprint of a model of this config in training on `rows` rows of `length` tokens, in `dtype`.
+def footprint(
+    config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype, lora: LoraSettings | None = None
+) -> Footprint:
+    """The footprint of a model of this config in training on `rows` rows of `length` tokens, in `dtype`; all of it
+    trained, or only adapters like `lora` and the head.
 
     Raises:
-        UserError: no question-answering head exists for it.
+        UserError: no question-answering head exists for it, or it has none of the modules that are to get adapters.
     """
     with torch.device("meta"):
         try:
             model = AutoModelForQuestionAnswering.from_config(copy.deepcopy(config), dtype=dtype).train()
         except ValueError as error:
             raise UserError(f"no question-answering model of type {config.model_type}: {error}") from None
+        if lora is not None:
+            add_adapters(model, lora, base="", seed=0)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parameters = [parameter.numel() for parameter in model.parameters()]
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     largest_layer = max((sum(each.numel() for each in layer.parameters()) for layer in layers), default=sum(parameters))
     try:
         kept = _Kept(model, layers, length)
@@ -58,7 +68,14 @@ def footprint(config: PretrainedConfig, rows: int, length: int, dtype: torch.dty
     except (RuntimeError, NotImplementedError, AttributeError):  # the pass needs values, which this device has not
         kept = None
         saved = _by_formula(config, rows, length, torch.finfo(dtype).bits // 8)
-    return Footprint(sum(parameters), largest_layer, max(parameters), *saved, counted=kept is not None)
+    return Footprint(sum(parameters), sum(trained), largest_layer, max(parameters), max(trained), *saved,
+                     counted=kept is not None)  # fmt: skip
+
+
+def told_parameters(model: Footprint) -> str:
+    """How many parameters a model has, and how many of them are trained where not all are."""
+    some = f", {model.trained:,} of them trained" if model.trained != model.parameters else ""
+    return f"{model.parameters:,} parameters{some}"
 
 
 def _by_formula(config: PretrainedConfig, rows: int, length: int, element: int) -> tuple[int, int, int, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -105,6 +106,14 @@ def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[
     assert "at most 130 padded tokens on a rank: 2 of the longest rows" in told[1]
     assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in told[2]
     assert reckoned == [4, 2, 16]
+
+
+def test_lora_is_counted_as_what_it_trains(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for options in (run, changed(run, lora_rank=2)):
+        assert check(options, port=free_port()) == 0
+        told.append(capsys.readouterr().out)
+    assert "of them trained" not in told[0] and re.search(r"[\d,]+ parameters, [\d,]+ of them trained", told[1])
 
 
 def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:

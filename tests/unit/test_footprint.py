@@ -5,14 +5,15 @@ import small_tokenizers
 import torch
 from transformers import AutoModelForQuestionAnswering, BertConfig
 
-from qa_deepspeed.models.footprint import footprint
+from qa_deepspeed.models.footprint import footprint, told_parameters
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
 
 SMALL = dict(hidden_size=64, num_attention_heads=4, intermediate_size=256, vocab_size=500)
 
 
-def kept_on_cpu(config: BertConfig, rows: int, length: int) -> int:
+def kept_on_cpu(model: torch.nn.Module, rows: int, length: int) -> int:
     """Bytes of the tensors that autograd saves, parameters apart."""
-    model = AutoModelForQuestionAnswering.from_config(config).train()
+    model.train()
     seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: list[torch.Tensor] = []
     total = 0
@@ -35,9 +36,9 @@ def kept_on_cpu(config: BertConfig, rows: int, length: int) -> int:
 def test_it_is_what_the_pass_with_weights_keeps(layers: int) -> None:
     config = BertConfig(num_hidden_layers=layers, **SMALL)
     counted = footprint(config, 3, 40, torch.float32)
-    assert counted.saved == kept_on_cpu(config, 3, 40)
-    assert counted.counted
     model = AutoModelForQuestionAnswering.from_config(config)
+    assert counted.saved == kept_on_cpu(model, 3, 40)
+    assert counted.counted
     assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert counted.largest_tensor == 512 * 64  # the positions
 
@@ -58,6 +59,21 @@ def test_half_precision_keeps_about_half_beside_attention() -> None:
     full, half = (footprint(config, 3, 40, kind) for kind in (torch.float32, torch.bfloat16))
     assert half.attention == full.attention
     assert 0.45 < (half.saved - half.attention) / (full.saved - full.attention) < 0.6
+
+
+def test_adapters_are_counted_as_peft_makes_them() -> None:
+    """Frozen layers below the first adapter keep nothing; those above keep what gradients pass through."""
+    config = BertConfig(num_hidden_layers=3, **SMALL)
+    settings = LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=("all-linear",))
+    model = AutoModelForQuestionAnswering.from_config(config)
+    add_adapters(model, settings, base="", seed=0)
+    counted = footprint(config, 3, 40, torch.float32, settings)
+    assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    assert (counted.trained, counted.largest_trained) == (sum(trained), max(trained)) and sum(trained) > 3 * 6 * 4 * 128
+    assert counted.largest_tensor == 512 * 64
+    assert counted.saved == kept_on_cpu(model, 3, 40)
+    assert told_parameters(counted) == f"{counted.parameters:,} parameters, {sum(trained):,} of them trained"
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "electra", "albert", "bart", "longformer", "deberta"])

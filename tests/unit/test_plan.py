@@ -1,5 +1,6 @@
 """The plan: its arithmetic against the published figures, sizes that people write, and what it recommends."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from qa_deepspeed.plan import Machines, parse_size, plan, recommend, step_work, 
 from tests.paths import REPOSITORY
 
 BILLION = Footprint(
-    parameters=7_500_000_000, largest_layer=10**8, largest_tensor=10**8, saved=0, attention=0, checkpointed=0,
-    checkpointed_attention=0, counted=True,
+    parameters=7_500_000_000, trained=7_500_000_000, largest_layer=10**8, largest_tensor=10**8, largest_trained=10**8,
+    saved=0, attention=0, checkpointed=0, checkpointed_attention=0, counted=True,
 )  # fmt: skip
 
 
@@ -57,6 +58,20 @@ def test_offload_moves_the_optimizer_to_the_host() -> None:
     assert off.device() < on.device()
 
 
+def test_lora_trains_and_sends_its_adapters_only() -> None:
+    """Frozen parameters have neither gradients nor optimizer state; only stage 3 moves them, to gather them."""
+    adapters = dataclasses.replace(BILLION, trained=10_000_000, largest_trained=10**6)
+    for stage in range(4):
+        all_of_it, some = (need(model, zero(stage), 8, 2, 1) for model in (BILLION, adapters))
+        assert some.parameters == all_of_it.parameters
+        assert (some.gradients + some.optimizer) * 750 == all_of_it.gradients + all_of_it.optimizer
+        gathered = 2 * 2 * BILLION.parameters * 7 // 8 if stage == 3 else 0
+        assert (some.sent - gathered) * 750 == all_of_it.sent - gathered
+        assert need_on_cpu(adapters, zero(stage), 8, 2, 1).host < need_on_cpu(BILLION, zero(stage), 8, 2, 1).host
+    off = need(adapters, zero(2, offload_optimizer=True), 8, 2, 1)
+    assert off.host - need(adapters, zero(2), 8, 2, 1).host == (12 + 4 + 2) * 1_250_000
+
+
 def test_a_cpu_rank_has_all_of_it_in_host_memory() -> None:
     for stage in range(4):
         found = need_on_cpu(BILLION, zero(stage), 2, 4, 1)
@@ -75,6 +90,17 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="gpu_memory must be a size like 80GiB"):
         parse_size(text, "gpu_memory")
+
+
+def test_the_plan_of_a_lora_run() -> None:
+    options = RunOptions(lora_rank=4, lora_target_modules="query,value", given=frozenset({"lora_rank"}))
+    machines = Machines(1, 4, 80 * 2**30, 2**40)
+    model, rows = plan(options, CONFIG, machines)
+    assert model.trained == 2 * 2 * (2 * 4 * 256) + 2 * 256 + 2  # layers x modules x adapter's two matrices, the head
+    of = {row.config: row.need for row in rows}
+    assert of["zero0"].optimizer == 8 * model.trained and of["zero0"].sent == 2 * 4 * model.trained * 3 // 4
+    with pytest.raises(UserError, match="lora_alpha without --lora_rank"):
+        plan(RunOptions(lora_alpha=8, given=frozenset({"lora_alpha"})), CONFIG, machines)
 
 
 CONFIG = BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024)
