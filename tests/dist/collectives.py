@@ -7,13 +7,19 @@ import numpy as np
 import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.engine.device import choose_device
 
 
 def main() -> None:
     """Assert on every rank; a failed assertion ends the launch with an error."""
     dist.GATHER_ROWS = 5  # several exchanges
-    dist.start(torch.device("cpu"), 60)
+    device = choose_device(no_cuda=False)  # the environment of a launch on CPUs hides the GPUs
+    dist.start(device, 60)
     rank, world_size = dist.rank(), dist.world_size()
+    assert torch.distributed.get_backend() == ("nccl" if device.type == "cuda" else "gloo")
+    total = torch.full((3,), rank + 1.0, device=device)
+    torch.distributed.all_reduce(total)
+    assert total.tolist() == [world_size * (world_size + 1) / 2] * 3
     for total in (0, 1, 7, 23):
         mine = np.arange(total)[rank::world_size] if total != 7 else np.arange(7)[: 7 if rank == 1 else 0]
         arrays = {

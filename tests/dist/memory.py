@@ -1,4 +1,4 @@
-"""One rank that trains a few steps on full rows and tells its host memory: `-m tests.dist.memory MODEL OPTIONS OUT`."""
+"""One rank that trains a few steps on full rows and tells its memory: `-m tests.dist.memory MODEL OPTIONS OUT`."""
 
 import json
 import sys
@@ -33,11 +33,11 @@ def collectives() -> dict:
 
 
 def main() -> None:
-    """Write {rank: the most anonymous memory, after and before the engine was made} as JSON to OUT-RANK."""
+    """Write what this rank used as JSON to OUT-RANK: anonymous memory on the way, and of a GPU what tensors had at most."""
     options = RunOptions(**json.loads(sys.argv[2]), model_name_or_path=sys.argv[1])
     dist.describe_lone_process()
     quiet_transformers(False)
-    device = choose_device(True)
+    device = choose_device(no_cuda=False)  # the environment of a launch on CPUs hides the GPUs
     dist.start(device, 120)
     resolved = ds_config.resolve(options, dist.world_size(), device.type)
     most, stop = {"all": 0}, threading.Event()
@@ -65,11 +65,11 @@ def main() -> None:
     for step in range(STEPS):
         torch.manual_seed(step)
         collectives().clear()
-        ids = torch.randint(0, model_config.vocab_size, (rows, length))
+        ids = torch.randint(0, model_config.vocab_size, (rows, length), device=device)
         engine.begin_micro_batch(last=True)
         logits = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        possible = torch.ones(rows, length, dtype=torch.bool)
-        place = torch.zeros(rows, dtype=torch.long)
+        possible = torch.ones(rows, length, dtype=torch.bool, device=device)
+        place = torch.zeros(rows, dtype=torch.long, device=device)
         engine.backward(span_loss(logits["start_logits"], logits["end_logits"], place, place, possible).mean())
         del logits
         engine.step(want_norm=True)
@@ -77,7 +77,8 @@ def main() -> None:
     stop.set()
     watcher.join()
     found = {"before": before, "loaded": loaded, "engine": made, "birth": born, "steps": steps, "most": most["all"],
-             "moved": {name: {size: seen[0] for size, seen in sizes.items()} for name, sizes in collectives().items()}}
+             "moved": {name: {size: seen[0] for size, seen in sizes.items()} for name, sizes in collectives().items()},
+             "gpu": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}  # fmt: skip
     Path(f"{sys.argv[3]}-{dist.rank()}").write_text(json.dumps(found))
     dist.stop()
 

@@ -1,7 +1,6 @@
-"""What only a GPU can show: fp16, NCCL, fused kernels, offload. `launch/test.sh -m gpu` on a machine that has one."""
+"""Every shipped config in every precision on a GPU, and GPUs that talk by NCCL: `launch/test.sh -m gpu`."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,49 +8,49 @@ import pytest
 import torch
 
 from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
-from tests.dist.launching import alone, flags, losses, run, run_many
+from tests.dist.launching import alone, flags, free_port, losses, run, run_many
+from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
+from tests.paths import REPOSITORY
 
-pytestmark = [
-    pytest.mark.gpu, pytest.mark.distributed, pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
-]  # fmt: skip
-
-ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"), "DS_ACCELERATOR": "cuda"}
-STEPS = 60
+pytestmark = gpu_marks
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}, "autocast": {"fp16_opt_level": "O1"}}
-RUNS = {
-    f"{stage}_{precision}": {"deepspeed_config": stage, **flag}
+HALF = [
+    (stage, precision)
+    for precision in PRECISIONS
     for stage in STAGES
-    for precision, flag in PRECISIONS.items()
-    if (stage, precision) != ("zero0", "fp16")  # refused: see ds_config.check_trainable
-}
+    if precision != "fp32" and (stage, precision) != ("zero0", "fp16")  # refused: see ds_config.check_trainable
+]
 
 
 @pytest.fixture(scope="module")
 def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """A folder with a run of every shipped config in every precision, on one GPU."""
+    """A folder with a run of every config in every precision, as PRECISION/STAGE."""
     folder: Path = tmp_path_factory.mktemp("gpu")
-    options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3, "do_eval": True}
-    run_many(1, {name: {**options, **extra} for name, extra in RUNS.items()}, folder, **ON_GPU)
+    options = {**base_options, **SHORT_RUN, "do_eval": True}
+    cases = [*((stage, "fp32") for stage in STAGES), *HALF]
+    train_at_once(
+        {precision: {stage: {**options, **flag, "deepspeed_config": stage} for stage, of in cases if of == precision}
+         for precision, flag in PRECISIONS.items()}, folder,
+    )  # fmt: skip
     return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_float32_losses_are_those_of_zero0(runs: Path, stage: str) -> None:
-    np.testing.assert_allclose(losses(runs / f"{stage}_fp32"), losses(runs / "zero0_fp32"), rtol=1e-3)
+    np.testing.assert_allclose(losses(runs / "fp32" / stage), losses(runs / "fp32/zero0"), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("fp32")])
-def test_half_precision_learns_what_float32_learns(runs: Path, name: str) -> None:
-    half, whole = losses(runs / name), losses(runs / "zero0_fp32")
+@pytest.mark.parametrize(("stage", "precision"), HALF)
+def test_half_precision_learns_what_float32_learns(runs: Path, stage: str, precision: str) -> None:
+    half, whole = losses(runs / precision / stage), losses(runs / "fp32/zero0")
     assert np.isfinite(half).all()
     assert half[-5:].mean() < half[:3].mean()
     assert abs(half[-5:].mean() - whole[-5:].mean()) < 0.5
 
 
-@pytest.mark.parametrize("name", ["zero0_fp32", "zero3_fp32", "zero3_offload_bf16"])
+@pytest.mark.parametrize("name", ["fp32/zero0", "fp32/zero3", "bf16/zero3_offload"])
 def test_the_saved_model_scores_on_the_cpu_what_it_scored_on_the_gpu(runs: Path, name: str, tmp_path: Path) -> None:
     told = json.loads((runs / name / "run.json").read_text())["options"]
     kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
@@ -63,9 +62,19 @@ def test_the_saved_model_scores_on_the_cpu_what_it_scored_on_the_gpu(runs: Path,
     assert here["f1"] == pytest.approx(there["f1"], abs=2.0 if "bf16" in name else 0.5)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_gpus_talk_by_nccl(ranks: int, tmp_path: Path) -> None:
+    """collectives.py says what is checked."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "tests.dist.collectives"]
+    done = run([*command, str(tmp_path)], REPOSITORY, **ON_GPU)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_losses_of_one(base_options: dict[str, object], runs: Path, tmp_path: Path) -> None:  # noqa: F811
-    options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3, "per_gpu_train_batch_size": 4}
+    options = {**base_options, **SHORT_RUN, "per_gpu_train_batch_size": 4}
     run_many(2, {stage: {**options, "deepspeed_config": stage} for stage in STAGES}, tmp_path, **ON_GPU)
     for stage in STAGES:
-        np.testing.assert_allclose(losses(tmp_path / stage), losses(runs / "zero0_fp32"), rtol=1e-3)
+        np.testing.assert_allclose(losses(tmp_path / stage), losses(runs / "fp32/zero0"), rtol=1e-3)
