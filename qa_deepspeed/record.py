@@ -91,7 +91,8 @@ def data_record(store: FeatureStore) -> dict[str, Any]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """This rank's greatest use of memory so far, in GiB: of the process, and of the GPU where there is one."""
+    """This rank's greatest use of memory so far, in GiB: of the process, and of the GPU, where there is one, by tensors
+    since the training began (`roof.measured_roof`)."""
     unit = 1 if sys.platform == "darwin" else 1024  # kilobytes but on macOS
     used = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
     if device.type == "cuda":

@@ -14,7 +14,8 @@ _WIDTH = {"cpu": 1024, "cuda": 8192}
 def measured_roof(device: torch.device, kind: torch.dtype) -> float:
     """Floating-point operations a second of square matrix products of this type on this device, best of several.
 
-    All ranks of a node measure at the same time, so that they share its cores and memory as they do in training.
+    All ranks of a node measure at the same time, so that they share its cores and memory as they do in training. A
+    GPU's record of its greatest use of memory begins anew.
     """
     width = _WIDTH[device.type]
     one, other = (torch.randn(width, width, device=device).to(kind) for _ in range(2))
@@ -30,7 +31,9 @@ def measured_roof(device: torch.device, kind: torch.dtype) -> float:
             continue
         best = min(best, now - start)
         if now - began > _SECONDS[device.type]:
-            del product
+            del one, other, product
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # these matrices are not the run's
             return 2 * width**3 / best
 
 

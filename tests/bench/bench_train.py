@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_train.py [--ranks 2] [--questions 192] [--rows 8] [--repeats 3] [--bf16]
         [--gpu]
 
-One epoch over the same questions of en-v1-train.json with MiniLM-L6 at ZeRO-2, length 384, so that both work on the same
-real tokens; on CPUs, or with --gpu a GPU a rank. `peer` pads every row to 384, as Trainer's example does; `peer tuned` pads to the longest
-row and groups by length. Counted is the training alone, as each says it, its first step included; medians of the
-repeats. Set OMP_NUM_THREADS to cores / ranks.
+One epoch over the same questions of en-v1-train.json with MiniLM-L6 at ZeRO-2, length 384, so that both work on the
+same real tokens; on CPUs, or with --gpu a GPU a rank. `peer` pads every row to 384, as Trainer's example does; `peer
+tuned` pads to the longest row and groups by length. Counted is the training alone, as each says it, its first step
+included; medians of the repeats. Set OMP_NUM_THREADS to cores / ranks.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of training, and real tokens a second, of this package."""
     options = flags(
         model_name_or_path=MINILM, train_file=TRAIN, output_dir=folder / "ours", cache_dir=folder / "cache",
-        max_train_examples=arguments.questions, num_train_epochs=1, per_gpu_train_batch_size=arguments.rows, learning_rate=RATE,
-        max_seq_length=LENGTH, deepspeed_config="zero2", logging_steps=10**6, save_steps=0, bf16=arguments.bf16,
-        overwrite_output_dir=True,
+        max_train_examples=arguments.questions, num_train_epochs=1, per_gpu_train_batch_size=arguments.rows,
+        learning_rate=RATE, max_seq_length=LENGTH, deepspeed_config="zero2", logging_steps=10**6, save_steps=0,
+        bf16=arguments.bf16, overwrite_output_dir=True,
     )  # fmt: skip
     done = run(by_deepspeed(arguments.ranks, "train", *options), folder, **arguments.environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
 from tests.dist.launching import alone, flags, free_port, losses, run, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
 from tests.paths import REPOSITORY
@@ -25,7 +24,7 @@ HALF = [
 
 
 @pytest.fixture(scope="module")
-def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of every config in every precision, as PRECISION/STAGE."""
     folder: Path = tmp_path_factory.mktemp("gpu")
     options = {**base_options, **SHORT_RUN, "do_eval": True}
@@ -73,7 +72,7 @@ def test_ranks_of_gpus_talk_by_nccl(ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_losses_of_one(base_options: dict[str, object], runs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_gpus_give_the_losses_of_one(base_options: dict[str, object], runs: Path, tmp_path: Path) -> None:
     options = {**base_options, **SHORT_RUN, "per_gpu_train_batch_size": 4}
     run_many(2, {stage: {**options, "deepspeed_config": stage} for stage in STAGES}, tmp_path, **ON_GPU)
     for stage in STAGES:

@@ -11,7 +11,6 @@ from transformers import Qwen2Config, Qwen2ForQuestionAnswering
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qa_deepspeed.engine.ds_config import shipped
-from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
 from tests.dist.launching import losses, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
 
@@ -26,7 +25,7 @@ MODELS = ("encoder", "decoder")
 
 
 @pytest.fixture(scope="module")
-def optimized(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def optimized(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each compiled optimizer and one of the default; what was compiled is in extensions/."""
     folder: Path = tmp_path_factory.mktemp("optimizers")
     runs = {"default": {**base_options, **SHORT_RUN, "deepspeed_config": "zero2"}}
@@ -51,7 +50,7 @@ def attentions(precision: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def attended(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def attended(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each attention, as MODEL-PRECISION/ATTENTION; `unset` where no option names one."""
     folder: Path = tmp_path_factory.mktemp("attention")
     encoder = str(base_options["model_name_or_path"])

@@ -9,7 +9,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForQuestionAnswering
 
 from qa_deepspeed.predict import QuestionAnswerer
-from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
 from tests.dist.launching import alone, flags, losses, run, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks
 
@@ -35,14 +34,14 @@ def on_both_devices(folder: Path, asked: list[dict[str, str]]) -> None:
         assert (one["answer"], one["start"], one["end"]) == (other["answer"], other["start"], other["end"])
 
 
-def test_a_gpu_answers_as_the_cpu_does(base_options: dict[str, object], tmp_path: Path) -> None:  # noqa: F811
+def test_a_gpu_answers_as_the_cpu_does(base_options: dict[str, object], tmp_path: Path) -> None:
     run_many(1, {"run": {**base_options, **SHORT_RUN, "deepspeed_config": "zero2"}}, tmp_path, **ON_GPU)
     on_both_devices(tmp_path / "run", questions(base_options["predict_file"], 60))
 
 
 def test_a_decoder_trains_adapters_in_bfloat16_under_zero3(
     base_options: dict[str, object],
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """As float32 at ZeRO-0 does; what is saved answers."""
     pytest.importorskip("peft")
@@ -71,7 +70,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     base_options: dict[str, object],
     tmp_path: Path,
     stage: str,
-    precision: str,  # noqa: F811
+    precision: str,
 ) -> None:
     """Ended after step 10 of 20, by taking away what came after."""
     options = {**base_options, **SHORT_RUN, "max_steps": 20, "save_steps": 10, "deepspeed_config": stage,
