@@ -22,7 +22,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import (
+    NO_SPAN_NULL_ODDS,
+    DecodeSettings,
+    NBestEntry,
+    Prediction,
+    columns_of,
+    write_predictions,
+)
 
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
@@ -287,8 +294,7 @@ def _predictions(
     probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
     shares = probability[kept.question, rank].tolist()
-    columns = (texts, shares, kept.start_logit.tolist(), kept.end_logit.tolist(), kept.begin.tolist())
-    entries: list[NBestEntry] = list(zip(*columns, strict=True))  # type: ignore[arg-type]
+    start_logits, end_logits, begins = kept.start_logit.tolist(), kept.end_logit.tolist(), kept.begin.tolist()
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
     columns_of_question = zip(
         example_ids, first[:-1].tolist(), first[1:].tolist(), lowest_null.tolist(), null_odds.tolist(), null_rank,
@@ -299,10 +305,13 @@ def _predictions(
         if begin == end:
             yield _without_span(example_id, null, settings)
             continue
-        nbest = entries[begin:end]
         text = texts[begin]
+        nbest = (
+            texts[begin:end], shares[begin:end], start_logits[begin:end], end_logits[begin:end], begins[begin:end]
+        )  # fmt: skip
         if v2:
-            nbest.insert(rank_of_null, _null_entry(share, null))
+            for column, value in zip(nbest, _null_entry(share, null), strict=True):
+                column.insert(rank_of_null, value)
             yield Prediction(example_id, "" if odds > threshold else text, nbest, odds)
         else:
             yield Prediction(example_id, text, nbest, None)
@@ -315,4 +324,4 @@ def _null_entry(probability: float, null_score: float) -> NBestEntry:
 def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:
     known = null_score if settings.version_2_with_negative and null_score != float("inf") else 0.0
     odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
-    return Prediction(example_id, "", [_null_entry(1.0, known)], odds)
+    return Prediction(example_id, "", columns_of([_null_entry(1.0, known)]), odds)

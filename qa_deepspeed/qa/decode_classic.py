@@ -24,7 +24,7 @@ from qa_deepspeed.qa.best_window import best_window_ranges
 from qa_deepspeed.qa.classic_text import final_text
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, columns_of
 
 _WORD = re.compile(r"[^ \t\r\n\u202f]+")  # the classic scripts split contexts at these blanks only
 
@@ -139,7 +139,7 @@ def _prediction(
             entries.insert(0, _Entry("empty", 0.0, 0.0, -1))
     if not entries:
         entries.append(_Entry("empty", 0.0, 0.0, -1))
-    nbest = _nbest(entries)
+    nbest = columns_of(_nbest(entries))
     if not v2:
         return Prediction(example.example_id, entries[0].text, nbest, None)
     best = next((entry for entry in entries if entry.text), None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.full_logits import FeatureRowSource, FullLogits, question_chunks
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction
+from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, columns_of
 
 
 class _Pairs(NamedTuple):
@@ -94,14 +94,14 @@ def _prediction(
         kept.insert(0, ("empty", 0.0, 0.0, 0.0, -1, -1))
     nbest = _nbest(kept)
     if not v2:
-        return Prediction(example.example_id, nbest[0][0], nbest, None)
+        return Prediction(example.example_id, nbest[0][0], columns_of(nbest), None)
     best = next((entry for entry in nbest if entry[0]), None)
     if null is None or best is None:
-        return Prediction(example.example_id, "", nbest, NO_SPAN_NULL_ODDS)
+        return Prediction(example.example_id, "", columns_of(nbest), NO_SPAN_NULL_ODDS)
     text, _, start_logit, end_logit, _ = best
     odds = float(null[0] - np.float32(start_logit) - np.float32(end_logit))
     answer = "" if odds > settings.null_score_diff_threshold else text
-    return Prediction(example.example_id, answer, nbest, odds)
+    return Prediction(example.example_id, answer, columns_of(nbest), odds)
 
 
 def _nbest(kept: list[tuple[str, float, float, float, int, int]]) -> list[NBestEntry]:

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.qa.predictions import NO_SPAN_NULL_ODDS, DecodeSettings, NBestEntry, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import (
+    NO_SPAN_NULL_ODDS,
+    DecodeSettings,
+    NBestEntry,
+    Prediction,
+    columns_of,
+    write_predictions,
+)
 from qa_deepspeed.qa.scoring_files import read_nbest
 
 LEAST_PROBABILITY = 1e-30  # stands for "not listed" under the logarithm
@@ -67,7 +74,7 @@ def combine(runs: list[dict[str, list[NBestEntry]]], settings: DecodeSettings) -
         nulls = [entry for entry in entries if not entry[0]]
         if not answers:
             odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
-            yield Prediction(example_id, "", nulls, odds)
+            yield Prediction(example_id, "", columns_of(nulls), odds)
             continue
         (text, best, *_), odds, kept = answers[0], None, answers
         if settings.version_2_with_negative:
@@ -75,7 +82,7 @@ def combine(runs: list[dict[str, list[NBestEntry]]], settings: DecodeSettings) -
             odds = math.log(max(null, LEAST_PROBABILITY)) - math.log(max(best, LEAST_PROBABILITY))
             text = "" if odds > settings.null_score_diff_threshold else text
             kept = sorted(answers + nulls, key=_improbability)
-        yield Prediction(example_id, text, kept, odds)
+        yield Prediction(example_id, text, columns_of(kept), odds)
 
 
 def _averaged(lists: list[list[NBestEntry]]) -> list[NBestEntry]:

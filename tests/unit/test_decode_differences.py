@@ -7,7 +7,7 @@ from qa_deepspeed.qa import decode_differences as rules
 from qa_deepspeed.qa.decode import Candidates, DecodeSettings, decode
 from qa_deepspeed.qa.decode_hf import decode_like_transformers
 from qa_deepspeed.qa.full_logits import FullLogits
-from qa_deepspeed.qa.predictions import Prediction
+from qa_deepspeed.qa.predictions import Prediction, columns_of
 from tests.unit.test_decode_hf import random_problem
 
 
@@ -62,7 +62,7 @@ def prediction(text, score, odds=None, null=0.0, start=0):
     nbest = [(text, 0.5, score, 0.0, start)]
     if odds is not None:
         nbest.append(("", 0.5, null, 0.0, -1))
-    return Prediction("q", "" if odds is not None and odds > 0 else text, nbest, odds)
+    return Prediction("q", "" if odds is not None and odds > 0 else text, columns_of(nbest), odds)
 
 
 def test_the_other_rules():

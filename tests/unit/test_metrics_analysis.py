@@ -11,7 +11,7 @@ from qa_deepspeed.qa import analysis, question_records, thresholds
 from qa_deepspeed.qa.analysis import MISTAKES_KEPT, Analysis, calibration, precision_recall, question_word
 from qa_deepspeed.qa.examples import Answer, Example
 from qa_deepspeed.qa.metrics import Gold, Scorer, score
-from qa_deepspeed.qa.predictions import Prediction
+from qa_deepspeed.qa.predictions import Prediction, columns_of
 from qa_deepspeed.qa.thresholds import by_odds
 
 
@@ -55,7 +55,7 @@ def example(number, question, context, *answers):
 
 def prediction(number, text, probability, odds=None, start=0):
     nbest = [(text, probability, 1.0, 1.0, start)]
-    return Prediction(f"q{number}", text, nbest, odds)
+    return Prediction(f"q{number}", text, columns_of(nbest), odds)
 
 
 def reported(v2, rows):

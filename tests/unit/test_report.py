@@ -14,7 +14,7 @@ from qa_deepspeed.qa.analysis import Analysis
 from qa_deepspeed.qa.charts import figures
 from qa_deepspeed.qa.examples import Answer, Example
 from qa_deepspeed.qa.metrics import Gold, Scorer
-from qa_deepspeed.qa.predictions import Prediction
+from qa_deepspeed.qa.predictions import Prediction, columns_of
 from qa_deepspeed.qa.report_page import markdown_tables, page
 
 HOSTILE = "<script>alert('x')</script> | \"&\" `b` \\"
@@ -28,7 +28,7 @@ def report():
         example = Example(f"q{i}{HOSTILE}", f"what is {HOSTILE} \ud83d?", f"right or {HOSTILE} {i // 5}", answers)
         text = ["right", HOSTILE, ""][i % 4 % 3]
         nbest = [(text, i / 40, 1.0, 1.0, 9)]
-        prediction = Prediction(example.example_id, text, nbest, i - 20.0)
+        prediction = Prediction(example.example_id, text, columns_of(nbest), i - 20.0)
         gold = Gold(example.example_id, tuple(answer.text for answer in answers))
         scores = scorer.add(gold, text, prediction.null_odds, prediction.best_span_text)
         analysis.add(example, prediction, 1 + i % 2, *scores)
