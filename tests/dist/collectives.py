@@ -21,7 +21,7 @@ def main() -> None:
     torch.distributed.all_reduce(total)
     assert total.tolist() == [world_size * (world_size + 1) / 2] * 3
     for total in (0, 1, 7, 23):
-        mine = np.arange(total)[rank::world_size] if total != 7 else np.arange(7)[: 7 if rank == 1 else 0]
+        mine = np.arange(total)[rank::world_size] if total != 7 else np.arange(7)[: 7 if rank == world_size // 2 else 0]
         arrays = {
             "id": mine.astype(np.int64),
             "pair": np.stack([mine, -mine], 1).astype(np.int32),
