@@ -6,12 +6,14 @@ size of one element (4 in float32, 2 in half precision):
 
     stage   parameters            gradients              optimizer (master weights and moments)
     0       eP                    eT, in half +4T        8T, in half 12T
-    1       eP                    eT, in half +4T/N      12T/N
-    2       eP                    eT/N, in half +4T/N    12T/N
+    1       eP                    eT, in half +6T/N      12T/N
+    2       eP                    eT/N, in half +6T/N    12T/N
     3       eP/N and gathered     eT/N, in half +4T/N    8T/N, in half 12T/N
 
-In half precision the step makes a float32 copy of the gradients; stages 1 and 2 keep master weights of their own even
-in float32. With offload the optimizer's part, and float32 gradients 4P/N, are in host memory.
+In half precision the step makes a float32 copy of the gradients, stages 1 and 2 out of a flattened one; stages 1 and 2
+keep master weights of their own even in float32. With offload the optimizer's part, and float32 gradients 4P/N, are in
+host memory. Gradients and activations are never whole at the same time: the backward pass frees these as it makes
+those, and the step's copies come after it.
 
 Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2S(N-1)/N, an all-gather or a
 reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
@@ -80,6 +82,7 @@ def _offloads(section: dict[str, Any] | None) -> bool:
 class Need:
     """Bytes of one rank. On a GPU rank all but the host's parts are on the device; a CPU rank has all in host memory.
 
+    gradients: at the step, copies included; held: of them, what stays during the next micro-batch of the same step.
     activations with every tensor kept, checkpointed with gradient checkpointing; both are on the device.
     host: what is in host memory while training; loading: while the weights are read, in float32. At stage 3 every rank
     takes its share out of the mapped files (safetensors), and has one parameter whole at a time.
@@ -88,6 +91,7 @@ class Need:
 
     parameters: int
     gradients: int
+    held: int
     optimizer: int
     buffers: int
     activations: int
@@ -97,18 +101,15 @@ class Need:
     sent: int
     bus: int
 
-    @property
-    def states(self) -> int:
-        """Device memory without activations."""
-        return self.parameters + self.gradients + self.optimizer + self.buffers + PROCESS_DEVICE_BYTES
-
     def host_of(self, ranks: int) -> int:
         """The most host memory of a node with so many ranks."""
         return max(self.host, self.loading) * ranks
 
     def device(self, checkpointing: bool = False) -> int:
         """All device memory of a GPU rank."""
-        return self.states + (self.checkpointed if checkpointing else self.activations)
+        activations = self.checkpointed if checkpointing else self.activations
+        always = self.parameters + self.optimizer + self.buffers + PROCESS_DEVICE_BYTES
+        return always + max(self.gradients, self.held + activations)
 
 
 def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
@@ -117,8 +118,9 @@ def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: i
     trained, trained_share = model.trained, -(-model.trained // ranks)
     half = element == 2
     gradients = element * (trained_share if zero.stage >= 2 else trained)
+    held = gradients * (accumulation > 1)
     if half:
-        gradients += 4 * (trained if zero.stage == 0 else trained_share)
+        gradients += 4 * (trained if zero.stage == 0 else trained_share) + 2 * trained_share * (zero.stage in (1, 2))
     of_stage = {0: (8 + 4 * half) * trained, 3: (8 + 4 * half) * trained_share}
     optimizer = of_stage.get(zero.stage, 12 * trained_share)
     parameters = element * whole
@@ -131,10 +133,11 @@ def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: i
     if zero.offload_optimizer:
         host += (12 + element + 4) * trained_share
         bus += (element * accumulation + element) * trained_share
-        gradients, optimizer = 0, 0
+        gradients, held, optimizer = 0, 0, 0
     return Need(
         parameters=parameters,
         gradients=gradients,
+        held=held,
         optimizer=optimizer,
         buffers=element * _buffers(model, zero),
         activations=model.saved - model.attention,

@@ -24,7 +24,8 @@ class Footprint:
 
     trained: those that are trained. largest_layer: parameters of the largest repeated layer (of the whole model if none
     repeats). largest_tensor, largest_trained: elements of the largest parameter, and of the largest that is trained.
-    saved: bytes of the tensors that autograd keeps, the matrices of attention weights among them (`attention`).
+    saved: bytes of the tensors that autograd keeps, the matrices of attention weights among them (`attention`), and
+    queries, keys and values as wide as the model's own numbers.
     checkpointed and checkpointed_attention: the same where only the input of each repeated layer is kept and one layer
     at a time is computed again.
     """
@@ -62,7 +63,7 @@ def footprint(
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     largest_layer = max((sum(each.numel() for each in layer.parameters()) for layer in layers), default=sum(parameters))
     try:
-        kept = _Kept(model, layers, length)
+        kept = _Kept(model, layers, rows, length)
         kept.run(torch.zeros(rows, length, dtype=torch.long, device="meta"))
         saved = kept.totals()
     except (RuntimeError, NotImplementedError, AttributeError):  # the pass needs values, which this device has not
@@ -91,12 +92,13 @@ def _by_formula(config: PretrainedConfig, rows: int, length: int, element: int) 
 class _Kept:
     """Bytes that the forward pass of a model keeps, by the repeated layer that keeps them (None: outside of all)."""
 
-    def __init__(self, model: torch.nn.Module, layers: list[GradientCheckpointingLayer], length: int):
+    def __init__(self, model: torch.nn.Module, layers: list[GradientCheckpointingLayer], rows: int, length: int):
         self.bytes_of: dict[int | None, int] = defaultdict(int)
         self.attention_of: dict[int | None, int] = defaultdict(int)
         self.layer_input = 0
         self._model = model
-        self._length = length
+        self._rows, self._length = rows, length
+        self._half = next(model.parameters()).dtype != torch.float32
         self._layer: int | None = None
         self._calls = 0
         # Kept alive, so that no storage takes another's place while they are counted.
@@ -135,10 +137,18 @@ class _Kept:
         if key not in self._seen:
             self._seen[key] = tensor
             size = tensor.untyped_storage().nbytes()
-            self.bytes_of[self._layer] += size
             if tensor.dim() > 2 and tensor.shape[-2:] == (self._length, self._length):
                 self.attention_of[self._layer] += size
+            elif self._half and self._of_heads(tensor):
+                size //= 2  # torch's plain attention, the only one on this device, keeps a float32 copy of them
+            self.bytes_of[self._layer] += size
         return tensor
+
+    def _of_heads(self, tensor: torch.Tensor) -> bool:
+        """Whether these are queries, keys or values in float32, `[rows * heads, length, width of a head]` or turned."""
+        shape = tensor.shape
+        of_rows = tensor.dim() == 3 and shape[0] > self._rows and shape[0] % self._rows == 0
+        return of_rows and tensor.dtype == torch.float32 and self._length in shape[1:]
 
 
 def _storage(tensor: torch.Tensor) -> int:
