@@ -129,7 +129,7 @@ def test_the_first_that_fits_moves_least() -> None:
 
 def test_where_zero0_does_not_fit_a_partitioned_one_is_taken() -> None:
     large = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    best, why = recommend(plan(RunOptions(bf16=True), large, Machines(1, 4, 11 * 2**30, 2**40))[1])
+    best, why = recommend(plan(RunOptions(bf16=True), large, Machines(1, 4, 9 * 2**30, 2**40))[1])
     assert best is not None and best.config == "zero1" and "zero0 does not fit" in why
 
 
