@@ -37,7 +37,7 @@ RUN_BY = {
 NOT_RUN = {
     r"tests/bench/\w+\.py": "a measurement: takes minutes and a quiet machine",
     r"^(OMP_NUM_THREADS=1 )?deepspeed .* en-v[12]-train\.json": "a measurement of many minutes on data of its own",
-    r"launch/test\.sh -m gpu": "needs a GPU",
+    r"(launch/test\.sh|pytest -s) -m gpu": "needs a GPU",
     r"-m debugpy": "another program's",
 }
 """Pattern of a command -> why no test runs it."""
