@@ -9,6 +9,7 @@ Dao et al. 2022 (FlashAttention), appendix B.2.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -108,17 +109,17 @@ class _DroppedAttention(torch.autograd.Function):
         context: Any, query: Tensor, key: Tensor, value: Tensor, spans: list, scale: float, dropout: float
     ) -> Tensor:
         rows, heads, length, width = query.shape
-        output = query.new_zeros(rows, length, heads, width)
-        masks = KeepMasks(dropout)
+        output = _zero_at_padding(query.new_empty(rows, length, heads, width), spans)
+        masks, work = KeepMasks(dropout), _WorkSpace()
         kept, probabilities = [], []
         with torch.autocast("cpu", enabled=False):
             for row, some, tokens in _pieces(spans, heads):
-                scores = torch.bmm(query[row, some, tokens] * scale, key[row, some, tokens].transpose(1, 2))
+                turned = key[row, some, tokens].transpose(1, 2)
+                scores = work.product(scale, query[row, some, tokens], turned)
                 probability = torch.softmax(scores, dim=-1, dtype=torch.float32)
                 keep = masks.draw(*probability.shape)
-                dropped = _times(probability, keep, value.dtype)
-                answer = torch.bmm(dropped, value[row, some, tokens]).mul_(masks.scale)
-                output[row, tokens, some] = answer.transpose(0, 1)
+                dropped = work.kept(probability, keep).to(value.dtype)
+                _product_into(output[row, tokens, some], masks.scale, dropped, value[row, some, tokens])
                 probabilities.append(probability)
                 kept.append(keep)
         context.save_for_backward(query, key, value, output, *probabilities)
@@ -129,26 +130,59 @@ class _DroppedAttention(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, *probabilities = context.saved_tensors
         spans, scale, kept_scale, kept = context.rest
-        heads = query.shape[1]
-        by_query, by_key, by_value = (torch.zeros_like(output) for _ in range(3))
-        row_sums = (gradient.float() * output).sum(dim=-1)  # [rows, length, heads]
+        heads, work = query.shape[1], _WorkSpace()
+        by_query, by_key, by_value = (_zero_at_padding(torch.empty_like(output), spans) for _ in range(3))
+        # [rows, length, heads], without the scale of what is kept, which the products put in at their end
+        row_sums = (gradient.float() * output).sum(dim=-1).div_(kept_scale)
         with torch.autocast("cpu", enabled=False):
-            for (row, some, tokens), probability, keep in zip(
-                _pieces(spans, heads), probabilities, kept, strict=True
-            ):
+            for (row, some, tokens), probability, keep in zip(_pieces(spans, heads), probabilities, kept, strict=True):
                 here = row, tokens, some
-                above = gradient[here].mul(kept_scale).transpose(0, 1)
-                dropped = _times(probability, keep, torch.float32)
-                by_value[here] = torch.bmm(dropped.to(value.dtype).transpose(1, 2), above).transpose(0, 1)
-                by_score = torch.bmm(above, value[row, some, tokens].transpose(1, 2)).float().mul_(dropped)
+                above = gradient[here].transpose(0, 1)
+                dropped = work.kept(probability, keep)
+                _product_into(by_value[here], kept_scale, dropped.to(value.dtype).transpose(1, 2), above)
+                by_score = work.product(1.0, above, value[row, some, tokens].transpose(1, 2)).float().mul_(dropped)
                 by_score.addcmul_(probability, row_sums[here].t().unsqueeze(-1), value=-1)
-                by_score = by_score.mul_(scale).to(query.dtype)
-                by_query[here] = torch.bmm(by_score, key[row, some, tokens]).transpose(0, 1)
-                by_key[here] = torch.bmm(by_score.transpose(1, 2), query[row, some, tokens]).transpose(0, 1)
+                by_score = by_score.to(query.dtype)
+                _product_into(by_query[here], kept_scale * scale, by_score, key[row, some, tokens])
+                _product_into(by_key[here], kept_scale * scale, by_score.transpose(1, 2), query[row, some, tokens])
         by_query, by_key, by_value = (each.transpose(1, 2) for each in (by_query, by_key, by_value))
         return by_query, by_key, by_value, None, None, None
 
 
-def _times(probability: Tensor, keep: np.ndarray, kind: torch.dtype) -> Tensor:
-    """The kept probabilities; numpy multiplies by booleans without a copy of them in float."""
-    return torch.from_numpy(np.multiply(probability.numpy(), keep)).to(kind)
+def _zero_at_padding(answer: Tensor, spans: list) -> Tensor:
+    """`answer` `[rows, length, ...]` with zeros where there is no real token; the rest is left to be filled."""
+    for row, (begin, end) in enumerate(spans):
+        answer[row, :begin] = 0
+        answer[row, end:] = 0
+    return answer
+
+
+def _product_into(place: Tensor, factor: float, left: Tensor, right: Tensor) -> None:
+    """Put `factor` x `left` x `right` into `place` `[tokens, heads, width]` of a larger tensor, without a copy."""
+    place = place.transpose(0, 1)
+    torch.baddbmm(place, left, right, beta=0, alpha=factor, out=place)
+
+
+class _WorkSpace:
+    """Blocks for scores that are used again from piece to piece, so that they stay in the processor's cache."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def product(self, factor: float, left: Tensor, right: Tensor) -> Tensor:
+        """`factor` x `left` x `right`, good until the next product."""
+        place = self._block("product", (*left.shape[:2], right.shape[2]), left.dtype)
+        return torch.baddbmm(place, left, right, beta=0, alpha=factor, out=place)
+
+    def kept(self, probability: Tensor, keep: np.ndarray) -> Tensor:
+        """The kept probabilities, good until the next; numpy multiplies by booleans without a copy of them in float."""
+        place = self._block("kept", probability.shape, probability.dtype)
+        np.multiply(probability.numpy(), keep, out=place.numpy())
+        return place
+
+    def _block(self, name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        block = self._blocks.get((name, kind))
+        if block is None or len(block) < count:
+            block = self._blocks[name, kind] = torch.empty(count, dtype=kind)
+        return block[:count].view(shape)
