@@ -124,6 +124,10 @@ def resolve(
     resolved = Resolved(config, options, _plan(options, world_size), name)
     if resolved.precision == "fp16" and device_type == "cpu":
         raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
+    attention = options.attn_implementation or ""
+    if attention.startswith("flash_attention") and (device_type == "cpu" or resolved.precision == "fp32"):
+        raise UserError(f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or "
+                        "take --bf16 on a GPU")  # fmt: skip
     zero = config.get("zero_optimization", {})
     if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
         raise UserError(f"{name}: the quantised messages of ZeRO++ need GPUs: take zero3")

@@ -146,6 +146,6 @@ def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **e
     hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
         return auto_class.from_pretrained(name, cache_dir=hub, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:  # the last: a package that the model asks for
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load {auto_class.__name__} from '{name}': {first_line}") from None

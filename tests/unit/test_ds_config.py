@@ -113,6 +113,7 @@ def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works
     ("given", "message"),
     [
         ({"fp16": True}, "fp16 does not run on a CPU: take --bf16"),
+        ({"attn_implementation": "flash_attention_2", "bf16": True}, "flash_attention_2 computes in half precision"),
         ({"fp16_opt_level": "O3"}, "O3 is not offered"),
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"deepspeed_config": "zero22"}, "did you mean 'zero2'"),
