@@ -53,9 +53,15 @@ start() {
         start_by_ssh "$@"
         return
     fi
-    local command=(deepspeed --hostfile "$live" --launcher "$LAUNCHER" --master_port "$PORT")
+    local command=(deepspeed --hostfile "$live" --launcher "$LAUNCHER" --master_port "$PORT") first
     [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
     [ "$SSH_PORT" -eq 22 ] || command+=(--ssh_port "$SSH_PORT")
+    if [ "$LAUNCHER" = openmpi ]; then
+        # DeepSpeed's launcher does not tell mpirun where rank 0 is; without that, mpi4py would have to find it out.
+        read -r first _ <"$live"
+        command+=("--launcher_args=-x MASTER_ADDR=${MASTER_ADDR:-$first} -x MASTER_PORT=$PORT \
+--mca plm_rsh_args '${ssh_options[*]}'")
+    fi
     # A run that is down to one host is started over ssh as before, not as a local one.
     command+=(--force_multi --module qa_deepspeed train "$@")
     show "${command[@]}"

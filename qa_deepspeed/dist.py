@@ -74,9 +74,26 @@ def log_rank(message: str) -> None:
     print(prefix + message, file=sys.stdout, flush=True)
 
 
+OPENMPI_NAMES = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+                 "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+                 "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}  # fmt: skip
+"""What OpenMPI's mpirun calls the variables of a rank."""
+
+
 def describe_lone_process() -> None:
-    """Give a process that no launcher started the variables of a run of one rank, so that nothing looks for MPI."""
+    """Give a process that no launcher of torch's or DeepSpeed's started their variables, so that nothing looks for
+    mpi4py: those of a run of one rank, or where OpenMPI's mpirun started it, those of this rank.
+
+    Raises:
+        UserError: mpirun was not told to pass on where rank 0 is.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError("mpirun did not say where rank 0 is: pass it -x MASTER_ADDR=HOST -x MASTER_PORT=29500, or "
+                            "start by LAUNCHER=openmpi launch/multinode.sh, which does")  # fmt: skip
+        os.environ.update({name: os.environ[theirs] for name, theirs in OPENMPI_NAMES.items()})
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -267,21 +284,27 @@ def _all_gather_counts(count: int) -> list[int]:
 def first_on_this_filesystem(folder: Path) -> bool:
     """Whether this rank is the one that acts for its filesystem: one rank on a shared disk, one a node on local disks.
 
-    Found out, not configured: all ranks try to create the same new file in `folder` (which must exist); who succeeds
-    is first. Collective: every rank must call it.
+    Rank 0 acts for its own. Found out, not configured: all ranks try to create the same new file in `folder` (which
+    must exist), rank 0 before the others know its name; who succeeds is first. Collective: every rank must call it.
     """
     if _alone():
         return True
-    claim = folder / f".claim-{broadcast_json(secrets.token_hex(8))}"
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        first = True
-    except FileExistsError:
-        first = False
+    token = secrets.token_hex(8)
+    first = is_first() and _create(folder / f".claim-{token}")
+    claim = folder / f".claim-{broadcast_json(token)}"
+    first = first or _create(claim)
     barrier()
     if first:
         claim.unlink()
     return first
+
+
+def _create(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
 
 
 def torchrun(arguments: Sequence[str]) -> int:

@@ -93,6 +93,18 @@ def where_to_begin(output_dir: Path, options: RunOptions, identity: dict[str, An
     return "resume" if checkpoints(output_dir) else "fresh"
 
 
+def require_whole_checkpoints(output_dir: Path, options: RunOptions, stage: int) -> None:
+    """Where nodes have disks of their own, no disk has a whole checkpoint of ZeRO stages 1 to 3. Collective.
+
+    Raises:
+        UserError: the options ask for models out of checkpoints, and there will be none.
+    """
+    asked = [name for name in ("load_best_model_at_end", "eval_all_checkpoints") if getattr(options, name)]
+    if asked and stage > 0 and dist.sums([dist.first_on_this_filesystem(output_dir)])[0] > 1:
+        raise UserError(f"{', '.join(asked)} needs whole checkpoints, but output_dir {output_dir} is on a disk of each "
+                        "node's own: pass a folder that all nodes share, or --deepspeed_config zero0")  # fmt: skip
+
+
 def choose_checkpoint(output_dir: Path, asked: str, identity: dict[str, Any]) -> Path:
     """The checkpoint to go on from: `asked`, or with "auto" the newest that is whole on every disk. Collective.
 

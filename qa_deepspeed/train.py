@@ -43,6 +43,7 @@ from qa_deepspeed.run_folder import (
     choose_checkpoint,
     claim,
     global_rows_of,
+    require_whole_checkpoints,
     save_model,
     where_to_begin,
     writable_folder,
@@ -81,6 +82,7 @@ def _train(options: RunOptions, output_dir: Path, pacing: Pacing, best: BestMode
     seconds = {"features": time.perf_counter() - began}
 
     dist.start(device, options.timeout)
+    require_whole_checkpoints(output_dir, options, resolved.zero_stage)
     resolved = _keep_global_batch(resolved, output_dir)
     steps = total_steps(options, len(store), resolved.plan)
     head = head_kind(facts.config, options.qa_head)

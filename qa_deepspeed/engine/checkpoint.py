@@ -34,7 +34,7 @@ from qa_deepspeed.checkpoint_files import (
     write_manifest,
 )
 from qa_deepspeed.engine.engine import Engine
-from qa_deepspeed.engine.shards import Shards, plain_values_only
+from qa_deepspeed.engine.shards import Shards, plain_values_only, require_shards
 from qa_deepspeed.errors import UserError
 
 
@@ -55,6 +55,7 @@ class Checkpoints:
         self._expected_bytes = checkpoint_bytes(engine.parameters, engine.trained_parameters)
         if self._acting:
             remove_leftovers(output_dir)
+            engine.write_common_states()
 
     def save(
         self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[str] = ()
@@ -132,7 +133,9 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     """
     ours = (dist.world_size(), engine.zero_stage, engine.precision)
     theirs = (state.world_size, state.zero_stage, state.precision)
-    if ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0):
+    alike = ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0)
+    _require_shards_everywhere(checkpoint, state, [dist.rank()] if alike else range(state.world_size))
+    if alike:
         with plain_values_only():
             engine.load_shards(checkpoint.parent, checkpoint.name)
         return
@@ -141,11 +144,22 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     engine.carry_over(_shards(checkpoint, state))
 
 
+def _require_shards_everywhere(checkpoint: Path, state: LoopState, ranks: Iterable[int]) -> None:
+    """`require_shards` on every rank, raised on all of them. Collective."""
+    problem = None
+    try:
+        require_shards(checkpoint, state.zero_stage, ranks)
+    except UserError as error:
+        problem = error
+    if dist.sums([problem is not None])[0]:
+        raise problem or UserError(f"other nodes lack shards of {checkpoint}, see their messages")
+
+
 def whole_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A checkpoint's model weights, put together from the shards; no DeepSpeed engine is needed.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged, or not all of it is on this disk.
     """
     problem = damage(checkpoint)
     if problem:

@@ -195,6 +195,10 @@ class Engine(Reader):
         if writer.problem is not None:
             raise writer.problem
 
+    def write_common_states(self) -> None:
+        """From now on this rank writes what all ranks have alike, as rank 0 does: for a disk that rank 0's is not."""
+        self._engine.save_non_zero_checkpoint = True
+
     def load_shards(self, folder: Path, tag: str) -> None:
         """Read back what `save_shards` wrote at the same world size. Collective."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)

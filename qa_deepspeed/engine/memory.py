@@ -6,14 +6,14 @@ size of one element (4 in float32, 2 in half precision):
 
     stage   parameters            gradients              optimizer (master weights and moments)
     0       eP                    eT, in half +4T        8T, in half 12T
-    1       eP                    eT, in half +6T/N      12T/N
+    1       eP                    eT/N, in half +6T/N    12T/N
     2       eP                    eT/N, in half +6T/N    12T/N
-    3       eP/N and gathered     eT/N, in half +4T/N    8T/N, in half 12T/N
+    3       eP/N and gathered     eT/N, in half +4T/N    12T/N
 
-In half precision the step makes a float32 copy of the gradients, stages 1 and 2 out of a flattened one; stages 1 and 2
-keep master weights of their own even in float32. With offload the optimizer's part, and float32 gradients 4P/N, are in
-host memory. Gradients and activations are never whole at the same time: the backward pass frees these as it makes
-those, and the step's copies come after it.
+Stage 1 has whole gradients, eT, where a step is several micro-batches. In half precision the step makes a float32 copy
+of the gradients, stages 1 and 2 out of a flattened one; stages 1 to 3 keep master weights of their own even in float32.
+With offload the optimizer's part, and float32 gradients 4T/N, are in host memory. Gradients and activations are never
+whole at the same time: the backward pass frees these as it makes those, and the step's copies come after it.
 
 Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2S(N-1)/N, an all-gather or a
 reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
@@ -49,6 +49,7 @@ class Zero:
     offload_parameters: bool
     overlap: bool
     reduce_bucket: int
+    prefetch_bucket: int
     max_live: int
 
     @classmethod
@@ -62,6 +63,7 @@ class Zero:
             offload_parameters=_offloads(section.get("offload_param")),
             overlap=bool(section.get("overlap_comm", stage == 3)),
             reduce_bucket=int(float(section.get("reduce_bucket_size", 500_000_000))),
+            prefetch_bucket=int(float(section.get("stage3_prefetch_bucket_size", 50_000_000))),
             max_live=int(float(section.get("stage3_max_live_parameters", 1_000_000_000))),
         )
 
@@ -117,12 +119,12 @@ def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: i
     whole, share = model.parameters, -(-model.parameters // ranks)
     trained, trained_share = model.trained, -(-model.trained // ranks)
     half = element == 2
-    gradients = element * (trained_share if zero.stage >= 2 else trained)
+    partitioned = zero.stage >= 2 or (zero.stage == 1 and accumulation == 1)
+    gradients = element * (trained_share if partitioned else trained)
     held = gradients * (accumulation > 1)
     if half:
         gradients += 4 * (trained if zero.stage == 0 else trained_share) + 2 * trained_share * (zero.stage in (1, 2))
-    of_stage = {0: (8 + 4 * half) * trained, 3: (8 + 4 * half) * trained_share}
-    optimizer = of_stage.get(zero.stage, 12 * trained_share)
+    optimizer = 12 * trained_share if zero.stage else (8 + 4 * half) * trained
     parameters = element * whole
     in_host = element * share * zero.offload_parameters
     host = PROCESS_HOST_BYTES + in_host
@@ -156,29 +158,34 @@ probabilities and one byte a score for what was dropped."""
 
 def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
     """What a CPU rank needs, all of it in `host`: freed blocks are kept for the next step, so that what never is needed
-    at the same time adds up nevertheless.
-
-    Beside the terms of `need` that is: the zeros that DeepSpeed fills the optimizer's gradients with at its start (a
-    partition), the gradients that wait for a bucket, at stage 1 the averaged partition of them, and at stage 3 the
-    whole parameters as they were born and the partition that was put together out of them. Buckets of stages 1 and 2
-    count as far as they are filled, and once more than the code shows: so much was measured.
-    """
+    at the same time adds up nevertheless."""
     on_gpu = need(model, zero, ranks, element, accumulation)
-    whole, share = model.parameters, -(-model.parameters // ranks)
-    trained, trained_share = model.trained, -(-model.trained // ranks)
-    if zero.stage == 0:
-        buffers = trained
-    else:
-        bucket = min(zero.reduce_bucket, trained)
-        allocated = zero.reduce_bucket if zero.stage == 3 else bucket
-        buffers = allocated + bucket * (2 + (zero.overlap and zero.stage < 3)) + trained_share
-        buffers += bucket * (zero.stage < 3) + trained_share * (zero.stage == 1)
-        buffers += (whole + share) * (zero.stage == 3)
-        buffers += 2 * model.largest_trained * zero.offload_optimizer
+    share = -(-model.parameters // ranks)
+    buffers = element * _buffers_on_cpu(model, zero, ranks)
     activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
-    host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + element * buffers + activations + on_gpu.host
-    return dataclasses.replace(on_gpu, buffers=element * buffers, activations=activations,
-                               checkpointed=model.checkpointed, host=host, bus=0)  # fmt: skip
+    host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + buffers + activations + on_gpu.host
+    kept = element * share if zero.stage == 3 and not zero.offload_parameters else 0
+    return dataclasses.replace(on_gpu, buffers=buffers, activations=activations, checkpointed=model.checkpointed,
+                               host=host, loading=on_gpu.loading + kept, bus=0)  # fmt: skip
+
+
+def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
+    """Elements of what DeepSpeed and gloo allocate beside parameters, gradients and optimizer state, as traced with
+    torch's profiler."""
+    if zero.stage == 0:
+        return model.trained  # the flattened gradients
+    share, bucket = -(-model.trained // ranks), min(zero.reduce_bucket, model.trained)
+    # The bucket is allocated anew in every step, elsewhere, so that all of it comes to be touched. The share are zeros
+    # that stand for gradients at the optimizer's start.
+    buffers = zero.reduce_bucket + share
+    if zero.stage == 3:
+        # The bucket put together and gloo's copy of it, its copy of what is gathered, the step's flat gradients.
+        buffers += 2 * bucket + min(zero.prefetch_bucket, model.parameters) + share
+    else:
+        # The bucket flattened and copied back, a second one while the first travels, gloo's copy of what is gathered.
+        buffers += (2 + zero.overlap) * bucket + model.trained
+    # The largest gradient as autograd made it, and as it is handed on.
+    return buffers + 2 * model.largest_trained * (zero.offload_optimizer or zero.stage == 3)
 
 
 def _buffers(model: Footprint, zero: Zero) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.errors import UserError
 from qa_deepspeed.progress import Progress
 
 WEIGHT = "weight"
@@ -36,9 +37,13 @@ class Shards:
     """The parameters of the checkpoint folder `checkpoint`, which was written at ZeRO stage `stage` by `ranks` ranks.
 
     `optimized` names the parameters in the order of the optimizer's groups, which stage 0 does not write down.
+
+    Raises:
+        UserError: shards are not on this disk.
     """
 
     def __init__(self, checkpoint: Path, stage: int, ranks: int, optimized: list[str]) -> None:
+        require_shards(checkpoint, stage, range(ranks))
         part = "zero_pp_rank_0_" if stage == 3 else ""
         self.common: dict[str, Any] = _mapped(checkpoint / f"{part}mp_rank_00_model_states.pt")
         self._ranks = ranks
@@ -51,7 +56,7 @@ class Shards:
             self._index_whole(optimized)
             return
         for rank in range(ranks):
-            (path,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            (path,) = checkpoint.glob(f"*{_optimizer_file(rank)}")
             states = _mapped(path)["optimizer_state_dict"]
             self._index_partition(states) if stage == 3 else self._index_slices(states)
 
@@ -142,6 +147,24 @@ class Shards:
             name: torch.cat([fragments[name].reshape(-1) for fragments in files])[: prod(shape)].reshape(tuple(shape))
             for name, shape in shapes.items()
         }
+
+
+def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
+    """Where nodes have disks of their own, each disk has the shards of its node's ranks.
+
+    Raises:
+        UserError: `checkpoint` has not those of all these `ranks` here.
+    """
+    lacking = [rank for rank in ranks if stage > 0 and not list(checkpoint.glob(f"*{_optimizer_file(rank)}"))]
+    if lacking:
+        raise UserError(
+            f"{checkpoint} has no shards of rank {', '.join(map(str, lacking))} on this disk, but other nodes: go "
+            "on with the same hosts in the same order, or put the checkpoint's files of all nodes together on each"
+        )
+
+
+def _optimizer_file(rank: int) -> str:
+    return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
 @contextlib.contextmanager

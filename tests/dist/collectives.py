@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from qa_deepspeed import dist
+from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.device import choose_device
+from qa_deepspeed.errors import UserError
+from qa_deepspeed.run_folder import require_whole_checkpoints
 
 
 def main() -> None:
@@ -40,11 +44,17 @@ def main() -> None:
     value = {"f1": 0.1 + 0.2, "text": "日本 \u0301", "none": None}
     assert dist.broadcast_json(value if rank == 0 else "not looked at") == value
     shared = dist.first_on_this_filesystem(Path(sys.argv[1]))
-    assert dist.sums([shared]) == [1.0]
+    assert shared == (rank == 0)
     own = Path(sys.argv[1]) / str(rank)
     own.mkdir()
     assert dist.first_on_this_filesystem(own)
     assert not list(own.iterdir())
+    best = RunOptions(load_best_model_at_end=True)
+    for folder, stage, options in ((Path(sys.argv[1]), 2, best), (own, 0, best), (own, 2, RunOptions())):
+        require_whole_checkpoints(folder, options, stage)
+    if world_size > 1:
+        with pytest.raises(UserError, match="load_best_model_at_end needs whole checkpoints"):
+            require_whole_checkpoints(own, best, 2)
     dist.stop()
 
 

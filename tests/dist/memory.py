@@ -14,6 +14,7 @@ from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.engine import import_deepspeed, training_engine
 from qa_deepspeed.models.heads import span_loss
 from qa_deepspeed.models.loading import load_config, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
 
 STEPS = 3
 SAMPLE_SECONDS = 0.005
@@ -38,7 +39,7 @@ def main() -> None:
     dist.describe_lone_process()
     quiet_transformers(False)
     device = choose_device(no_cuda=False)  # the environment of a launch on CPUs hides the GPUs
-    dist.start(device, 120)
+    dist.start(device, 600)
     resolved = ds_config.resolve(options, dist.world_size(), device.type)
     most, stop = {"all": 0}, threading.Event()
 
@@ -54,6 +55,9 @@ def main() -> None:
         import_deepspeed(False)
     before = anonymous()
     model, _ = birth.load(options, model_config, config)
+    adapters = LoraSettings.of(options.to_dict())
+    if adapters is not None:
+        add_adapters(model, adapters, sys.argv[1], options.seed)
     loaded = anonymous()
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
     engine = training_engine(model, config, resolved, STEPS, device)

@@ -55,6 +55,17 @@ def test_what_takes_rank_0_long_is_waited_for() -> None:
         process.join()
 
 
+def test_under_mpirun_a_rank_has_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {theirs: str(n) for n, theirs in enumerate(dist.OPENMPI_NAMES.values())})
+    with pytest.raises(UserError, match="-x MASTER_ADDR=HOST -x MASTER_PORT=29500"):
+        dist.describe_lone_process()
+    os.environ.update(MASTER_ADDR="node1", MASTER_PORT="29500")
+    dist.describe_lone_process()
+    found = {name: os.environ[name] for name in dist.OPENMPI_NAMES}
+    assert found == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
+    assert os.environ["MASTER_ADDR"] == "node1"
+
+
 def test_alone_everything_works_without_a_group(tmp_path: Path) -> None:
     rows = {"id": np.arange(3)}
     gathered = dist.gather_rows(rows)

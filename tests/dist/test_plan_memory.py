@@ -5,6 +5,7 @@ Half a minute and more for each: `launch/test.sh -m slow -k within_15_percent`.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.memory import Zero, need_on_cpu
 from qa_deepspeed.models.footprint import footprint
+from qa_deepspeed.models.lora import LoraSettings
 from tests.dist.launching import free_port, run
 from tests.paths import REPOSITORY
 
 RANKS, ROWS, LENGTH = 2, 4, 192
 SIZES = {"14M": (256, 8, 4), "66M": (768, 6, 12), "109M": (768, 12, 12)}
 """Width, layers and heads, by the number of parameters."""
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 CONFIGS = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
@@ -37,24 +41,34 @@ def model_config(size: str) -> BertConfig:
     )
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_prediction_is_within_15_percent(models: dict[str, Path], tmp_path: Path, size: str, name: str) -> None:
+    compare(models, tmp_path, size, {"deepspeed_config": name})
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
+def test_that_of_adapters_is_within_15_percent(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    compare(models, tmp_path, "66M", {"deepspeed_config": name, "lora_rank": 8})
+
+
+def compare(models: dict[str, Path], folder: Path, size: str, options: dict[str, Any]) -> None:
+    """Train on two ranks; their memory and messages are those of the plan."""
     if not models[size].exists():
         AutoModelForQuestionAnswering.from_config(model_config(size)).save_pretrained(models[size])
-    options = {"deepspeed_config": name, "per_gpu_train_batch_size": ROWS, "max_seq_length": LENGTH}
+    options = {**options, "per_gpu_train_batch_size": ROWS, "max_seq_length": LENGTH}
     command = ["torchrun", "--nproc_per_node", str(RANKS), "--master_port", free_port(), "-m", "tests.dist.memory"]
-    done = run([*command, str(models[size]), json.dumps(options), str(tmp_path / "rank")], REPOSITORY)
+    done = run([*command, str(models[size]), json.dumps(options), str(folder / "rank")], REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(RANKS)]
-    resolved = ds_config.resolve(RunOptions(**options), RANKS, "cpu")
-    zero = Zero.of(ds_config.finish(resolved, 1, SIZES[size][0]))
-    wanted = need_on_cpu(footprint(model_config(size), ROWS, LENGTH, torch.float32), zero, RANKS, 4, 1)
+    found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(RANKS)]
+    run_options = RunOptions(**options)
+    zero = Zero.of(ds_config.finish(ds_config.resolve(run_options, RANKS, "cpu"), 1, SIZES[size][0]))
+    lora = LoraSettings.of(run_options.to_dict())
+    model = footprint(model_config(size), ROWS, LENGTH, torch.float32, lora)
+    wanted = need_on_cpu(model, zero, RANKS, 4, 1)
     measured = max(one["most"] for one in found)
-    print(f"{size} {name}: measured {measured >> 20} MiB, predicted {wanted.host >> 20} MiB "
-          f"({wanted.host / measured - 1:+.1%})")  # fmt: skip
+    print(f"{size}{' LoRA' if lora else ''} {options['deepspeed_config']}: measured {measured >> 20} MiB, "
+          f"predicted {wanted.host >> 20} MiB ({wanted.host / measured - 1:+.1%})")  # fmt: skip
     assert wanted.host == pytest.approx(measured, rel=0.15)
     assert sent(found[0]["moved"]) == pytest.approx(wanted.sent, rel=0.02)
 

@@ -7,6 +7,7 @@ test belongs to the default run of the tests, the others take minutes.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -60,47 +61,76 @@ def assert_equal(run: Path, reference: Path) -> None:
     assert all((run / name).read_bytes() == (reference / name).read_bytes() for name in names)
 
 
-def trains_as_one(hosts: Hosts, disk: Path, folder: Path, options: dict, launcher: str) -> None:
-    """Two hosts of one rank, each with its own or their common folder for output and features, against one of two."""
-    run_many(2, {"one-host": {**options, "cache_dir": str(folder / "cache")}}, folder)
-    given = flags(**{**options, "cache_dir": disk / "cache"}, output_dir=disk / "run")
-    process = on_node1(hosts, folder, *given, LAUNCHER=launcher)
-    assert process.wait(timeout=300) == 0, output(folder)[-5000:]
-    assert_equal(disk / "run", folder / "one-host")
-
-
 @pytest.mark.parametrize("hosts", ["separate"], indirect=True)
 def test_two_hosts_train_as_one(hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict) -> None:
+    """Equal to two ranks of one host; the hosts have a disk each, for output and features."""
     options = {**base_options, "deepspeed_config": "zero2", "do_eval": True, "max_steps": 4}
-    trains_as_one(hosts, disk, tmp_path, options, "pdsh")
+    run_many(2, {"one-host": options}, tmp_path)
+    process = on_node1(hosts, tmp_path, *flags(**{**options, "cache_dir": disk / "cache"}, output_dir=disk / "run"))
+    assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
+    assert_equal(disk / "run", tmp_path / "one-host")
+
+
+@pytest.fixture(scope="module")
+def whole_job(base_options: dict) -> dict:
+    """Training, checkpoints and evaluation."""
+    return {**base_options, "do_eval": True, "save_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def references(whole_job: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job by two ranks of one host, under each config in a folder of its name."""
+    folder = tmp_path_factory.mktemp("references")
+    run_many(2, {config: {**whole_job, "deepspeed_config": config} for config in ("zero0", "zero2", "zero3")}, folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["pdsh", "ssh"])
+@pytest.mark.parametrize("launcher", ["pdsh", "ssh", "openmpi"])
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 @pytest.mark.parametrize("hosts", ["shared", "separate"], indirect=True)
 def test_every_way_to_train_on_two_hosts(
-    hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, config: str, launcher: str
+    hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, references: Path, config: str, launcher: str
 ) -> None:
-    options = {**base_options, "deepspeed_config": config, "do_eval": True, "save_steps": 6}
-    trains_as_one(hosts, disk, tmp_path, options, launcher)
+    settings = {"LAUNCHER": launcher}
+    if launcher == "openmpi":
+        if shutil.which("mpirun") is None:
+            pytest.skip("mpirun is not installed (package openmpi-bin)")
+        settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    given = flags(**{**whole_job, "cache_dir": disk / "cache"}, deepspeed_config=config, output_dir=disk / "run")
+    process = on_node1(hosts, tmp_path, *given, **settings)
+    assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
+    assert_equal(disk / "run", references / config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
 @pytest.mark.parametrize("hosts", ["separate"], indirect=True)
 def test_a_run_goes_on_from_checkpoints_on_separate_disks(
-    hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, config: str
+    hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, references: Path, config: str
 ) -> None:
-    options = {**base_options, "deepspeed_config": config, "do_eval": True, "save_steps": 6}
-    run_many(2, {"unbroken": options}, tmp_path)
-    given = flags(**options, output_dir=disk / "run", max_time="1s")
-    process = on_node1(hosts, tmp_path, *given)
+    given = flags(**whole_job, deepspeed_config=config, output_dir=disk / "run")
+    process = on_node1(hosts, tmp_path, *given, "--max_time", "1s")
     assert process.wait(timeout=300) == 75, output(tmp_path)[-5000:]
-    process = on_node1(hosts, tmp_path, *given[:-2])
+    process = on_node1(hosts, tmp_path, *given)
     assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
     assert "going on from" in output(tmp_path)
-    assert_equal(disk / "run", tmp_path / "unbroken")
+    assert_equal(disk / "run", references / config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", ["separate"], indirect=True)
+def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
+    hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict
+) -> None:
+    """At ZeRO-2 node1 alone cannot go on, and says so in a line, once."""
+    options = {**base_options, "deepspeed_config": "zero2", "max_steps": 30, "save_steps": 5, "timeout": TIMEOUT,
+               "global_batch_size": 16, "per_gpu_train_batch_size": 4}  # fmt: skip
+    process = on_node1(hosts, tmp_path, "--max_restarts", "2", *flags(**options, output_dir=disk / "run"))
+    wait_for("checkpoint-5", tmp_path, process)
+    subprocess.run(["kill", "-9", *hosts.processes(2)], check=False)
+    assert process.wait(timeout=300) == 2, output(tmp_path)[-5000:]
+    assert "has no shards of rank 1 on this disk" in output(tmp_path) and "restart 2" not in output(tmp_path)
 
 
 @pytest.mark.slow

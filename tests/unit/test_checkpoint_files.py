@@ -21,6 +21,8 @@ from qa_deepspeed.checkpoint_files import (
     write_loop_state,
     write_manifest,
 )
+from qa_deepspeed.engine.shards import Shards, require_shards
+from qa_deepspeed.errors import UserError
 
 
 def written(folder: Path, *steps: int, rate: float = 1e-3, rows: int = 8) -> None:
@@ -139,3 +141,15 @@ def test_the_manifest_names_every_file(checkpoint: Path) -> None:
     listed = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
     assert sorted(listed) == ["empty", "inner/config.json", "shard.pt"]
     assert listed["shard.pt"]["bytes"] == 3_000_000
+
+
+def test_shards_on_other_disks_are_named(tmp_path: Path) -> None:
+    """The names are those that DeepSpeed writes; bfloat16's have a prefix."""
+    (tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    (tmp_path / "bf16_zero_pp_rank_10_mp_rank_00_optim_states.pt").touch()
+    require_shards(tmp_path, 2, [0, 10])
+    require_shards(tmp_path, 0, [3])
+    with pytest.raises(UserError, match="has no shards of rank 1, 3 on this disk"):
+        require_shards(tmp_path, 3, [0, 1, 3, 10])
+    with pytest.raises(UserError, match="has no shards of rank 1 on"):
+        Shards(tmp_path, 1, 2, [])

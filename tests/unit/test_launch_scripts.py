@@ -116,6 +116,16 @@ def test_a_requeue_file_counts_where_the_launcher_changes_the_status(tmp_path: P
     assert done.returncode == 75 and len(shown(done)) == 1
 
 
+def test_multinode_tells_mpirun_where_rank_0_is(tmp_path: Path, stand_ins: Path) -> None:
+    settings = {"HOSTFILE": hostfile(tmp_path), "LAUNCHER": "openmpi", "PORT": "4000", "ECHO_ONLY": "1"}
+    (command,) = shown(run("multinode.sh", "--seed", "7", cwd=tmp_path, SSH_PORT="2222", **settings))
+    (given,) = (part for part in command if part.startswith("--launcher_args="))
+    given = shlex.split(given.partition("=")[2])
+    assert given[:4] == ["-x", "MASTER_ADDR=node1", "-x", "MASTER_PORT=4000"]
+    assert given[4:6] == ["--mca", "plm_rsh_args"] and given[6].endswith("-p 2222")
+    assert command[-3:] == ["train", "--seed", "7"]
+
+
 def test_multinode_by_plain_ssh_starts_a_torchrun_on_each_host(tmp_path: Path, stand_ins: Path) -> None:
     program(stand_ins, "ssh", 'while [ "$1" != node1 ] && [ "$1" != node2 ]; do shift; done; shift; eval "$@"')
     program(stand_ins, "python", f'echo "$PWD" "$@" >>{tmp_path}/started; exit 0')
