@@ -5,7 +5,6 @@ Nothing here knows what the other files hold; engine/checkpoint.py writes and re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 from qa_deepspeed import dist
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.file_progress import reading, sha256_of
 from qa_deepspeed.progress import Progress
 
 LOOP_FILE = "loop.json"
@@ -138,8 +138,10 @@ def write_manifest(folder: Path) -> None:
         OSError: the disk refuses.
     """
     names = _file_names(folder)
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
-        entries = dict(zip(names, threads.map(lambda name: _measure(folder / name, flush=True), names), strict=True))
+    shown = dist.is_first()
+    with reading(f"flushing {folder.name}", _paths(folder, names), shown) as told, _threads() as threads:
+        found = threads.map(lambda name: _flushed(folder / name, told), names)
+        entries = dict(zip(names, found, strict=True))
     for inner in {(folder / name).parent for name in names}:
         flush_folder(inner)
     with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
@@ -163,11 +165,10 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
-    checking = Progress(f"checking {folder.name}", len(listed), "file", shown=dist.is_first())
-    with checking as told, ThreadPoolExecutor(HASH_THREADS) as threads:
-        found = threads.map(lambda name: _measure(folder / name, flush=False)["sha256"], listed)
+    checking = reading(f"checking {folder.name}", _paths(folder, listed), dist.is_first())
+    with checking as told, _threads() as threads:
+        found = threads.map(lambda name: sha256_of(folder / name, told), listed)
         for name, digest in zip(listed, found, strict=True):
-            told.advance()
             if digest != listed[name][1]:
                 return f"{name} does not hold what was written (its checksum differs)"
     return None
@@ -217,13 +218,17 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
-def _measure(path: Path, flush: bool) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    size = 0
+def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / name for name in names]
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(HASH_THREADS)
+
+
+def _flushed(path: Path, told: Progress) -> dict[str, Any]:
+    """The manifest's entry of a file, which is on the disk then."""
+    digest = sha256_of(path, told)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-        if flush:
-            os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}

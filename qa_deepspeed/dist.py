@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as torch_distributed
+from tqdm import tqdm
 
 from qa_deepspeed.errors import UserError
 
@@ -65,13 +66,18 @@ def is_first() -> bool:
 def log0(message: str) -> None:
     """Print one line on rank 0, at once, whatever stdout is."""
     if is_first():
-        print(message, file=sys.stdout, flush=True)
+        _print(message)
 
 
 def log_rank(message: str) -> None:
     """Print one line on this rank, whichever it is, with its number where there are several."""
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
-    print(prefix + message, file=sys.stdout, flush=True)
+    _print(prefix + message)
+
+
+def _print(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)  # a progress bar on the screen makes way for it
+    sys.stdout.flush()
 
 
 OPENMPI_NAMES = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",

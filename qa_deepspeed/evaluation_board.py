@@ -1,4 +1,4 @@
-"""The report of an evaluation in TensorBoard: its figures as images, its tables as text."""
+"""The report of an evaluation in TensorBoard: its figures as images, its scores and mistakes as text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 
 from qa_deepspeed.answers import REPORT_FILE
 from qa_deepspeed.qa.charts import BLACK, GREY, HEIGHT, WIDTH, Figure, figures
-from qa_deepspeed.qa.report_page import markdown_tables
+from qa_deepspeed.qa.report_page import markdown_parts
 
-TITLE_HEIGHT = 24
+TITLE_HEIGHT = 28
+FONT_PIXELS = 17
+"""Large: TensorBoard shows images at half their size, dropping pixels."""
+MARGIN = 8
 ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 """Pillow's names for where a text stands about its point."""
 
@@ -22,8 +25,8 @@ def show_report(writer: Any, report: Mapping[str, Any], step: int) -> None:
     """Add a report (`Analysis.report` with `metrics`) to a SummaryWriter at this step."""
     for name, figure in figures(report).items():
         writer.add_image(f"evaluation/{name}", _pixels(figure), step, dataformats="HWC")
-    for name, table in markdown_tables(report).items():
-        writer.add_text(f"evaluation/{name}", table, step)
+    for name, text in markdown_parts(report).items():
+        writer.add_text(f"evaluation/{name}", text, step)
 
 
 def read_report(output_dir: Path) -> dict[str, Any]:
@@ -44,13 +47,16 @@ def _pixels(figure: Figure) -> np.ndarray:
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (WIDTH, HEIGHT + TITLE_HEIGHT), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_PIXELS)
     for points in figure.grid:
         draw.line([(x, y + TITLE_HEIGHT) for x, y in points], fill=GREY)
     for x, y, width, height, colour in figure.bars:
         draw.rectangle([x, y + TITLE_HEIGHT, x + width, y + height + TITLE_HEIGHT], fill=colour)
     for points, colour in figure.lines:
         draw.line([(x, y + TITLE_HEIGHT) for x, y in points], fill=colour, width=2)
-    for x, y, text, anchor in [(8, 4 - TITLE_HEIGHT / 2, figure.title, "start"), *figure.texts]:
+    for x, y, text, anchor in figure.texts:
         draw.text((x, y + TITLE_HEIGHT), text, fill=BLACK, font=font, anchor=ANCHORS[anchor])
+    wide = draw.textlength(figure.title, font) / (WIDTH - 2 * MARGIN)
+    title_font = ImageFont.load_default(FONT_PIXELS / max(1.0, wide))
+    draw.text((MARGIN, TITLE_HEIGHT - MARGIN), figure.title, fill=BLACK, font=title_font, anchor=ANCHORS["start"])
     return np.asarray(image)

@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _merged(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[st
     if tuner is None:
         raise UserError(f"{checkpoint} was trained without LoRA, there is nothing to merge: leave --merge_lora out")
     model.load_state_dict(whole_weights(checkpoint))
-    merged = tuner.merge_and_unload().to(DTYPES[dtype])
+    merged = tuner.merge_and_unload(progressbar=sys.stderr.isatty()).to(DTYPES[dtype])
     return merged, merged.state_dict()
 
 

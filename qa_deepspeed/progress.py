@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -16,7 +17,10 @@ LINE_SECONDS = 30.0
 
 
 class Progress:
-    """Counts work done and tells rate and time left on the standard error stream. Use it as a context manager."""
+    """Counts work done and tells rate and time left on the standard error stream. Use it as a context manager.
+
+    Threads may share one.
+    """
 
     def __init__(
         self, what: str, total: int | None, unit: str, shown: bool = True, lines: bool = True, done: int = 0
@@ -32,6 +36,7 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._began = self._told = time.monotonic()
         self._before = self._done = done
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Progress:
         return self
@@ -47,18 +52,20 @@ class Progress:
 
     def advance(self, units: int = 1) -> None:
         """Count units that are done."""
-        self.reach(self._done + units)
+        with self._lock:
+            self.reach(self._done + units)
 
     def reach(self, done: int, total: int | None = None) -> None:
         """Tell how many units are done, and of how many, once that is known."""
-        if total is not None and total != self._total:
-            self._total = self._bar.total = total
-        self._bar.update(done - self._done)
-        self._done = done
-        now = time.monotonic()
-        if self._lines and now - self._told >= LINE_SECONDS:
-            self._told = now
-            print(self._line(now - self._began), file=sys.stderr, flush=True)
+        with self._lock:
+            if total is not None and total != self._total:
+                self._total = self._bar.total = total
+            self._bar.update(done - self._done)
+            self._done = done
+            now = time.monotonic()
+            if self._lines and now - self._told >= LINE_SECONDS:
+                self._told = now
+                print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         rate = (self._done - self._before) / seconds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.lora import CONFIG_FILE, load_by_peft
+from qa_deepspeed.progress import Progress
 
 PROBE_FILE = "probe.safetensors"
 PROBE_ROWS = 4
@@ -94,8 +96,7 @@ def prove(
     else:
         model = kind.from_pretrained(folder, dtype=dtype).eval()
         loaded = model.state_dict()
-    wrong = [name for name, value in state.items() if name not in loaded or not torch.equal(loaded[name], value)]
-    wrong += [name for name in loaded if name not in state]
+    wrong = _differing(state, loaded) + [name for name in loaded if name not in state]
     if wrong:
         raise UserError(f"{folder} is not the model that was trained: {len(wrong)} of {len(loaded)} tensors differ "
                         f"({', '.join(wrong[:3])}); it must not be used")  # fmt: skip
@@ -112,12 +113,42 @@ def prove(
     return {**record, "rows": rows, "largest_difference": difference, "tolerance": tolerance}
 
 
+def _differing(state: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of `state` whose tensors are not in `loaded`, or not the same."""
+    wrong = []
+    with Progress("comparing weights", len(state), "tensor") as told:
+        for name, value in state.items():
+            if name not in loaded or not torch.equal(loaded[name], value):
+                wrong.append(name)
+            told.advance()
+    return wrong
+
+
+@contextmanager
+def _counting(model: torch.nn.Module) -> Iterator[None]:
+    """Tell how far the model's forward pass is, by the modules with weights that it has been through."""
+    modules = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    seen: set[int] = set()  # some models pass a layer many times
+    with Progress("comparing logits", len(modules), "module") as told:
+
+        def tell(module: torch.nn.Module, *_: Any) -> None:
+            seen.add(id(module))
+            told.reach(len(seen))
+
+        hooks = [module.register_forward_hook(tell) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def largest_difference(model: torch.nn.Module, probe: Probe) -> float:
     """Between the model's answers, in the precision of the probe, and the probe's, relative where logits exceed 1."""
     if probe.precision in TYPES:
         model = model.to(TYPES[probe.precision])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=probe.precision == "torch_autocast")
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), autocast, _counting(model):
         found = named_outputs(model(**probe.inputs))
     differences = [0.0]
     real = probe.inputs["attention_mask"].bool()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from qa_deepspeed import dist
-from qa_deepspeed.progress import Progress
+from qa_deepspeed.file_progress import reading, sha256_of
 from qa_deepspeed.qa.feature_store import FeatureStore
 
 PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "datasets", "numpy", "pyarrow")
@@ -25,7 +24,6 @@ PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "d
 MODEL_FILES = ("*.safetensors", "*.json", "training_args.bin", "*.txt", "*.model", "README.md")
 """What a saved model is made of; the run's own JSON files are among them and are part of what it leaves."""
 
-READ_BYTES = 1 << 22
 GIB = 1 << 30
 
 
@@ -111,14 +109,5 @@ def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of the saved model in `folder`, and of what stands beside it, by name."""
     paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     paths = [path for path in paths if path.name != "run.json"]
-    sums: dict[str, str] = {}
-    size = sum(path.stat().st_size for path in paths)
-    with Progress("checksums", size // READ_BYTES + len(paths), "block") as told:
-        for path in paths:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(READ_BYTES):
-                    digest.update(block)
-                    told.advance()
-            sums[path.name] = digest.hexdigest()
-    return sums
+    with reading("checksums", paths) as told:
+        return {path.name: sha256_of(path, told) for path in paths}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
-
-from tqdm import tqdm
 
 from qa_deepspeed import dist
 from qa_deepspeed.evaluation_board import read_report
@@ -50,14 +47,14 @@ class Reporter(NullReporter):
         self._board = TensorBoard(output_dir, done_steps)
         self._metrics = _open_metrics(output_dir / METRICS_FILE, done_steps)
         self._progress = Progress("training", total_steps, "step", lines=False, done=done_steps)
+        self._steps_left = total_steps - done_steps
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
         self._board.scalars(step, values)
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        dist.log0(line)
 
     def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
         """Show an evaluation question by question."""
@@ -68,8 +65,11 @@ class Reporter(NullReporter):
         self._board.report(step, read_report(output_dir))
 
     def advance(self) -> None:
-        """Count one optimizer step."""
+        """Count one optimizer step. After the last one the bar is done: what follows has its own."""
         self._progress.advance()
+        self._steps_left -= 1
+        if not self._steps_left:
+            self._progress.close()
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """The run is finished: what it was, and its final scores."""

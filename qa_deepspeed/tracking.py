@@ -21,7 +21,8 @@ FOLDER = "tensorboard"
 LAYOUT = {
     "Is it learning": {
         "loss": ["Multiline", ["train/loss$"]],
-        "F1 and exact match": ["Multiline", ["eval/f1$", "eval/exact$"]],
+        "F1": ["Multiline", ["eval/f1$"]],
+        "exact match": ["Multiline", ["eval/exact$"]],
         "answerable and unanswerable": ["Multiline", ["eval/HasAns_f1$", "eval/NoAns_f1$", "eval/best_f1$"]],
         "gradient norm": ["Multiline", ["train/grad_norm$"]],
         "learning rate": ["Multiline", ["train/learning_rate$"]],
@@ -33,7 +34,10 @@ LAYOUT = {
         "memory, GiB": ["Multiline", ["memory/.*"]],
     },
 }
-"""The tab "Custom scalars": categories, charts, and the tags of their curves as regular expressions."""
+"""The tab "Custom scalars": categories, charts, and the tags of their curves as regular expressions.
+
+Not two curves in a chart of evaluations: where each has one point, TensorBoard 2.21 draws neither.
+"""
 
 
 class TensorBoard:
@@ -67,7 +71,7 @@ class TensorBoard:
                     self._writer.add_histogram(f"null odds/{name}", shown[chosen], step)
             answerable = 1 / (1 + np.exp(shown))
             self._writer.add_pr_curve("question has an answer, by its null odds", has_answer, answerable, step)
-        self._writer.add_text("answers", view.table(), step)
+        self._writer.add_text("answers", view.listing(), step)
         self._writer.flush()
 
     def report(self, step: int, report: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.file_progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -143,7 +144,9 @@ def save_weights(
     the head so that `PeftModel.from_pretrained` reads them, and the config, which a tuned threshold goes into.
     """
     if not has_adapters(model):
-        model.save_pretrained(folder, state_dict=dict(state), **how)
+        size = sum({value.data_ptr(): value.nbytes for value in state.values()}.values())  # shared ones are one
+        with writing("saving the model", folder, size):
+            model.save_pretrained(folder, state_dict=dict(state), **how)
         return state
     folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, state).items()}

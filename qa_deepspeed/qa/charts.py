@@ -12,6 +12,9 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 20, 30, 60  # margins of the plot within the figu
 COLOURS = ("#1f77b4", "#ff7f0e", "#7f7f7f")
 GREY, BLACK = "#bbbbbb", "#222222"
 
+LETTER = 10
+"""Pixels of a letter where a legend is drawn largest, on average."""
+
 Point = tuple[float, float]
 
 
@@ -50,7 +53,7 @@ class Figure:
         x = WIDTH - RIGHT
         for name, colour in reversed(list(zip(names, COLOURS, strict=False))):
             self.texts.append((x, TOP - 10, name, "end"))
-            x -= 7 * len(name) + 15
+            x -= LETTER * len(name) + 18
             self.bars.append((x, TOP - 18, 8, 8, colour))
             x -= 14
 
@@ -113,5 +116,5 @@ def _slice(name: str, values: Mapping[str, Mapping[str, float]]) -> Figure:
         middle = figure.place((number + 0.5) * width, 0)[0]
         lines = [*value.split(), f"{cell['questions']:,}"]  # words below each other: neighbours do not touch
         for line, text in enumerate(lines):
-            figure.texts.append((middle, HEIGHT - BOTTOM + 16 + 15 * line, text, "middle"))
+            figure.texts.append((middle, HEIGHT - BOTTOM + 18 * (line + 1), text, "middle"))
     return figure

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.qa.markdown import plain, question_list
 from qa_deepspeed.qa.predictions import NBEST_FILE, NULL_ODDS_FILE, PREDICTIONS_FILE
 from qa_deepspeed.qa.question_scores import QuestionScores, gold_texts, score_questions
 
@@ -32,15 +32,16 @@ class EvaluationView:
     null_odds: np.ndarray | None
     samples: list[tuple[Example, str, float]]
 
-    def table(self) -> str:
-        """The samples as a Markdown table."""
-        lines = ["| | question | answer | gold | F1 |", "|---|---|---|---|---|"]
-        for example, answer, f1 in self.samples:
-            golds = " / ".join(dict.fromkeys(_cell(text) for text in gold_texts(example))) or "*no answer*"
-            mark = "right" if f1 == 1 else "wrong" if f1 == 0 else "partly"
-            given = _cell(answer) or "*no answer*"
-            lines.append(f"| {mark} | {_cell(example.question)} | {given} | {golds} | {f1:.2f} |")
-        return "\n".join(lines)
+    def listing(self) -> str:
+        """The samples as a Markdown list."""
+
+        def items() -> Iterator[tuple[str, str, dict[str, str]]]:
+            for example, answer, f1 in self.samples:
+                mark = "right" if f1 == 1 else "wrong" if f1 == 0 else f"partly right (F1 {f1:.2f})"
+                golds = " / ".join(dict.fromkeys(plain(text) for text in gold_texts(example)))
+                yield mark, example.question, {"answer": plain(answer), "gold": golds or plain("")}
+
+        return question_list(items())
 
 
 def view_evaluation(
@@ -71,7 +72,3 @@ def _lines(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             if text.startswith('"'):
                 ((example_id, nbest),) = json.loads(f"{{{text}}}").items()
                 yield example_id, nbest
-
-
-def _cell(text: str) -> str:
-    return escape(" ".join(text.split())).replace("\\", "\\\\").replace("|", "\\|")

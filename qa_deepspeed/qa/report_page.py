@@ -1,4 +1,4 @@
-"""The report of an evaluation as one HTML file that needs nothing beside it, and as tables for TensorBoard."""
+"""The report of an evaluation as one HTML file that needs nothing beside it, and in Markdown for TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from html import escape
 from typing import Any
 
 from qa_deepspeed.qa.charts import figures
+from qa_deepspeed.qa.markdown import plain, question_list
 
 STYLE = """
 body { font: 15px sans-serif; margin: 2em auto; max-width: 1120px; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
 td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: left; vertical-align: top }
 td.number { text-align: right }
-figure { display: inline-block; margin: 1em 0 }
+figure { display: inline-block; width: 49%; min-width: 420px; margin: 1em 0; vertical-align: top }
+figure svg { width: 100%; height: auto }
 """
 
 MISTAKE_COLUMNS = ("probability", "question", "gold", "prediction", "f1", "context", "example_id")
-BOARD_COLUMNS = MISTAKE_COLUMNS[:5]
-"""What TensorBoard has room for: it breaks the numbers' digits over lines to give long contexts more."""
 
 
 def page(report: Mapping[str, Any], title: str) -> str:
@@ -53,13 +53,18 @@ def score_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def markdown_tables(report: Mapping[str, Any]) -> dict[str, str]:
-    """The same tables in markdown, by name."""
-    mistakes = [[_cell(mistake[name]) for name in BOARD_COLUMNS] for mistake in report["mistakes"]]
-    return {
-        "scores": _markdown_table(("metric", "value", "95% interval"), score_rows(report)),
-        "mistakes": _markdown_table(BOARD_COLUMNS, mistakes),
-    }
+def markdown_parts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Scores and mistakes in Markdown, by name."""
+    mistakes = (
+        (f"{mistake['probability']:.3f}", mistake["question"], {
+            "answer": plain(mistake["prediction"]),
+            "gold": " / ".join(plain(gold) for gold in mistake["gold"]) or plain(""),
+        })
+        for mistake in report["mistakes"]
+    )  # fmt: skip
+    rows = [["metric", "value", "95% interval"], ["---"] * 3, *score_rows(report)]
+    scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return {"scores": scores, "mistakes": question_list(mistakes)}
 
 
 def _cell(value: Any) -> str:
@@ -72,12 +77,3 @@ def _html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
-
-
-def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        whole = (cell.encode("utf-8", "replace").decode() for cell in cells)  # halves of surrogate pairs are lost
-        plain = (escape(" ".join(cell.split())).replace("\\", "\\\\").replace("|", "\\|") for cell in whole)
-        return f"| {' | '.join(plain)} |"
-
-    return "\n".join([line(names), line(["---"] * len(names)), *map(line, rows)])

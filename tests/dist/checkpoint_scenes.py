@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from qa_deepspeed import dist, pacing
+from qa_deepspeed import dist, pacing, progress
 from qa_deepspeed.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.engine.checkpoint import whole_weights
@@ -298,6 +299,13 @@ def a_changed_batch_keeps_the_best_model() -> None:
         assert losses_then[-1] == min(losses_then) < losses_then[-2]
 
 
+def told_in_lines(act: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What `act` returns, and the lines of progress that it writes into a file."""
+    with mock.patch.object(progress, "LINE_SECONDS", 0.0), contextlib.redirect_stderr(io.StringIO()) as written:
+        result = act()
+    return result, written.getvalue().splitlines()
+
+
 def exports_are_proved_from_every_stage() -> None:
     """Float32 gives the engine's logits, bfloat16 the rounded weights, several files the same as one."""
 
@@ -308,7 +316,14 @@ def exports_are_proved_from_every_stage() -> None:
             record = export(FOLDER / name / f"checkpoint-{step}", out)
             assert record["rows"] == 4 and record["largest_difference"] <= 1e-5, record
             full = load_file(out / "model.safetensors")
-            halved = export(FOLDER / name / f"checkpoint-{step}", out / "bf16", "bf16", "200KB")
+            halved, lines = told_in_lines(
+                lambda: export(FOLDER / name / f"checkpoint-{step}", out / "bf16", "bf16", "200KB")
+            )
+            stages = [line.split(":")[0] for line in lines]
+            assert list(dict.fromkeys(stages)) == [
+                f"checking checkpoint-{step}", "putting weights together", "saving the model", "comparing weights",
+            ], lines  # fmt: skip
+            assert all("/s" in line and line.endswith(" left") for line in lines), lines
             parts = [load_file(path) for path in (out / "bf16").glob("*.safetensors")]
             rounded = {key: value for part in parts for key, value in part.items()}
             assert len(parts) > 1 and halved["dtype"] == "bfloat16"

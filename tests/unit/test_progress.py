@@ -1,6 +1,7 @@
 """Progress: lines with rate and time left where there is no terminal, a bar on one, silence where it is soon over."""
 
 import fcntl
+import hashlib
 import os
 import pty
 import re
@@ -8,10 +9,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from qa_deepspeed import progress
+from qa_deepspeed import file_progress, progress
+from qa_deepspeed.file_progress import MEGABYTE
 from qa_deepspeed.progress import Progress
 from tests.paths import REPOSITORY
 
@@ -57,6 +62,43 @@ def test_what_is_soon_over_or_not_asked_for_is_not_told(
             clock[0] += seconds
             told.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_files_that_grow_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what is on the disk, also where a file gets its length at once; the end is told whatever was seen."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(file_progress, "LOOK_SECONDS", 0.01)
+    seen = ""
+    with file_progress.writing("saving", tmp_path / "out", 8 * MEGABYTE):
+        (tmp_path / "out").mkdir()
+        with (tmp_path / "out" / "weights").open("wb") as file:
+            file.truncate(8 * MEGABYTE)
+            file.write(bytes(3 * MEGABYTE))
+            os.fsync(file.fileno())
+            for _ in range(1000):
+                seen += capsys.readouterr().err
+                if "saving: 3 of 8 megabytes" in seen:
+                    break
+                time.sleep(0.01)
+    assert re.search(r"^saving: 3 of 8 megabytes, \d+\.\d/s, \d:\d\d:\d\d left$", seen, re.MULTILINE), seen
+    assert "saving: 8 of 8 megabytes" in capsys.readouterr().err
+
+
+def test_files_are_read_by_the_megabyte_by_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    contents = [bytes([number]) * (MEGABYTE * number + 1) for number in range(4)]
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    with file_progress.reading("checking", paths) as told, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda path: file_progress.sha256_of(path, told), paths))
+    assert found == [hashlib.sha256(content).hexdigest() for content in contents]
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[1]) for line in lines] == list(range(1, 11)) and "of 10 megabytes" in lines[0]
 
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:

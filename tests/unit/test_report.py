@@ -1,7 +1,6 @@
 """The report of an evaluation as a page and in TensorBoard: whole by itself, everything of the data escaped."""
 
 import json
-import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -15,7 +14,7 @@ from qa_deepspeed.qa.charts import figures
 from qa_deepspeed.qa.examples import Answer, Example
 from qa_deepspeed.qa.metrics import Gold, Scorer
 from qa_deepspeed.qa.predictions import Prediction, columns_of
-from qa_deepspeed.qa.report_page import markdown_tables, page
+from qa_deepspeed.qa.report_page import markdown_parts, page
 
 HOSTILE = "<script>alert('x')</script> | \"&\" `b` \\"
 
@@ -87,10 +86,21 @@ def test_a_bar_is_as_high_as_its_score(report):
     assert [100 * height / full for height in heights] == pytest.approx(scores)
 
 
-def test_markdown_cells_cannot_end_their_cell(report):
-    for table in markdown_tables(report).values():
-        bars = {len(re.findall(r"(?<!\\)\|", line.replace(r"\\", ""))) for line in table.splitlines()}
-        assert len(bars) == 1 and "<script" not in table
+def test_tensorboard_shows_questions_as_they_are(report):
+    """By TensorBoard's own Markdown: a list of three entries a mistake, and nothing of the data taken for marks."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    shown = markdown_to_safe_html(markdown_parts(report)["mistakes"])
+    mistakes = report["mistakes"]
+    assert shown.count("<ul>") == 1 + len(mistakes) and shown.count("<li>") == 3 * len(mistakes)
+    assert "<script" not in shown and "<code" not in shown and shown.count("<strong>") == len(mistakes)
+    text = " ".join("".join(ElementTree.fromstring(f"<div>{shown}</div>").itertext()).split())
+    for mistake in mistakes:
+        question = " ".join(mistake["question"].encode("utf-8", "replace").decode().split())
+        assert f"{mistake['probability']:.3f} {question}" in text
+    assert f"answer: {HOSTILE}" in text and "gold: no answer" in text
+    scores = markdown_to_safe_html(markdown_parts(report)["scores"])
+    assert scores.count("<tr>") == 1 + len(report["metrics"])
 
 
 def test_tensorboard_has_the_figures_and_tables(report, tmp_path):

@@ -102,8 +102,8 @@ def test_an_evaluation_is_shown_question_by_question(tmp_path: Path, view: Evalu
     tags = found.Tags()["tensors"]
     assert "answer is right, by its probability" in tags and "question has an answer, by its null odds" in tags
     (text,) = found.Tensors("answers/text_summary")
-    table = text.tensor_proto.string_val[0].decode()
-    assert table.count("\n") == SAMPLES + 1 and "Which number, 49?" in table and "*no answer*" in table
+    shown = text.tensor_proto.string_val[0].decode()
+    assert shown.count("- **") == SAMPLES and "Which number, 49?" in shown and "answer: *no answer*" in shown
     hyper = found.summary_metadata["_hparams_/session_start_info"]
     assert b"learning_rate" in hyper.plugin_data.content
     curve = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
