@@ -156,7 +156,9 @@ def _at(config: dict[str, Any], key: str) -> Any:
 
 
 def _model(checked: Checked) -> list[str]:
-    checked.facts = facts = model_facts(checked.options)
+    facts = model_facts(checked.options)
+    head_kind(facts.config, checked.options.qa_head)  # an error where the model has no such head
+    checked.facts = facts
     resolved = _known(checked.resolved)
     kind = torch.bfloat16 if _element(resolved) == 2 else torch.float32
     checked.footprint = footprint(
@@ -262,7 +264,7 @@ def _disk(checked: Checked) -> list[str]:
     every = save_interval(run_options.save_steps, checked.steps) if checked.steps else 0
     kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
     if run_options.save_total_limit is not None:
-        kept = min(kept, max(1, run_options.save_total_limit)) + 1
+        kept = min(kept, run_options.save_total_limit) + 1
     one = checkpoint_bytes(model.parameters, model.trained)
     wanted = kept * one + 4 * model.trained
     unbuilt = [run_options.data_file(purpose) for purpose, (_, counts) in checked.features.items() if counts is None]

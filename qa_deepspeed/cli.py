@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.options import nearest, separate_flags
+from qa_deepspeed.options import fate_of, nearest, separate_flags
 
 COMMANDS = {
     "train": ("qa_deepspeed.commands", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
@@ -49,8 +49,8 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(separate_flags(self, arguments))
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = nearest(unknown[0].split("=")[0], flags)
-            raise UserError(f"unknown argument {unknown[0]}{hint} (see {self.prog} --help)")
+            told = fate_of(unknown[0].split("=")[0], flags)
+            raise UserError(f"unknown argument {unknown[0]}{told} (see {self.prog} --help)")
         return namespace
 
 

@@ -8,6 +8,7 @@ import sys
 
 from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.errors import UserError
 
 RETIRED = {
     "local_rank": "",  # launchers set it; nothing to tell
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the sub-command that `parser` is for."""
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
     group = parser.add_argument_group("DeepSpeed's own arguments")
-    group.add_argument("--deepspeed", action="store_true", help="accepted: this trainer always uses DeepSpeed")
+    group.add_argument("--deepspeed", nargs="?", const="", help="accepted: this trainer always uses DeepSpeed")
     options.add_arguments(parser, RunOptions, parser.get_default("command"))
 
 
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: as `train.train` and `evaluate.evaluate_run` say.
     """
+    if arguments.deepspeed:
+        raise UserError(f"--deepspeed takes no file here: pass it as --deepspeed_config {arguments.deepspeed}")
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "deepspeed")}
     run_options = options.build(RunOptions, arguments.command, given, arguments.config)
     from qa_deepspeed import dist

@@ -59,7 +59,8 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no run: {path} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} holds no run: {path} cannot be read ({reason})") from None
     if not isinstance(record, dict) or "identity" not in record:
         raise UserError(f"{path} is not the record of a training run")
     return record

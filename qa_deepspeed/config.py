@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.errors import UserError
@@ -36,8 +36,8 @@ class RunOptions:
     cache_dir: str | None = option(None, "folder for caches, hub files in hub/ and features in features/; unset:"
                                    " Hugging Face's own place, and a folder beside the data, or ~/.cache")  # fmt: skip
     output_dir: str | None = option(None, "folder for the model, checkpoints, predictions and TensorBoard")
-    data_dir: str | None = option(None, "folder with train-v1.1.json and dev-v1.1.json (v2.0 with version_2_with_"
-                                  "negative), for a train_file or predict_file that is not given")  # fmt: skip
+    data_dir: str | None = option(None, "folder that train_file and predict_file are in; where these are not given, "
+                                  "they are train-v1.1.json and dev-v1.1.json (v2.0 with version_2_with_negative)")
     train_file: str | None = option(None, "training questions, SQuAD JSON or rows as JSON, JSON lines, CSV or Parquet; "
                                     ".gz of these; several with commas between, or a glob", only=TRAIN)  # fmt: skip
     predict_file: str | None = option(None, "questions to evaluate on, in the same formats")
@@ -173,19 +173,39 @@ class RunOptions:
         return values
 
     def data_file(self, purpose: str) -> str | None:
-        """The file named for `purpose` ("train" or "evaluate"), or the classic name inside data_dir, or None."""
+        """The file named for `purpose` ("train" or "evaluate"), or the classic name; in data_dir, if there is one.
+
+        As run_squad.py has it: without data_dir there is no classic name, and absolute paths stay as they are.
+        """
         named = self.train_file if purpose == "train" else self.predict_file
-        if named or not self.data_dir:
+        if not self.data_dir:
             return named
         version = "v2.0" if self.version_2_with_negative else "v1.1"
-        return str(Path(self.data_dir) / f"{'train' if purpose == 'train' else 'dev'}-{version}.json")
+        named = named or f"{'train' if purpose == 'train' else 'dev'}-{version}.json"
+        return ",".join(os.path.join(self.data_dir, os.path.expanduser(part)) for part in named.split(","))
+
+
+LEAST = {
+    "logging_steps": 1, "per_gpu_eval_batch_size": 1, "n_best_size": 1, "max_answer_length": 1, "timeout": 1,
+    "save_total_limit": 1, "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0,
+    "warmup_steps": 0, "seed": 0,
+}  # fmt: skip
+"""The least that a number may be."""
+
+SEEDS = 2**32
+"""Seeds are less than this: numpy takes no others."""
 
 
 def check_counts(options: RunOptions) -> None:
-    """Raises UserError for a count that must be at least 1 and is not."""
-    for name in ("logging_steps", "per_gpu_eval_batch_size", "n_best_size", "max_answer_length"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(options, name)}")
+    """Raises UserError for a number that is too small, or none at all."""
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{name} must be at least {least}, not {value}")
+    if options.seed >= SEEDS:
+        raise UserError(f"seed must be less than {SEEDS}, not {options.seed}")
+    if options.max_steps <= 0 and not 0 < options.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs must be more than 0, not {options.num_train_epochs}")
 
 
 def check_objective(options: RunOptions) -> None:

@@ -165,7 +165,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
 def tell_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:
     """One line on what was read and made of it; what was rejected goes into a file of the output folder."""
     how = "built" if store.built else "from the cache"
-    dist.log0(f"{purpose}: {store.report.summary()}; {len(store):,} features ({how})")
+    taken = f", {len(store.examples):,} of them drawn" if len(store.examples) < store.report.usable else ""
+    dist.log0(f"{purpose}: {store.report.summary()}{taken}; {len(store):,} features ({how})")
     for note in notes(store):
         dist.log0(f"  {note}")
     if dist.is_first() and store.report.rejected:

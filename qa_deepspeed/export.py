@@ -69,6 +69,8 @@ def export(
             or the proof fails (then `out` is left as it was).
     """
     problem = damage(checkpoint)
+    if problem and (checkpoint / "config.json").is_file():
+        raise UserError(f"{checkpoint} holds a finished model already: name a checkpoint-N folder of a run")
     if problem:
         raise UserError(f"{checkpoint} cannot be exported: {problem}")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):

@@ -6,8 +6,11 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qa_deepspeed.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -22,12 +25,26 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
+        share(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def told_as_user_error(path: Path) -> Iterator[None]:
+    """Inside, a disk that refuses is a UserError which says that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def share(path: Path) -> None:
+    """Give a file the rights that new files have: safetensors gives its own to nobody but their owner."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -39,7 +39,8 @@ def read_hostfile(path: Path) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile {path} cannot be read ({error}); lines look like 'node1 slots=8'") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"hostfile {path} cannot be read ({reason}); lines look like 'node1 slots=8'") from None
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()

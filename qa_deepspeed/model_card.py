@@ -30,17 +30,22 @@ def write_model_card(
     path = folder / CARD_FILE
     if path.is_file() and EARLIER_CARDS_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    path.write_text(model_card(folder.resolve().name, options, record, intervals), encoding="utf-8")
+    name = options.push_to_hub or folder.resolve().name
+    path.write_text(model_card(name, options, record, intervals), encoding="utf-8")
     return True
 
 
 def model_card(
     name: str, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Interval]
 ) -> str:
-    """The text of the card. Nothing of this machine's folders is in its header: local models and data go unnamed."""
-    header = yaml.safe_dump(_header(name, options, record), sort_keys=False, allow_unicode=True)
+    """The text of the card of the model that is loaded by `name`.
+
+    Nothing of this machine's folders is in its header: local models and data go unnamed.
+    """
+    title = name.split("/")[-1]
+    header = yaml.safe_dump(_header(title, options, record), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{header}---\n{EARLIER_CARDS_MARK}\n\n# {name}",
+        f"---\n{header}---\n{EARLIER_CARDS_MARK}\n\n# {title}",
         _purpose(options, record),
         _loading(name, options, record),
         _evaluation(options, record, intervals),
@@ -62,13 +67,15 @@ def _header(name: str, options: RunOptions, record: Mapping[str, Any]) -> dict[s
         header["datasets"] = [options.dataset_name]
     metrics = record.get("metrics") or {}
     if metrics:
-        data = _evaluated_on(options)
+        data: dict[str, str] = {"name": _evaluated_on(options), "type": options.dataset_name or _evaluated_on(options)}
+        if not options.data_file("evaluate"):
+            data["split"] = options.predict_split
         values = [("exact_match", "Exact Match", metrics["exact"]), ("f1", "F1", metrics["f1"])]
         header["model-index"] = [{
             "name": name,
             "results": [{
                 "task": {"type": "question-answering", "name": "Question Answering"},
-                "dataset": {"name": data, "type": options.dataset_name or data, "split": options.predict_split},
+                "dataset": data,
                 "metrics": [
                     {"type": kind, "name": shown, "value": round(float(value), 3)} for kind, shown, value in values
                 ],
@@ -156,8 +163,11 @@ def _training(options: RunOptions, record: Mapping[str, Any]) -> str:
     gpus = hardware["gpus"]
     device = f"{len(gpus)} x {gpus[0]} a node" if gpus else f"{hardware['processor']}, {hardware['cores']} cores a node"
     identity = record["identity"]
+    usable = questions.get("usable", 0)
+    taken = data.get("features", {}).get("examples", usable)
     facts = [
-        f"{questions.get('usable', 0):,} usable questions"
+        (f"{taken:,} of " if taken < usable else "")
+        + f"{usable:,} usable questions"
         + (f", {sum(questions['rejected'].values()):,} left out" if questions.get("rejected") else ""),
         f"{identity['steps']:,} steps of {identity['global_batch_size']} rows, {identity['precision']}",
         f"{hardware['ranks']} ranks; {device}",

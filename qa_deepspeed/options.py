@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.moved_flags import MOVED
 
 Options = TypeVar("Options")
 
@@ -89,7 +90,7 @@ def build(options_class: type[Options], command: str, given: dict[str, Any], yam
     for origin, settings in ((yaml_path, _read_yaml(yaml_path) if yaml_path else {}), ("the command line", given)):
         for name, raw in settings.items():
             if name not in known:
-                raise UserError(f"unknown option '{name}' in {origin}{nearest(name, known)}")
+                raise UserError(f"unknown option '{name}' in {origin}{fate_of(name, known)}")
             values[name] = _convert(name, raw, kinds[name], known[name].metadata, str(origin))
     return options_class(**values, given=frozenset(values))  # type: ignore[call-arg]
 
@@ -98,6 +99,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint '; did you mean X?' for a misspelt name, or ''."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def fate_of(flag: str, known: Iterable[str]) -> str:
+    """What an error about an unknown option goes on with: what does its work here, or the nearest known one, or ''."""
+    told = MOVED.get(flag.lstrip("-"))
+    return f", a flag of run_qa.py: {told}" if told else nearest(flag, known)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

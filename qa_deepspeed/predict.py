@@ -1,14 +1,15 @@
 """`QuestionAnswerer`: answers from a trained reader, in Python, without DeepSpeed and without a launcher.
 
 Called like the question-answering pipeline that Transformers had up to version 4, with the same results
-(`qa/decode_pipeline.py` says where they differ); `n_best_size` adds n-best list and null odds as `evaluate` has them.
+(`qa/decode_pipeline.py` says where they differ; `old_pipeline.py` makes it as that was made); `n_best_size` adds n-best
+list and null odds as `evaluate` has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from qa_deepspeed.qa.features import FeatureSettings
 from qa_deepspeed.qa.memory_features import AnswerStore, FeatureMaker
 from qa_deepspeed.qa.predictions import NBEST_FIELDS
 from qa_deepspeed.qa.reduction import candidate_columns, normalizers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of typing since Python 3.11
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_536, 49_152
 """Tokens of a forward pass where the caller names no number of rows: CPUs gain nothing from more, GPUs do."""
@@ -91,7 +95,7 @@ class QuestionAnswerer:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | str | None = None,
         batch_size: int | None = None,
-    ) -> QuestionAnswerer:
+    ) -> Self:
         """The model of a folder or of the hub.
 
         Args:
@@ -105,7 +109,7 @@ class QuestionAnswerer:
         quiet_transformers(verbose=False)
         options = RunOptions(model_name_or_path=str(name))
         config = load_config(options)
-        tokenizer = _tokenizer(str(name) if tokenizer is None else tokenizer)
+        tokenizer = as_tokenizer(str(name) if tokenizer is None else tokenizer)
         model, fresh = load_model(options, config)
         require_trained_head(str(name), fresh)
         model = model.to(_dtype(dtype or config.dtype))
@@ -229,36 +233,7 @@ class QuestionAnswerer:
         return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
-def pipeline(
-    task: str = "question-answering",
-    model: Any = None,
-    tokenizer: Any = None,
-    device: torch.device | str | int | None = None,
-    dtype: torch.dtype | str | None = None,
-    torch_dtype: torch.dtype | str | None = None,
-    batch_size: int | None = None,
-) -> QuestionAnswerer:
-    """What `transformers.pipeline` was for question answering, so that only the import changes.
-
-    Args:
-        model: folder, hub name, or a model, which then needs its tokenizer too.
-        tokenizer: as model; left out, that of the model's folder.
-        torch_dtype: the older name of dtype.
-    Raises:
-        UserError: another task, no model, or none of its tokenizer.
-    """
-    if task != "question-answering":
-        raise UserError(f"this pipeline is for 'question-answering' only, not for '{task}'")
-    if isinstance(model, str):
-        return QuestionAnswerer.from_pretrained(
-            model, tokenizer=tokenizer, device=device, dtype=dtype or torch_dtype, batch_size=batch_size
-        )
-    if model is None or tokenizer is None:
-        raise UserError("which model? pass model= as a folder or hub name, or a loaded model together with tokenizer=")
-    return QuestionAnswerer(model, _tokenizer(tokenizer), device=device, batch_size=batch_size)
-
-
-def _tokenizer(given: Any) -> Any:
+def as_tokenizer(given: Any) -> Any:
     """The tokenizer that is given, loaded where only its folder or hub name is."""
     return load_tokenizer(RunOptions(model_name_or_path=given)) if isinstance(given, str) else given
 
@@ -269,15 +244,18 @@ def _device(device: torch.device | str | int | None) -> torch.device:
     if isinstance(device, int):
         return torch.device("cpu" if device < 0 else f"cuda:{device}")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
-        raise UserError(f"there is no device '{device}'; say cpu, cuda or cuda:0") from None
+        found = None
+    if found is None or found.type == "meta":
+        raise UserError(f"there is no device '{device}'; say cpu, cuda or cuda:0")
+    return found
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """A config that names none means float32."""
     kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"there is no dtype '{dtype}'; say float32, bfloat16 or float16")
     return kind
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.files import write_json
+from qa_deepspeed.files import told_as_user_error, write_json
 from qa_deepspeed.qa.examples import Example
 from qa_deepspeed.qa.formats import Columns, read_passages
 from qa_deepspeed.qa.read_report import ReadReport
@@ -22,6 +22,7 @@ from qa_deepspeed.qa.readers import resolve_files
 from qa_deepspeed.qa.validation import Passage, Validator
 
 STANDARD_INPUT = "-"
+COLUMNS = ("id", "question", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_name_or_path", required=True, help="folder or hub name of a trained reader")
     add("--question", help="one question, instead of a file")
     add("--context", help="the text that answers it")
+    for name in COLUMNS:
+        add(f"--{name}_column", default=name, help=f"column of rows that holds the {name} (default {name})")
     add("--output", metavar="FILE", help="where to write: JSON lines with score, start, end and answer of each "
         "question, or, where the name ends in .json, one object {id: answer} as `score` takes it; left out, lines go "
         "to the screen")  # fmt: skip
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = ReadReport()
     passages = (
         nullcontext(iter([Passage("--question", arguments.context, [{"question": arguments.question}], False)]))
-        if one else _passages(arguments.input)
+        if one else _passages(arguments)
     )  # fmt: skip
     with passages as read:
         examples = _examples(read, report)
@@ -72,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         answered = _answered(chain([first], examples), arguments)
         if (arguments.output or "").endswith(".json"):
             target = _writable(Path(arguments.output))
-            write_json(target, {row["id"]: _best(row)["answer"] for row in answered})
+            answers = {row["id"]: _best(row)["answer"] for row in answered}
+            with told_as_user_error(target):
+                write_json(target, answers)
         else:
             with _lines(arguments.output) as lines:
                 for row in answered:
@@ -124,17 +129,18 @@ def _examples(passages: Iterator[Passage], report: ReadReport) -> Iterator[Examp
 
 
 @contextmanager
-def _passages(path: str) -> Iterator[Iterator[Passage]]:
+def _passages(arguments: argparse.Namespace) -> Iterator[Iterator[Passage]]:
     """The passages of a file, or of standard input, which is put into a file first: formats are told by looking."""
-    if path != STANDARD_INPUT:
-        files = resolve_files([path])
-        yield (passage for file in files for passage in read_passages(file, Columns(), True))
+    columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in COLUMNS})
+    if arguments.input != STANDARD_INPUT:
+        files = resolve_files([arguments.input])
+        yield (passage for file in files for passage in read_passages(file, columns, True, ids_required=False))
         return
     with tempfile.NamedTemporaryFile(suffix=".json") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.flush()
         try:
-            yield read_passages(copy.name, Columns(), True)
+            yield read_passages(copy.name, columns, True, ids_required=False)
         except UserError as error:
             raise UserError(str(error).replace(copy.name, "standard input")) from None
 
@@ -144,11 +150,14 @@ def _lines(output: str | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    with open(_writable(Path(output)), "w", encoding="utf-8") as file:
+    target = _writable(Path(output))
+    with told_as_user_error(target), open(target, "w", encoding="utf-8") as file:
         yield file
 
 
 def _writable(path: Path) -> Path:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     return path

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.files import share
 from qa_deepspeed.models.lora import CONFIG_FILE, load_by_peft
 from qa_deepspeed.progress import Progress
 
@@ -66,6 +67,7 @@ def save_probe(folder: Path, probe: Probe) -> None:
     tensors = {f"inputs.{name}": value.contiguous() for name, value in probe.inputs.items()}
     tensors |= {f"outputs.{name}": value.contiguous() for name, value in probe.outputs.items()}
     save_file(tensors, folder / PROBE_FILE)
+    share(folder / PROBE_FILE)
 
 
 def load_probe(folder: Path, precision: str, device: str) -> Probe:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.files import told_as_user_error
 
 RECIPE = "sample.json"  # written into DIR: what made its contents
 RECIPE_VERSION = 1  # raise it whenever the same arguments give other files
@@ -357,7 +358,12 @@ def _positive(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes the sample and says what is in it."""
-    made = write_sample(arguments.directory, arguments.seed, arguments.train_articles, arguments.dev_articles)
+    """Makes the sample and says what is in it.
+
+    Raises:
+        UserError: the folder holds something else or cannot be written.
+    """
+    with told_as_user_error(arguments.directory):
+        made = write_sample(arguments.directory, arguments.seed, arguments.train_articles, arguments.dev_articles)
     print(f"{'made' if made else 'already there'}: {arguments.directory}/train.json, dev.json and model/")
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import BatchPlan, RunOptions, plan_batches
-from qa_deepspeed.engine.config_keys import unknown_keys
+from qa_deepspeed.engine.config_keys import SECTIONS, unknown_keys
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.options import nearest
 
@@ -95,6 +95,10 @@ def load(name: str) -> dict[str, Any]:
         raise UserError(f"deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config {path} must hold a JSON object")
+    sections = (*SECTIONS, "optimizer", "scheduler", "torch_autocast")
+    flat = [name for name in sections if name in config and not isinstance(config[name], dict)]
+    if flat:
+        raise UserError(f"deepspeed_config {path}: {', '.join(flat)} must hold a JSON object")
     unknown = unknown_keys(config)
     if unknown:
         raise UserError(f"deepspeed_config {path}: DeepSpeed does not know {', '.join(unknown)}")

@@ -146,6 +146,9 @@ def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **e
     hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
         return auto_class.from_pretrained(name, cache_dir=hub, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # the last: a package that the model asks for
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {auto_class.__name__} from '{name}': {first_line}") from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # the last: a package that is asked for
+        what = "config" if auto_class is AutoConfig else "tokenizer" if auto_class is AutoTokenizer else "weights"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise UserError(f"cannot load the {what} of '{name}': {reason.removesuffix('.')}; is that the folder of a "
+                        "model, or its name on the hub?") from None  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.file_progress import writing
+from qa_deepspeed.files import share
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -147,10 +148,13 @@ def save_weights(
         size = sum({value.data_ptr(): value.nbytes for value in state.values()}.values())  # shared ones are one
         with writing("saving the model", folder, size):
             model.save_pretrained(folder, state_dict=dict(state), **how)
+        for path in folder.glob("*.safetensors"):
+            share(path)
         return state
     folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, state).items()}
     save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    share(folder / WEIGHTS_FILE)
     dataclasses.replace(model.peft_config[_ADAPTER], inference_mode=True).save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -38,10 +38,13 @@ class Columns:
     is_impossible: str = "is_impossible"
 
 
-def read_passages(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
+def read_passages(
+    path: str, columns: Columns, version_2_with_negative: bool, ids_required: bool = True
+) -> Iterator[Passage]:
     """All passages of a file in its order; a flat row is a passage with one question.
 
-    The ending of the name says the format; `.gz` after it may be there or not.
+    The ending of the name says the format; `.gz` after it may be there or not. A table without a column of ids is
+    read where `ids_required` is false; its questions have None.
 
     Raises:
         UserError: the file is missing, truncated, not of its format, lacks a column, or calls itself SQuAD v2.0
@@ -50,9 +53,9 @@ def read_passages(path: str, columns: Columns, version_2_with_negative: bool) ->
     name = path.lower().removesuffix(".gz")
     with _one_clear_error(path):
         if name.endswith(".parquet"):
-            yield from _parquet_passages(path, columns)
+            yield from _parquet_passages(path, columns, ids_required)
         elif name.endswith((".csv", ".tsv")):
-            yield from _csv_passages(path, columns, "\t" if name.endswith(".tsv") else ",")
+            yield from _csv_passages(path, columns, "\t" if name.endswith(".tsv") else ",", ids_required)
         else:
             yield from _json_passages(path, columns, version_2_with_negative)
 
@@ -219,15 +222,15 @@ def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Passage:
     return Passage(where, row.get(columns.context), [fields], numbered=False)
 
 
-def _require_columns(path: str, present: list[str], columns: Columns) -> None:
+def _require_columns(path: str, present: list[str], columns: Columns, ids_required: bool) -> None:
     for field, name in zip(("id", "question", "context"), astuple(columns)[:3], strict=True):
-        if name not in present:
+        if name not in present and (ids_required or field != "id"):
             raise UserError(
                 f"{path}: no column '{name}' for the {field} among {', '.join(present)}; name it with --{field}_column"
             )
 
 
-def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passage]:
+def _csv_passages(path: str, columns: Columns, delimiter: str, ids_required: bool) -> Iterator[Passage]:
     # The limit belongs to the whole process; the default of 131,072 characters is too small for long contexts.
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
@@ -236,7 +239,7 @@ def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passa
         try:
             if not reader.fieldnames:
                 raise UserError(f"{path}: the file is empty")
-            _require_columns(path, list(reader.fieldnames), columns)
+            _require_columns(path, list(reader.fieldnames), columns, ids_required)
             line = reader.line_num + 1
             for row in reader:
                 yield _flat_row(row, f"{path}: line {line}", columns)
@@ -247,7 +250,7 @@ def _csv_passages(path: str, columns: Columns, delimiter: str) -> Iterator[Passa
             raise UserError(f"{path}: on line {line} or after: not UTF-8 text; convert the file") from error
 
 
-def _parquet_passages(path: str, columns: Columns) -> Iterator[Passage]:
+def _parquet_passages(path: str, columns: Columns, ids_required: bool) -> Iterator[Passage]:
     import pyarrow
     import pyarrow.parquet
 
@@ -259,7 +262,7 @@ def _parquet_passages(path: str, columns: Columns) -> Iterator[Passage]:
         try:
             table = pyarrow.parquet.ParquetFile(source)
             present = table.schema_arrow.names
-            _require_columns(path, present, columns)
+            _require_columns(path, present, columns, ids_required)
             wanted = [name for name in astuple(columns) if name in present]
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=wanted):

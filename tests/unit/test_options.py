@@ -9,7 +9,7 @@ import pytest
 
 from qa_deepspeed import options
 from qa_deepspeed.cli import Parser
-from qa_deepspeed.config import RunOptions, plan_batches, total_steps
+from qa_deepspeed.config import RunOptions, check_counts, plan_batches, total_steps
 from qa_deepspeed.errors import UserError
 
 
@@ -50,6 +50,7 @@ def test_yaml_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("learning_rte: 1", "did you mean 'learning_rate'"),
+        ("warmup_ratio: 0.1", "a flag of run_qa.py: --warmup_steps here"),
         ("learning_rate: fast", "must be a number"),
         ("max_steps: 1.5", "must be a whole number"),
         ("bf16: maybe", "must be true or false"),
@@ -82,6 +83,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--max_steps", "many"], "must be a whole number, not 'many'"),
         (["train", "--config", "nowhere.yaml"], "cannot read the run file nowhere.yaml"),
         (["evaluate", "--learning_rate", "1"], "unknown argument --learning_rate"),
+        (["train", "--validation_file=x"], "--validation_file=x, a flag of run_qa.py: --predict_file here"),
+        (["train", "--deepspeed", "ds.json"], "pass it as --deepspeed_config ds.json"),
     ],
 )
 def test_the_command_line_answers_mistakes_in_one_line(arguments: list[str], message: str) -> None:
@@ -118,11 +121,14 @@ def test_the_launchers_rank_flag_is_taken_before_the_command() -> None:
     assert command("--local_rank=1", "--help").returncode == 0
 
 
-def test_data_dir_means_the_classic_file_names() -> None:
+def test_data_dir_holds_the_files_and_the_classic_names() -> None:
     assert build({"data_dir": "d"}).data_file("train") == str(Path("d") / "train-v1.1.json")
     two = build({"data_dir": "d", "version_2_with_negative": "true"})
     assert two.data_file("evaluate") == str(Path("d") / "dev-v2.0.json")
-    assert build({"data_dir": "d", "train_file": "mine.json"}).data_file("train") == "mine.json"
+    named = build({"data_dir": "d", "train_file": "a.json,/b/*.json", "predict_file": "c.json"})
+    assert named.data_file("train") == f"{Path('d') / 'a.json'},/b/*.json"
+    assert named.data_file("evaluate") == str(Path("d") / "c.json")
+    assert build({"train_file": "mine.json"}).data_file("train") == "mine.json"
 
 
 def test_accumulation_follows_from_the_global_batch() -> None:
@@ -139,6 +145,20 @@ def test_arithmetic_that_does_not_come_out_names_what_would(
     if accumulation is None:
         advised = int(str(error.value).split("take global_batch_size ")[1].split()[0])
         assert advised % (rows * world_size) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("learning_rate", -1e-5, "at least 0"), ("learning_rate", float("nan"), "at least 0"), ("seed", -1, "at least 0"),
+     ("seed", 2**32, "less than 4294967296"), ("num_train_epochs", 0.0, "more than 0"), ("timeout", 0, "at least 1"),
+     ("num_train_epochs", float("nan"), "more than 0"), ("warmup_steps", -1, "at least 0"),
+     ("save_total_limit", 0, "at least 1"), ("logging_steps", 0, "at least 1")],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(name: str, value: float, said: str) -> None:
+    check_counts(RunOptions())
+    check_counts(RunOptions(max_steps=1, num_train_epochs=0.0))
+    with pytest.raises(UserError, match=f"{name} must be {said}"):
+        check_counts(RunOptions(**{name: value}))
 
 
 def test_the_last_partial_batch_of_an_epoch_is_a_step() -> None:

@@ -269,6 +269,17 @@ def test_a_tokenizer_of_another_folder_is_used(saved: Path, tmp_path: Path) -> N
         pipeline("question-answering", model=bert.model)
 
 
+def test_a_pipeline_takes_arguments_of_its_calls_when_it_is_made(saved: Path) -> None:
+    bert = answerer("bert")
+    made = pipeline("question-answering", str(saved), device=-1, top_k=3, max_answer_len=4, framework="pt",
+                    use_fast=True, num_workers=0)  # fmt: skip
+    answers = [one["answer"] for one in bert(question=QUESTION, context=CONTEXT, top_k=3, max_answer_len=4)]
+    assert [one["answer"] for one in made(question=QUESTION, context=CONTEXT)] == answers
+    assert [one["answer"] for one in made(question=QUESTION, context=CONTEXT, top_k=2)] == answers[:2]
+    with pytest.raises(TypeError, match="takes no argument 'device_map'"):
+        pipeline("question-answering", str(saved), device_map="auto")
+
+
 def test_a_model_without_a_trained_head_is_refused(saved: Path, tmp_path: Path) -> None:
     transformers.BertModel(answerer("bert").model.config).save_pretrained(tmp_path)
     answerer("bert").tokenizer.save_pretrained(tmp_path)

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qa_deepspeed.cli import main
@@ -49,6 +51,21 @@ def test_rows_of_a_file_are_answered_in_order(model: str, tmp_path: Path, capsys
     assert [len(line["answers"]) for line in shown] == [2, 2, 2]
 
 
+def test_a_table_needs_no_ids_and_may_name_its_columns(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text(f'asked,text\n{QUESTION!r},"{CONTEXT}"\n'.replace("'", '"'))
+    pyarrow.parquet.write_table(pyarrow.table({"asked": [QUESTION], "text": [CONTEXT]}), tmp_path / "rows.parquet")
+    wanted = answerer("bert")(QUESTION, CONTEXT)["answer"]
+    for name in ("rows.csv", "rows.parquet"):
+        columns = ("--question_column", "asked", "--context_column", "text")
+        assert predict(str(tmp_path / name), "--model_name_or_path", model, *columns) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert (line["id"], line["question"], line["answer"]) == ("1", QUESTION, wanted)
+        assert predict(str(tmp_path / name), "--model_name_or_path", model) == 2
+        assert "name it with --question_column" in capsys.readouterr().err
+
+
 def test_a_squad_file_becomes_predictions_that_score_takes(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,8 +106,13 @@ def test_one_question_and_standard_input(
         (["nothing.json"], "no such file"),
         (["--question", " ", "--context", "y"], "nothing to answer"),
         (["--question", "x", "--context", "y", "--output", "no/where.json"], "there is no folder"),
+        (["--question", "x", "--context", "y", "--output", "."], "it is a folder"),
+        (["--question", "x", "--context", "y", "--output", "/proc/x.json"], "cannot write /proc/x.json"),
+        (["--question", "x", "--context", "y", "--output", "/proc/x.jsonl"], "cannot write /proc/x.jsonl"),
         (["--question", "x", "--context", "y", "--device", "moon"], "there is no device"),
+        (["--question", "x", "--context", "y", "--device", "meta"], "there is no device"),
         (["--question", "x", "--context", "y", "--dtype", "int9"], "there is no dtype"),
+        (["--question", "x", "--context", "y", "--dtype", "int8"], "there is no dtype"),
     ],
 )
 def test_mistakes_are_one_line(
