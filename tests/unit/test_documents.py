@@ -3,11 +3,14 @@
 Those of the README's bash blocks are run as they stand by tests/dist/test_readme.py.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from qa_deepspeed.config import RunOptions
+from qa_deepspeed.moved_flags import MOVED
 from tests.paths import REPOSITORY
 
 DOCUMENTS = ("README.md", "launch/README.md", "tests/bench/README.md")
@@ -61,6 +64,27 @@ def test_nothing_is_listed_that_no_document_says() -> None:
     said = [one for document in DOCUMENTS for one in commands(document)]
     assert [known for known in RUN_BY | NOT_RUN if not any(re.search(known, one) for one in said)] == []
     assert [test for test in RUN_BY.values() if not (REPOSITORY / test).is_file()] == []
+
+
+RUN_QA = (
+    "model_name_or_path config_name tokenizer_name cache_dir model_revision token trust_remote_code dataset_name "
+    "dataset_config_name train_file validation_file test_file overwrite_cache preprocessing_num_workers max_seq_length "
+    "pad_to_max_length max_train_samples max_eval_samples max_predict_samples version_2_with_negative "
+    "null_score_diff_threshold doc_stride n_best_size max_answer_length"
+)
+"""The flags that run_qa.py itself declares, beside those of TrainingArguments."""
+
+
+def test_the_fate_of_every_flag_of_run_qa_is_told() -> None:
+    """In the README's table; and what is told to who passes one that is not taken is told there too."""
+    section = (REPOSITORY / "README.md").read_text().split("## Coming from run_qa.py")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)(?: FILE)?`", section))
+    ours = {field.name for field in dataclasses.fields(RunOptions)}
+    assert not {*RUN_QA.split(), *MOVED} - named
+    assert set(RUN_QA.split()) <= ours | MOVED.keys()
+    assert not ours & MOVED.keys()
+    same = set(re.findall(r"`(\w+)`", section.split("A file of arguments")[0]))
+    assert len(same) > 25 and not same - ours
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[:2])

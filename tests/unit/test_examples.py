@@ -3,12 +3,16 @@ for the kind of model they name."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import small_tokenizers
 import yaml
 from transformers import AutoConfig
 
+from qa_deepspeed import check as preflight
 from qa_deepspeed import options
 from qa_deepspeed.config import RunOptions, check_objective
 from qa_deepspeed.engine import ds_config
@@ -54,6 +58,25 @@ def test_an_example_fits_its_model_and_its_data(path: Path) -> None:
     assert wanted.dataset_name == ("rajpurkar/squad_v2" if wanted.version_2_with_negative else "rajpurkar/squad")
     assert wanted.max_seq_length - wanted.max_query_length - 4 >= wanted.doc_stride
     assert wanted.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_passes_check(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On machines that are large enough; the config class of the kind of model and a small tokenizer stand in."""
+    wanted = read(path)
+    model_type = MODEL_TYPES[str(wanted.model_name_or_path)]
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    small_tokenizers.tokenizer({"mistral": "llama"}.get(model_type, model_type)).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 2**50)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+    stand_in = dataclasses.replace(
+        wanted, model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), no_cuda=True
+    )
+    assert preflight.check(stand_in, ranks=2, port=0) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{model_type}, " in told and f"ZeRO stage {3 if wanted.deepspeed_config == 'zero3' else 2}, bf16" in told
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
