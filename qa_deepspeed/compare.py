@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ CHANCE = 0.05
 """A difference with a smaller p value is called more than chance."""
 
 UNTOLD = "-"
+
+SHOWN_DIGITS = 12
+"""Of a checksum: enough to tell two apart."""
 
 IGNORED_OPTIONS = {"output_dir", "overwrite_output_dir", "overwrite_cache", "cache_dir"}
 """Where a run puts things says nothing about its outcome."""
@@ -113,7 +117,8 @@ def _table(title: str, runs: list[str], rows: dict[str, list[Any]]) -> list[str]
 def _cell(value: Any) -> str:
     if value is None:
         return UNTOLD
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text[:SHOWN_DIGITS] + "..." if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _significance(

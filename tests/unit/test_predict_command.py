@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import sys
@@ -54,7 +55,8 @@ def test_rows_of_a_file_are_answered_in_order(model: str, tmp_path: Path, capsys
 def test_a_table_needs_no_ids_and_may_name_its_columns(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "rows.csv").write_text(f'asked,text\n{QUESTION!r},"{CONTEXT}"\n'.replace("'", '"'))
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("asked", "text"), (QUESTION, CONTEXT)])
     pyarrow.parquet.write_table(pyarrow.table({"asked": [QUESTION], "text": [CONTEXT]}), tmp_path / "rows.parquet")
     wanted = answerer("bert")(QUESTION, CONTEXT)["answer"]
     for name in ("rows.csv", "rows.parquet"):

@@ -101,15 +101,11 @@ def test_files_are_read_by_the_megabyte_by_many_threads(
     assert [int(line.split()[1]) for line in lines] == list(range(1, 11)) and "of 10 megabytes" in lines[0]
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
-    code = (
-        "import time; from qa_deepspeed import progress; progress.QUIET_SECONDS = 0.1\n"
-        "with progress.Progress('answering', 40, 'window') as told:\n"
-        "    for _ in range(40): time.sleep(0.02); told.advance()"
-    )
+def on_a_terminal(code: str) -> str:
+    """What Python code writes to a terminal that is 100 columns wide."""
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=terminal, cwd=REPOSITORY)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, cwd=REPOSITORY)
     os.close(terminal)
     seen = b""
     while True:
@@ -121,7 +117,32 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
             break
         seen += part
     os.close(master)
-    assert process.wait() == 0
-    bars = seen.decode().split("\r")
+    assert process.wait() == 0, seen.decode()
+    return seen.decode()
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
+    seen = on_a_terminal(
+        "import time; from qa_deepspeed import progress; progress.QUIET_SECONDS = 0.1\n"
+        "with progress.Progress('answering', 40, 'window') as told:\n"
+        "    for _ in range(40): time.sleep(0.02); told.advance()"
+    )
+    bars = seen.split("\r")
     shape = re.compile(r"answering: +\d+%.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+window/s\]")
     assert any(shape.search(bar) for bar in bars), bars[-3:]
+
+
+def test_lines_of_the_log_have_their_own_line_and_one_bar_follows_another(tmp_path: Path) -> None:
+    seen = on_a_terminal(
+        "import sys, time; from pathlib import Path; from qa_deepspeed import dist, progress, report\n"
+        f"progress.QUIET_SECONDS = 0.0; reporter = report.Reporter(Path({str(tmp_path)!r}), 6, 0)\n"
+        "for step in range(1, 7):\n"
+        "    reporter.advance(); time.sleep(0.15)\n"
+        "    if step == 3: dist.log0('saved it')\n"
+        "with progress.Progress('evaluating', 3, 'batch') as told:\n"
+        "    for _ in range(3): told.advance(); time.sleep(0.15)\n"
+    )
+    parts = [part.strip() for part in re.split(r"[\r\n]", seen)]
+    assert "saved it" in parts, parts
+    assert all(any(part.startswith(name) for part in parts) for name in ("training: ", "evaluating: ")), parts
+    assert "\x1b[A" not in seen, "two bars at once: the first was not ended"
