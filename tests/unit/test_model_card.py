@@ -70,6 +70,17 @@ def test_folders_of_this_machine_are_not_told(tmp_path: Path) -> None:
     assert training_command(options).endswith("--train_file train.json --output_dir OUTPUT_DIR")
 
 
+def test_a_model_for_the_hub_is_loaded_by_its_name_there(tmp_path: Path) -> None:
+    """And what was drawn of the training file is told, and no split of a file that is not the hub's."""
+    options = dataclasses.replace(OPTIONS, push_to_hub="somebody/reader", predict_file="dev.json")
+    train = {**RECORD["data"]["train"], "features": {"examples": 1600}}
+    assert write_model_card(tmp_path, options, {**RECORD, "data": {"train": train}}, INTERVALS)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == "reader" and '.from_pretrained("somebody/reader")' in card.text
+    assert "1,600 of 130,000 usable questions" in card.text
+    assert all(result.dataset_split is None and result.dataset_name == "dev.json" for result in card.data.eval_results)
+
+
 def test_a_card_that_a_person_wrote_is_left_alone(tmp_path: Path) -> None:
     assert write_model_card(tmp_path, OPTIONS, RECORD, {})
     assert write_model_card(tmp_path, OPTIONS, RECORD, INTERVALS)
