@@ -14,7 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from qa_deepspeed.qa.evaluation_view import SAMPLES, EvaluationView, view_evaluation
 from qa_deepspeed.qa.examples import Answer, Example
-from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, write_predictions
+from qa_deepspeed.qa.predictions import DecodeSettings, Prediction, columns_of, write_predictions
 from qa_deepspeed.report import Reporter
 from qa_deepspeed.tracking import LAYOUT
 
@@ -51,7 +51,7 @@ def view(tmp_path: Path) -> EvaluationView:
     store: Any = Store(50)
     predictions = [
         Prediction(example.example_id, text := "" if n % 2 else str(n % 8),
-                   [(text, 0.75, 1.0, 0.0, 3)], n - 20.0)
+                   columns_of([(text, 0.75, 1.0, 0.0, 3)]), n - 20.0)
         for n, example in enumerate(store.examples)
     ]  # fmt: skip
     write_predictions(iter(predictions), tmp_path, DecodeSettings(version_2_with_negative=True))
