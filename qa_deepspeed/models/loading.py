@@ -150,5 +150,5 @@ def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **e
         what = "config" if auto_class is AutoConfig else "tokenizer" if auto_class is AutoTokenizer else "weights"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        raise UserError(f"cannot load the {what} of '{name}': {reason.removesuffix('.')}; is that the folder of a "
-                        "model, or its name on the hub?") from None  # fmt: skip
+        hint = "" if what == "weights" else "; is that the folder of a model, or its name on the hub?"
+        raise UserError(f"cannot load the {what} of '{name}': {reason.removesuffix('.')}{hint}") from None
