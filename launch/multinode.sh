@@ -68,16 +68,29 @@ start() {
     "${command[@]}"
 }
 
+# variables_to_send: fills `sent` with PATH, PYTHONPATH and the lines of .deepspeed_env, which DeepSpeed's launchers send.
+variables_to_send() {
+    local file line
+    sent=("PATH=$PATH" "PYTHONPATH=$PYTHONPATH")
+    for file in "$HOME/${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do
+        [ -r "$file" ] || continue
+        while read -r line || [ -n "$line" ]; do
+            if [[ $line == *=* ]]; then sent+=("$line"); fi
+        done <"$file"
+    done
+}
+
 # start_by_ssh FLAGS...: a torchrun on every host of `live`; when one ends badly the others are ended.
 start_by_ssh() {
-    local host slots number=0 first nodes status=0 part pids=()
+    local host slots number=0 first nodes status=0 part sent pids=()
+    variables_to_send
     nodes=$(wc -l <"$live")
     read -r first _ <"$live"
     while read -r host slots _; do
         part=(python -m qa_deepspeed.torchrun --nnodes "$nodes" --nproc_per_node "${slots#slots=}" --node_rank "$number"
             --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT" -m qa_deepspeed train "$@")
         number=$((number + 1))
-        part=(env "PATH=$PATH" "PYTHONPATH=$PYTHONPATH" "${part[@]}")
+        part=(env "${sent[@]}" "${part[@]}")
         ECHO_ONLY='' show ssh "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") &&" "${part[@]}"
         [ -z "${ECHO_ONLY:-}" ] || continue
         # A terminal (-tt): what runs there ends when the connection does.

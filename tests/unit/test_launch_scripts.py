@@ -128,15 +128,16 @@ def test_multinode_tells_mpirun_where_rank_0_is(tmp_path: Path, stand_ins: Path)
 
 def test_multinode_by_plain_ssh_starts_a_torchrun_on_each_host(tmp_path: Path, stand_ins: Path) -> None:
     program(stand_ins, "ssh", 'while [ "$1" != node1 ] && [ "$1" != node2 ]; do shift; done; shift; eval "$@"')
-    program(stand_ins, "python", f'echo "$PWD" "$@" >>{tmp_path}/started; exit 0')
+    program(stand_ins, "python", f'echo "$GLOO_SOCKET_IFNAME" "$PWD" "$@" >>{tmp_path}/started; exit 0')
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0")
     settings = {"HOSTFILE": hostfile(tmp_path), "LAUNCHER": "ssh"}
     done = run("multinode.sh", "--seed", "7", cwd=tmp_path, stand_ins=stand_ins, **settings)
     assert done.returncode == 0, done.stderr
     started = sorted((tmp_path / "started").read_text().splitlines())
     rest = "--master_addr node1 --master_port 29500 -m qa_deepspeed train --seed 7"
     assert started == [
-        f"{tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 2 --node_rank 0 {rest}",
-        f"{tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 {rest}",
+        f"eth0 {tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 2 --node_rank 0 {rest}",
+        f"eth0 {tmp_path} -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 {rest}",
     ]
 
 
