@@ -159,8 +159,8 @@ def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
     if lacking:
         ranks_there = ", ".join(map(str, lacking))
         raise UserError(
-            f"{checkpoint} has no shards of rank {ranks_there} on this disk, another node's has them: go on with the same "
-            "hosts in the same order, or put the checkpoint's files of all nodes together on each"
+            f"{checkpoint} has no shards of rank {ranks_there} on this disk, another node's has them: go on with the "
+            "same hosts in the same order, or put the checkpoint's files of all nodes together on each"
         )
 
 
