@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PretrainedConfig
 
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.lora import base_of, load_adapters
 from qa_deepspeed.models.qa_heads import BEAM_CLASSES
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError)
+"""What Transformers raises: ImportError for a package that the model asks for, the last for a config's values."""
 
 
 def quiet_transformers(verbose: bool) -> None:
@@ -146,7 +150,7 @@ def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **e
     hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
         return auto_class.from_pretrained(name, cache_dir=hub, **extra)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # the last: a package that is asked for
+    except LOADING_ERRORS as error:
         what = "config" if auto_class is AutoConfig else "tokenizer" if auto_class is AutoTokenizer else "weights"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -12,6 +12,7 @@ import pytest
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.data import cache_folder, load_features, model_facts
 from qa_deepspeed.errors import UserError
+from qa_deepspeed.models.loading import load_config
 from qa_deepspeed.sample import write_sample
 
 
@@ -86,3 +87,13 @@ def test_features_lie_in_cache_dir_or_beside_the_data_or_in_the_users_cache(
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert cache_folder(None, tmp_path / "d.json") == tmp_path / "home" / "qa_deepspeed" / "features"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"model_type": "bert", "hidden_size": "x"}', "hidden_size"), ("5", "config"), ("{", "JSON")]
+)
+def test_a_config_that_cannot_be_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"cannot load the config of .*{said}") as error:
+        load_config(RunOptions(model_name_or_path=str(tmp_path)))
+    assert "\n" not in str(error.value)
