@@ -25,7 +25,6 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.qa.predictions import (
     NO_SPAN_NULL_ODDS,
     DecodeSettings,
-    NBestEntry,
     Prediction,
     columns_of,
     write_predictions,
@@ -293,31 +292,35 @@ def _predictions(
     exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
     probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
-    shares = probability[kept.question, rank].tolist()
-    start_logits, end_logits, begins = kept.start_logit.tolist(), kept.end_logit.tolist(), kept.begin.tolist()
-    null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1).tolist()
+    columns = [probability[kept.question, rank], kept.start_logit, kept.end_logit, kept.begin]
+    null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1)
+    ends, v2, threshold = first[1:], settings.version_2_with_negative, settings.null_score_diff_threshold
+    if v2:
+        place = (first[:-1] + null_rank)[answered]
+        nulls = _null_entry(probability[answered, size], lowest_null[answered])[1:]
+        columns = [np.insert(column, place, null) for column, null in zip(columns, nulls, strict=True)]
+        ends = ends + np.cumsum(answered)
     columns_of_question = zip(
-        example_ids, first[:-1].tolist(), first[1:].tolist(), lowest_null.tolist(), null_odds.tolist(), null_rank,
-        probability[:, size].tolist(), strict=True,
+        example_ids, first[:-1].tolist(), first[1:].tolist(), ends.tolist(), lowest_null.tolist(), null_odds.tolist(),
+        null_rank.tolist(), strict=True,
     )  # fmt: skip
-    v2, threshold = settings.version_2_with_negative, settings.null_score_diff_threshold
-    for example_id, begin, end, null, odds, rank_of_null, share in columns_of_question:
+    at = 0
+    for example_id, begin, end, column_end, null, odds, rank_of_null in columns_of_question:
         if begin == end:
             yield _without_span(example_id, null, settings)
             continue
-        text = texts[begin]
-        nbest = (
-            texts[begin:end], shares[begin:end], start_logits[begin:end], end_logits[begin:end], begins[begin:end]
-        )  # fmt: skip
+        text, nbest_texts = texts[begin], texts[begin:end]
+        nbest = (nbest_texts, *(column[at:column_end] for column in columns))
+        at = column_end
         if v2:
-            for column, value in zip(nbest, _null_entry(share, null), strict=True):
-                column.insert(rank_of_null, value)
+            nbest_texts.insert(rank_of_null, "")
             yield Prediction(example_id, "" if odds > threshold else text, nbest, odds)
         else:
             yield Prediction(example_id, text, nbest, None)
 
 
-def _null_entry(probability: float, null_score: float) -> NBestEntry:
+def _null_entry(probability: Any, null_score: Any) -> tuple[str, Any, Any, float, int]:
+    """The null entry's `NBEST_FIELDS`; of several questions at once where arrays are given."""
     return "", probability, null_score, 0.0, -1
 
 

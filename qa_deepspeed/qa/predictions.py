@@ -12,6 +12,8 @@ from json.encoder import encode_basestring_ascii as quoted  # the json module's 
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import numpy as np
+
 PREDICTIONS_FILE = "predictions.json"
 NBEST_FILE = "nbest_predictions.json"
 NULL_ODDS_FILE = "null_odds.json"
@@ -38,15 +40,17 @@ NBestEntry = tuple[str, float, float, float, int]
 """The values of `NBEST_FIELDS`. `start` is the character of the context where the text begins. The null entry (text "")
 has start -1 and, since only the sum of its logits is kept, that sum as start_logit and 0 as end_logit.
 """
-NBestColumns = tuple[list[str], list[float], list[float], list[float], list[int]]
-"""An n-best list as a list of each of `NBEST_FIELDS`: making an entry of every span takes as long as finding the spans.
+NBestColumns = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""An n-best list by `NBEST_FIELDS`, a list of texts and arrays `[entries]`: making an entry of every span would take as
+long as finding the spans.
 """
 
 
 def columns_of(entries: Iterable[NBestEntry]) -> NBestColumns:
     """The columns of an n-best list that has at least one entry."""
-    texts, probabilities, start_logits, end_logits, starts = map(list, zip(*entries, strict=True))
-    return texts, probabilities, start_logits, end_logits, starts
+    texts, *numbers = zip(*entries, strict=True)
+    probabilities, start_logits, end_logits, starts = map(np.array, numbers)
+    return list(texts), probabilities, start_logits, end_logits, starts
 
 
 class Prediction(NamedTuple):
@@ -63,7 +67,8 @@ class Prediction(NamedTuple):
     @property
     def nbest(self) -> list[NBestEntry]:
         """The n-best list, made anew at each call."""
-        return list(zip(*self.nbest_columns, strict=True))
+        texts, *numbers = self.nbest_columns
+        return list(zip(texts, *(column.tolist() for column in numbers), strict=True))
 
     @property
     def best_span_text(self) -> str:
@@ -102,7 +107,8 @@ def write_predictions(predictions: Iterable[Prediction], output_dir: Path, setti
 def _nbest_json(columns: NBestColumns) -> str:
     # Formatted in one go, since this takes most of the time of writing.
     texts, *numbers = columns
-    return _list_format(len(texts)) % tuple(chain.from_iterable(zip(map(quoted, texts), *numbers, strict=True)))
+    values = zip(map(quoted, texts), *(column.tolist() for column in numbers), strict=True)
+    return _list_format(len(texts)) % tuple(chain.from_iterable(values))
 
 
 @cache
