@@ -20,6 +20,9 @@ class StandIn:
     def __init__(self, size: int = 1000) -> None:
         self.size = size
 
+    def write_common_states(self) -> None:
+        """Nothing to set: its one file is every rank's."""
+
     def save_shards(self, folder: Path, tag: str) -> None:
         (folder / tag / "shard.pt").write_bytes(os.urandom(self.size))
 
