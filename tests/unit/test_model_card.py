@@ -38,9 +38,10 @@ INTERVALS = {"exact": Interval(70.0, 72.0), "f1": Interval(73.4, 75.6)}
 def test_the_hub_reads_the_header() -> None:
     card = huggingface_hub.ModelCard(model_card("squad-reader", OPTIONS, RECORD, INTERVALS))
     data = card.data
-    assert (data.base_model, data.pipeline_tag, data.library_name) == (
-        "bert-base-uncased", "question-answering", "transformers"
-    )  # fmt: skip
+    told = {name: data.to_dict()[name] for name in ("base_model", "pipeline_tag", "library_name")}
+    assert told == {
+        "base_model": "bert-base-uncased", "pipeline_tag": "question-answering", "library_name": "transformers"
+    }  # fmt: skip
     assert data.datasets == ["rajpurkar/squad_v2"] and data.model_name == "squad-reader"
     results = {result.metric_type: result for result in data.eval_results}
     assert results["f1"].metric_value == 74.5 and results["exact_match"].metric_value == 71.25
