@@ -1,15 +1,21 @@
-"""The cores of a machine, divided among the ranks on it."""
+"""The cores of a machine, divided among the ranks on it, and a rank's cores among what it works on at once."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qa_deepspeed import dist
 
 THREADS = "OMP_NUM_THREADS"
+
+MOST_AT_ONCE = 8
+"""Parts that one process works on at the same time: of more, Python itself would take turns with the products."""
 
 
 def share_cores() -> None:
@@ -30,6 +36,24 @@ def share_cores() -> None:
     if dist.local_world_size() > 1:
         dist.log0(f"each of {dist.local_world_size()} ranks here computes with {len(mine)} "
                   f"{'cores of its own' if bound else 'threads'} ({THREADS} sets another number)")  # fmt: skip
+
+
+def on_all_cores(work: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[Any]:
+    """`work` of each part, in their order, as many parts at the same time as torch has threads (`MOST_AT_ONCE`).
+
+    A core that has a forward pass to itself waits for no other core; cores that share every operation of one pass do.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(parts), MOST_AT_ONCE)
+    if workers < 2:
+        yield from map(work, parts)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        yield from pool.map(work, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # threads that are started later take over the number that was set last
 
 
 def cores_of(cores: set[int], rank: int, ranks: int) -> set[int]:

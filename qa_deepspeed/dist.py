@@ -242,6 +242,39 @@ def _hand_on_at_last(value: Any) -> Any:
     return value
 
 
+class _Works:
+    """Several collectives that are under way, waited for as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def gather_by_broadcasts(
+    output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> _Works | None:
+    """`torch.distributed.all_gather_into_tensor`, each rank broadcasting its part, straight into place.
+
+    gloo's own copies everything twice on its way, which makes it two to five times slower between the ranks of one
+    host. Over a network its ring sends less when there are many ranks.
+    """
+    parts = output_tensor.view(-1).chunk(torch_distributed.get_world_size(group))
+    mine = parts[torch_distributed.get_rank(group)]
+    if mine.data_ptr() != input_tensor.data_ptr():
+        mine.copy_(input_tensor.view(-1))
+    works = _Works([
+        torch_distributed.broadcast(part, group=group, group_src=sender, async_op=True)
+        for sender, part in enumerate(parts)
+    ])  # fmt: skip
+    if async_op:
+        return works
+    works.wait()
+    return None
+
+
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """All ranks' rows of the named arrays `[rows, ...]`, in rank order, on rank 0; None on the other ranks.
 

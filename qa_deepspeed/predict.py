@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qa_deepspeed import kept_threshold
 from qa_deepspeed.config import RunOptions
+from qa_deepspeed.cores import on_all_cores
 from qa_deepspeed.data import ModelFacts, positions
 from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.families import family_of, model_columns
@@ -208,11 +209,17 @@ class QuestionAnswerer:
     ) -> tuple[Candidates, np.ndarray]:
         """The best spans of every window, and the normalizers of `decode_like_pipeline`, `[features]`."""
         kept: list[dict[str, np.ndarray]] = [_nothing(count)]
+        batches = list(_batches(store.lengths, rows or self._batch_size, self.device))
+
+        def answered(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
+            batch = make_batch(store.take, batch_rows, self._layout).to(self.device)
+            return self._forward(batch, count, max_answer_len)
+
         with Progress("answering", len(store), "window", progress is not False, lines=bool(progress)) as told:
-            for batch_rows in _batches(store.lengths, rows or self._batch_size, self.device):
-                batch = make_batch(store.take, batch_rows, self._layout).to(self.device)
-                kept.append(self._forward(batch, count, max_answer_len))
-                told.advance(len(batch_rows))
+            at_once = self.device.type == "cpu" and not _changes_in_forward(self.model)
+            for part in on_all_cores(answered, batches) if at_once else map(answered, batches):
+                kept.append(part)
+                told.advance(len(part["feature_id"]))
         columns = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
         order = np.argsort(columns["feature_id"])
         columns = {name: values[order] for name, values in columns.items()}
@@ -231,6 +238,12 @@ class QuestionAnswerer:
         else:
             columns["normalizer"] = normalizers(batch, outputs.start_logits, outputs.end_logits)
         return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def _changes_in_forward(model: torch.nn.Module) -> bool:
+    """Whether a forward pass changes the model: rotary embeddings that fit their frequencies to the length do."""
+    kinds = (str(getattr(module, "rope_type", "")) for module in model.modules())
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
 def as_tokenizer(given: Any) -> Any:

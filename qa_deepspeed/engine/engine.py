@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def import_deepspeed(verbose: bool) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=verbose)  # joins the group there is; parameters cannot be born without it
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and 1 < dist.world_size() == dist.local_world_size():
+        deepspeed.comm.comm.cdb.all_gather_function = dist.gather_by_broadcasts
     return deepspeed
 
 

@@ -6,6 +6,8 @@ import copy
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,38 @@ def test_results_do_not_depend_on_what_is_asked_beside() -> None:
             alone = reader(question=QUESTION, context=text, top_k=3, handle_impossible_answer=True, batch_size=1)
             assert [one["answer"] for one in alone] == [one["answer"] for one in answers]
             assert [one["score"] for one in alone] == pytest.approx([one["score"] for one in answers], abs=1e-5)
+
+
+@pytest.fixture
+def threads_put_back() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic", "longrope"])
+def test_results_do_not_depend_on_the_number_of_threads(rope: str, threads_put_back: None) -> None:
+    """Batches are worked on at the same time, but not where a forward pass changes the model for the others."""
+    tokenizer = answerer("qwen2").tokenizer
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0} | (factors if rope == "longrope" else {})
+    config = transformers.AutoConfig.for_model(
+        "qwen2", vocab_size=len(tokenizer), max_position_embeddings=64 if rope == "dynamic" else 512,
+        rope_parameters=parameters, **SIZES["qwen2"],
+    )  # fmt: skip
+    transformers.set_seed(1)
+    reader = QuestionAnswerer(transformers.AutoModelForQuestionAnswering.from_config(config), tokenizer, device="cpu")
+    seen: set[int] = set()
+    reader.model.register_forward_pre_hook(lambda module, inputs: seen.add(threading.get_ident()))
+    questions, contexts = [QUESTION] * 30, [CONTEXT[: 40 + 5 * number] for number in range(30)]
+    lengths = {} if rope == "default" else {"max_seq_len": 60 if rope == "dynamic" else 120}
+    results = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        results.append(reader(question=questions, context=contexts, batch_size=2, **lengths))
+    assert (seen == {threading.get_ident()}) == (rope != "default")
+    for one, other in zip(*results, strict=True):
+        assert one == {**other, "score": pytest.approx(other["score"], rel=1e-4)}
 
 
 def test_every_form_of_input_gives_the_same() -> None:
