@@ -1,4 +1,4 @@
-"""Attention for CPUs: row by row, each at its own length, a few heads at a time.
+"""Attention for training on CPUs: row by row, each at its own length, a few heads at a time.
 
 torch's attention with dropout passes over all scores of a batch `[rows, heads, length, length]` a dozen times, in main
 memory; here the scores of a few heads stay in the processor's cache from the product of queries and keys to the product
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
@@ -38,7 +37,7 @@ def speed_up_on_cpu(model: Any, keep_attention: bool = False) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, CpuDropout(child.p))
+                setattr(module, name, CpuDropout(child.p).train(child.training))
     if keep_attention:
         return
     if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
@@ -68,24 +67,22 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if torch.is_grad_enabled() and dropout == 0.0:  # gradients of many slices cost more than the padding
-        token = torch.arange(query.shape[2])
-        real = (token >= attention_mask[:, :1]) & (token < attention_mask[:, 1:])
-        return sdpa_attention_forward(module, query, key, value, real[:, None, None, :], scaling=scaling, **rest)
-    spans = attention_mask.tolist()
-    if 0.0 < dropout < 1.0:
-        return _DroppedAttention.apply(query, key, value, spans, scale, dropout), None
-    return attention_without_dropout(query, key, value, spans, scale), None
+    if not 0.0 < dropout < 1.0:
+        mask = _added_to_scores(attention_mask, query)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, dropout=dropout, **rest)
+    return _DroppedAttention.apply(query, key, value, attention_mask.tolist(), scale, dropout), None
 
 
-def attention_without_dropout(query: Tensor, key: Tensor, value: Tensor, spans: list, scale: float) -> Tensor:
-    """torch's attention of each row over its real tokens; `[rows, length, heads, width]`, zero at padding."""
-    rows = []
-    for row, (begin, end) in enumerate(spans):
-        one = slice(row, row + 1), slice(None), slice(begin, end)
-        answer = functional.scaled_dot_product_attention(query[one], key[one], value[one], scale=scale)
-        rows.append(functional.pad(answer.transpose(1, 2), (0, 0, 0, 0, begin, query.shape[2] - end)))
-    return torch.cat(rows)
+def _added_to_scores(spans: Tensor, query: Tensor) -> Tensor | None:
+    """0 at real tokens and minus infinity at padding, `[rows, 1, 1, length]`; None where there is no padding.
+
+    torch would make of a mask of booleans one of all pairs of tokens in every layer.
+    """
+    token = torch.arange(query.shape[2])
+    padding = (token < spans[:, :1]) | (token >= spans[:, 1:])
+    if not padding.any():
+        return None
+    return query.new_zeros(padding.shape).masked_fill_(padding, float("-inf"))[:, None, None, :]
 
 
 def _pieces(spans: list, heads: int) -> list[tuple[int, slice, slice]]:
