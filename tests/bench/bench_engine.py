@@ -1,6 +1,7 @@
 """What DeepSpeed costs, what two ranks gain, and how much of the device a training step uses.
 
     OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|ranks|attention [--repeats N]
+    torchrun --nproc_per_node 2 tests/bench/bench_engine.py gather [--repeats N]
 
 overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, backward, clipping, the same fused AdamW
     and schedule) over the same batches, by turns in one process.
@@ -9,6 +10,7 @@ ranks: `train` at ZeRO-2 on two ranks beside two runs on one rank at the same ti
 attention: forward and backward of a BERT-base-shaped model, dropout active, with this package's attention and dropout
     and with Transformers' default (sdpa), by turns; the share of the measured roof of matrix products that the model's
     own operations (no padding, nothing computed twice) come to.
+gather: MiniLM's parameters from all ranks of one host to all, by gloo's all-gather and by broadcasts, by turns.
 """
 
 from __future__ import annotations
@@ -207,13 +209,34 @@ def attention(repeats: int) -> None:
         print(f"| {length} | {ours:.2f} | {default:.2f} | {ratio:.2f} | {shares[0]:.0%} | {shares[1]:.0%} |")
 
 
+def gather(repeats: int) -> None:
+    """Print what it takes to gather MiniLM's 22.7 million parameters from the ranks that torchrun started."""
+    dist.start(torch.device("cpu"), 600)
+    share = 22_700_000 // dist.world_size()
+    whole, mine = torch.empty(share * dist.world_size()), torch.randn(share)
+
+    def by(way: Callable[..., Any]) -> Callable[[int], None]:
+        def act(turn: int) -> None:
+            way(whole, mine)
+            dist.barrier()
+
+        return act
+
+    ways = {"all-gather": by(torch.distributed.all_gather_into_tensor), "broadcasts": by(dist.gather_by_broadcasts)}
+    seconds = in_turn(ways, repeats)
+    for name, measured in seconds.items():
+        dist.log0(f"{name:12} {1000 * statistics.median(measured):7.1f} ms (median of {repeats})")
+    dist.stop()
+
+
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "ranks", "attention"))
-    parser.add_argument("--repeats", type=int, help="of steps (overhead 60, attention 5) or of whole runs (ranks 3)")
+    parser.add_argument("what", choices=("overhead", "ranks", "attention", "gather"))
+    parser.add_argument("--repeats", type=int,
+                        help="of steps (overhead 60, attention 5), gathers (20) or of whole runs (ranks 3)")
     arguments = parser.parse_args()
-    ways = {"overhead": (overhead, 60), "ranks": (ranks, 3), "attention": (attention, 5)}
+    ways = {"overhead": (overhead, 60), "ranks": (ranks, 3), "attention": (attention, 5), "gather": (gather, 20)}
     measure, usual = ways[arguments.what]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     measure(arguments.repeats or usual)

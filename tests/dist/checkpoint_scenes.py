@@ -317,7 +317,9 @@ def exports_are_proved_from_every_stage() -> None:
             assert record["rows"] == 4 and record["largest_difference"] <= 1e-5, record
             full = load_file(out / "model.safetensors")
             halved, lines = told_in_lines(
-                lambda: export(FOLDER / name / f"checkpoint-{step}", out / "bf16", "bf16", "200KB")
+                lambda checkpoint=FOLDER / name / f"checkpoint-{step}", out=out: export(
+                    checkpoint, out / "bf16", "bf16", "200KB"
+                )
             )
             stages = [line.split(":")[0] for line in lines]
             assert list(dict.fromkeys(stages)) == [
@@ -327,7 +329,8 @@ def exports_are_proved_from_every_stage() -> None:
             parts = [load_file(path) for path in (out / "bf16").glob("*.safetensors")]
             rounded = {key: value for part in parts for key, value in part.items()}
             assert len(parts) > 1 and halved["dtype"] == "bfloat16"
-            assert rounded.keys() == full.keys() and all(torch.equal(rounded[key], full[key].bfloat16()) for key in full)
+            assert rounded.keys() == full.keys()
+            assert all(torch.equal(rounded[key], full[key].bfloat16()) for key in full)
         assert (FOLDER / "exported-whole-6/model.safetensors").read_bytes() == (
             FOLDER / "whole/model.safetensors"
         ).read_bytes()

@@ -14,6 +14,25 @@ from qa_deepspeed.errors import UserError
 from qa_deepspeed.run_folder import require_whole_checkpoints
 
 
+def gather_by_broadcasts(rank: int, world_size: int) -> None:
+    """Every rank's part at its place, as torch's own gather has it: of all ranks, and of a group that begins later."""
+    for first in (0, world_size // 2):
+        group = torch.distributed.new_group(list(range(first, world_size)), backend="gloo")
+        if rank < first:
+            continue
+        ranks = torch.arange(first, world_size)
+        expected = (ranks[:, None] * 100.0 + torch.arange(6.0)).reshape(-1, 3)
+        for in_place, waits in ((False, True), (True, False)):
+            whole = torch.zeros(2 * len(ranks), 3)
+            mine = whole[2 * (rank - first) :][:2] if in_place else torch.zeros(2, 3)
+            mine.copy_(rank * 100.0 + torch.arange(6.0).reshape(2, 3))
+            works = dist.gather_by_broadcasts(whole, mine, group, async_op=not waits)
+            assert (works is None) == waits
+            if works is not None:
+                works.wait()
+            assert torch.equal(whole, expected)
+
+
 def main() -> None:
     """Assert on every rank; a failed assertion ends the launch with an error."""
     dist.GATHER_ROWS = 5  # several exchanges
@@ -40,6 +59,7 @@ def main() -> None:
             assert np.array_equal(gathered["pair"][order], np.stack([np.arange(total), -np.arange(total)], 1))
             assert np.array_equal(gathered["score"][order], (np.arange(total) / np.float32(3)).astype(np.float32))
             assert gathered["pair"].dtype == np.int32
+    gather_by_broadcasts(rank, world_size)
     assert dist.sums([rank, 1.5]) == [sum(range(world_size)), 1.5 * world_size]
     value = {"f1": 0.1 + 0.2, "text": "日本 \u0301", "none": None}
     assert dist.broadcast_json(value if rank == 0 else "not looked at") == value

@@ -20,7 +20,7 @@ HANG_SECONDS = 360
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a launch: this checkout, no network, one thread a rank, nothing of an outer launcher, no GPU."""
+    """The environment of a launch: this checkout, no network, no GPU, a thread a rank, nothing of an outer launcher."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     settings = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",

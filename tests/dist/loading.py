@@ -1,6 +1,7 @@
 """One rank that loads checkpoints under ZeRO-3: `-m tests.dist.loading FOLDER LARGE CASE...`.
 
-Each CASE of FOLDER must come out as `from_pretrained` gives it, to the bit; while LARGE loads, anonymous memory is watched.
+Each CASE of FOLDER must come out as `from_pretrained` gives it, to the bit; while LARGE loads, anonymous memory is
+watched.
 """
 
 import sys

@@ -103,7 +103,8 @@ def exports_answer_as_the_engine_did() -> None:
 def the_adapter_is_evaluated_at_any_stage() -> None:
     """What the run itself found at its end."""
     expected = json.loads((FOLDER / "zero0/metrics.json").read_text())
-    names = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride", "max_eval_examples")
+    names = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride",
+             "max_eval_examples")  # fmt: skip
     for stage in ("zero0", "zero3"):
         given = {name: OPTIONS[name] for name in names} | {"deepspeed_config": stage}
         given |= {"model_name_or_path": str(FOLDER / "zero0"), "output_dir": str(FOLDER / f"again-{stage}")}

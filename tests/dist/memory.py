@@ -34,7 +34,7 @@ def collectives() -> dict:
 
 
 def main() -> None:
-    """Write what this rank used as JSON to OUT-RANK: anonymous memory on the way, and of a GPU what tensors had at most."""
+    """Write what this rank used as JSON to OUT-RANK: anonymous memory on the way, the most that a GPU's tensors had."""
     options = RunOptions(**json.loads(sys.argv[2]), model_name_or_path=sys.argv[1])
     dist.describe_lone_process()
     quiet_transformers(False)

@@ -1,4 +1,4 @@
-"""Checkpoints of two ranks: damaged files, full disks, clocks, signals, other stages and ranks, two runs on one folder."""
+"""Checkpoints of two ranks: damaged files, full disks, clocks, signals, other stages and ranks, two runs at once."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_second_run_on_one_folder_is_refused(options: dict[str, object], tmp_p
 def test_a_signal_to_the_launcher_ends_the_run_in_good_order(
     options: dict[str, object], tmp_path: Path, launch: Callable[..., list[str]], number: int
 ) -> None:
-    """torchrun hands its signal on; deepspeed does not, and gets it with all that it has started, as Ctrl-C gives it."""
+    """torchrun hands its signal on; deepspeed does not: it gets it with all that it has started, as by Ctrl-C."""
     given = {**options, "output_dir": tmp_path / "run", "max_steps": 100000, "save_steps": 0}
     command = launch(2, "train", *flags(**given))
     with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -102,7 +102,8 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(
     assert launcher.returncode != 0
     reason = json.loads((tmp_path / "run/requeue").read_text())["reason"]
     (checkpoint,) = checkpoints(tmp_path / "run")
-    assert f"stopped by {reason} after step {step_of(checkpoint)} of 100000" in printed, printed[-2000:] + errors[-2000:]
+    told = f"stopped by {reason} after step {step_of(checkpoint)} of 100000"
+    assert told in printed, printed[-2000:] + errors[-2000:]
     assert damage(checkpoint) is None
 
 

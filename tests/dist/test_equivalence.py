@@ -1,4 +1,4 @@
-"""The same loss in every optimizer step and the same weights, however the work is cut up: ZeRO stage, ranks, micro-batches.
+"""The same loss in every step and the same weights, however the work is cut up: ZeRO stage, ranks, micro-batches.
 
 60 rows in global batches of 8 over 20 steps: every eighth step is a partial batch of 4 rows, and a third epoch begins.
 Adam's epsilon is large: with a small one, Adam makes rounding noise in parameters without a gradient (the bias of the
@@ -47,7 +47,8 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
     folder: Path = tmp_path_factory.mktemp("equivalence")
     base_options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3}
     two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
-    short = {**base_options, "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 2, "deepspeed_config": "zero2"}
+    short = {**base_options, "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 2,
+             "deepspeed_config": "zero2"}  # fmt: skip
     for name in SCHEDULES:
         two[name] = {**short, "max_steps": SCHEDULED_STEPS, "warmup_steps": 3, "lr_scheduler_type": name}
     run_many(2, two, folder)

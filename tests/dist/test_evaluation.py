@@ -39,8 +39,8 @@ def evaluate(ranks: int, options: dict[str, object], folder: Path) -> None:
     folder.mkdir()
     task = {"options": options, "sizes": SIZES, "folder": str(folder), "configs": ["zero0", "zero3"]}
     (folder / "task.json").write_text(json.dumps(task))
-    done = run(["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "tests.dist.evaluations",
-                str(folder / "task.json")], REPOSITORY)  # fmt: skip
+    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "tests.dist.evaluations"]
+    done = run([*command, str(folder / "task.json")], REPOSITORY)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.distributed
 
 SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
                          "intermediate_size": 20}  # fmt: skip
-LARGE: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+LARGE: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
+                         "intermediate_size": 2048}  # fmt: skip
 
 
 def bert(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA on two ranks at every ZeRO stage: training, resuming, exporting, evaluating; lora_scenes.py says what is checked.
+"""LoRA on two ranks at every ZeRO stage: training, resuming, exporting, evaluating; the checks are in lora_scenes.py.
 
 `launch/test.sh -m slow -k adapters_train`.
 """

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch with scripts in place of srun and scontrol that set Slurm's variables: two tasks train as two ranks.
+"""launch/slurm.sbatch with scripts in place of srun and scontrol that set Slurm's variables: two tasks are two ranks.
 
 The commands alone, requeueing and mistakes: tests/unit/test_launch_scripts.py.
 """
@@ -30,7 +30,8 @@ def test_two_tasks_on_two_nodes_train_as_one(tmp_path: Path, base_options: dict)
         (tmp_path / name).chmod(0o755)
     command = ["bash", str(REPOSITORY / "launch" / "slurm.sbatch"), *flags(**options, output_dir=tmp_path / "run")]
     done = run(command, tmp_path, PATH=f"{tmp_path}{os.pathsep}{environment()['PATH']}", VENV="/nowhere",
-               PORT=free_port(), SLURM_JOB_ID="1", SLURM_JOB_NODELIST="two", SLURM_SUBMIT_DIR=str(REPOSITORY))  # fmt: skip
+               PORT=free_port(), SLURM_JOB_ID="1", SLURM_JOB_NODELIST="two",
+               SLURM_SUBMIT_DIR=str(REPOSITORY))  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert np.array_equal(losses(tmp_path / "run"), losses(tmp_path / "one-host"))
     metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("run", "one-host")]
