@@ -57,10 +57,15 @@ def micro_batches(step_rows: np.ndarray, rank: int, world_size: int, accumulatio
     """One rank's share of a step: `accumulation` arrays of rows.
 
     The step's rows (long to short) are first cut into micro-steps, so that what the ranks do at the same time is of
-    like length, then dealt to the ranks in turn. A partial batch is spread as evenly as it goes; an array may then be
-    empty.
+    like length, then dealt to the ranks. A partial batch is spread as evenly as it goes; an array may then be empty.
     """
-    return [part[rank::world_size] for part in np.array_split(step_rows, accumulation)]
+    return [_dealt(part, rank, world_size) for part in np.array_split(step_rows, accumulation)]
+
+
+def _dealt(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """One rank's share of rows that are dealt from long to short, to and fro: no rank always gets the longer one."""
+    turn, place = np.divmod(np.arange(len(rows)), world_size)
+    return rows[np.where(turn % 2 == 0, place, world_size - 1 - place) == rank]
 
 
 def micro_batches_by_tokens(
@@ -76,7 +81,7 @@ def micro_batches_by_tokens(
     parts, begin = [], 0
     while begin < len(step_rows):
         height = max(1, max_tokens // padded_length(int(lengths[step_rows[begin]]))) * world_size
-        parts.append(step_rows[begin : begin + height][rank::world_size])
+        parts.append(_dealt(step_rows[begin : begin + height], rank, world_size))
         begin += height
     return parts
 

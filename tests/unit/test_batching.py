@@ -51,6 +51,13 @@ def test_micro_batches_cut_a_step_into_its_rows(rows: int, world_size: int, accu
     assert max(sizes) - min(sizes) <= 2
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_no_rank_always_gets_the_longer_rows(world_size: int) -> None:
+    lengths = np.arange(300, 300 - 4 * world_size, -1)  # each row a token shorter than the one before
+    shares = [micro_batches(np.arange(4 * world_size), rank, world_size, 1)[0] for rank in range(world_size)]
+    assert len({int(lengths[share].sum()) for share in shares}) == 1
+
+
 @given(rows=st.integers(1, 200), size=st.integers(1, 16))
 def test_evaluation_micro_batches_do_not_depend_on_the_ranks(rows: int, size: int) -> None:
     whole = {tuple(batch) for batch in evaluation_batches(LENGTHS[:rows], size, 0, 1)}
