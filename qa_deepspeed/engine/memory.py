@@ -51,6 +51,7 @@ class Zero:
     reduce_bucket: int
     prefetch_bucket: int
     max_live: int
+    reduce_scatter: bool = True
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Zero:
@@ -65,6 +66,7 @@ class Zero:
             reduce_bucket=int(float(section.get("reduce_bucket_size", 500_000_000))),
             prefetch_bucket=int(float(section.get("stage3_prefetch_bucket_size", 50_000_000))),
             max_live=int(float(section.get("stage3_max_live_parameters", 1_000_000_000))),
+            reduce_scatter=bool(section.get("reduce_scatter", True)),
         )
 
 
@@ -182,8 +184,9 @@ def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
         # The bucket put together and gloo's copy of it, its copy of what is gathered, the step's flat gradients.
         buffers += 2 * bucket + min(zero.prefetch_bucket, model.parameters) + share
     else:
-        # The bucket flattened and copied back, a second one while the first travels, gloo's copy of what is gathered.
-        buffers += (2 + zero.overlap) * bucket + model.trained
+        # The bucket flattened and copied back (reduce_scatter), a second one while the first travels. What is gathered
+        # needs none on one host (`dist.gather_by_broadcasts`).
+        buffers += (2 * zero.reduce_scatter + zero.overlap) * bucket
     # The largest gradient as autograd made it, and as it is handed on.
     return buffers + 2 * model.largest_trained * (zero.offload_optimizer or zero.stage == 3)
 
