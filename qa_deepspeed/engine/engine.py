@@ -30,7 +30,7 @@ def import_deepspeed(verbose: bool) -> Any:
     """Import DeepSpeed (3 s), after the device is chosen and the ranks have met; quiet unless `verbose`.
 
     Its shared-memory op, which only inference uses, would be compiled on CPUs at every start and leave files in
-    /dev/shm: it is switched off.
+    /dev/shm: it is switched off. CPU ranks of one host gather by broadcasts (`dist.gather_by_broadcasts`).
     """
     if not verbose:
         # torch renames collectives that DeepSpeed still calls by their old names, once a name and rank

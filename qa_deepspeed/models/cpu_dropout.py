@@ -33,11 +33,6 @@ class KeepMasks:
         return (levels >= np.int16(self._dropped_levels - _LEVELS // 2)).reshape(shape)
 
 
-def as_numbers(keep: np.ndarray, kind: torch.dtype) -> Tensor:
-    """A mask as ones and zeros. By way of bytes: torch turns booleans into numbers one by one."""
-    return torch.from_numpy(keep.view(np.uint8)).to(kind)
-
-
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with masks from `KeepMasks`."""
 
@@ -46,4 +41,5 @@ class CpuDropout(nn.Dropout):
         if not self.training or self.p in (0.0, 1.0) or input.device.type != "cpu":
             return super().forward(input)
         masks = KeepMasks(self.p)
-        return input * as_numbers(masks.draw(*input.shape), input.dtype).mul_(masks.scale)
+        ones = masks.draw(*input.shape).view(np.uint8)  # torch turns booleans into numbers one by one, bytes faster
+        return input * torch.from_numpy(ones).to(input.dtype).mul_(masks.scale)

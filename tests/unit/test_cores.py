@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -49,13 +48,6 @@ def test_threads(code: str, environment: dict[str, str], threads: int) -> None:
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) == threads
-
-
-@pytest.fixture
-def threads_put_back() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("threads", "parts", "at_once", "of_each"), [(4, 9, 4, 1), (16, 9, 8, 2), (5, 2, 2, 2)])

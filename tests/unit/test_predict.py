@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,13 +132,6 @@ def test_results_do_not_depend_on_what_is_asked_beside() -> None:
             alone = reader(question=QUESTION, context=text, top_k=3, handle_impossible_answer=True, batch_size=1)
             assert [one["answer"] for one in alone] == [one["answer"] for one in answers]
             assert [one["score"] for one in alone] == pytest.approx([one["score"] for one in answers], abs=1e-5)
-
-
-@pytest.fixture
-def threads_put_back() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic", "longrope"])
