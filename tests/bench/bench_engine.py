@@ -1,12 +1,10 @@
-"""What DeepSpeed costs, what two ranks gain, and how much of the device a training step uses.
+"""What DeepSpeed costs, and how much of the device a training step uses.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|ranks|attention [--repeats N]
+    OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|attention [--repeats N]
     torchrun --nproc_per_node 2 tests/bench/bench_engine.py gather [--repeats N]
 
 overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, backward, clipping, the same fused AdamW
     and schedule) over the same batches, by turns in one process.
-ranks: `train` at ZeRO-2 on two ranks beside two runs on one rank at the same time, each on a core of its own; real
-    tokens a second of both together.
 attention: forward and backward of a BERT-base-shaped model, dropout active, with this package's attention and dropout
     and with Transformers' default (sdpa), by turns; the share of the measured roof of matrix products that the model's
     own operations (no padding, nothing computed twice) come to.
@@ -16,10 +14,8 @@ gather: MiniLM's parameters from all ranks of one host to all, by gloo's all-gat
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,8 +43,7 @@ from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model
 from qa_deepspeed.models.qa_heads import Head, head_of
 from qa_deepspeed.qa.batching import Batch, epoch_order, make_batch
-from tests.dist.launching import alone, by_deepspeed, environment, flags
-from tests.paths import DATA, MINILM, REPOSITORY
+from tests.paths import DATA, MINILM
 
 TRAIN = DATA / "en-v1-train.json"
 ROWS, QUESTIONS = 8, 192
@@ -119,45 +114,6 @@ def overhead(repeats: int) -> None:
     for name, measured in seconds.items():
         print(f"{name:16} {1000 * statistics.median(measured):8.1f} ms a step (median of {repeats})")
     print(f"engine / by hand {statistics.median(ratios):8.3f} (median of the steps' ratios)")
-
-
-def started(command: list[str], core: str) -> subprocess.Popen[bytes]:
-    """A run in the background on these cores."""
-    return subprocess.Popen(
-        ["taskset", "-c", core, *command], cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def tokens_per_second(output_dir: Path) -> float:
-    """Of a finished run, over all its ranks."""
-    return json.loads((output_dir / "run.json").read_text())["throughput"]["tokens_per_second"]
-
-
-def ranks(repeats: int) -> None:
-    """Print the speed of two ranks against that of two lone runs at the same time."""
-    together, apart = [], []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-
-        def train(run: str, questions: int) -> list[str]:
-            return ["train", *flags(
-                model_name_or_path=MINILM, train_file=TRAIN, output_dir=folder / run, cache_dir=folder / "cache",
-                max_train_examples=questions, num_train_epochs=1, per_gpu_train_batch_size=ROWS, learning_rate=1e-4,
-                deepspeed_config="zero2", logging_steps=10**6, save_steps=0, overwrite_output_dir=True,
-            )]  # fmt: skip
-
-        for turn in range(repeats + 1):
-            pair = started(by_deepspeed(2, *train("pair", 2 * QUESTIONS)), "0,1")
-            assert pair.wait() == 0, "the run on two ranks failed"
-            lone = [started(alone(*train(f"lone{core}", QUESTIONS)), str(core)) for core in (0, 1)]
-            assert [one.wait() for one in lone] == [0, 0], "a lone run failed"
-            if turn:
-                together.append(tokens_per_second(folder / "pair"))
-                apart.append(sum(tokens_per_second(folder / f"lone{core}") for core in (0, 1)))
-    print(f"two ranks, ZeRO-2     {statistics.median(together):8,.0f} real tokens/s (all: {together})")
-    print(f"two lone runs, summed {statistics.median(apart):8,.0f} real tokens/s (all: {apart})")
-    print(f"ratio                 {statistics.median(together) / statistics.median(apart):8.3f}")
 
 
 def like_length(length: int) -> dict[str, torch.Tensor]:
@@ -232,11 +188,10 @@ def gather(repeats: int) -> None:
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "ranks", "attention", "gather"))
-    parser.add_argument("--repeats", type=int,
-                        help="of steps (overhead 60, attention 5), gathers (20) or of whole runs (ranks 3)")
+    parser.add_argument("what", choices=("overhead", "attention", "gather"))
+    parser.add_argument("--repeats", type=int, help="of steps (overhead 60, attention 5) or gathers (20)")
     arguments = parser.parse_args()
-    ways = {"overhead": (overhead, 60), "ranks": (ranks, 3), "attention": (attention, 5), "gather": (gather, 20)}
+    ways = {"overhead": (overhead, 60), "attention": (attention, 5), "gather": (gather, 20)}
     measure, usual = ways[arguments.what]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     measure(arguments.repeats or usual)
