@@ -126,6 +126,8 @@ def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: i
     held = gradients * (accumulation > 1)
     if half:
         gradients += 4 * (trained if zero.stage == 0 else trained_share) + 2 * trained_share * (zero.stage in (1, 2))
+    if zero.stage == 1 and not zero.overlap:
+        gradients = max(gradients, element * trained)  # all wait for the end of the backward pass
     optimizer = 12 * trained_share if zero.stage else (8 + 4 * half) * trained
     parameters = element * whole
     in_host = element * share * zero.offload_parameters
@@ -165,7 +167,10 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
     share = -(-model.parameters // ranks)
     buffers = element * _buffers_on_cpu(model, zero, ranks)
     activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
-    host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + buffers + activations + on_gpu.host
+    # A frozen module's own output and its adapter's go when they are added up. Smaller tensors take the edges of their
+    # places in glibc's heap, and the next ones do not fit.
+    holes = 2 * model.adapted
+    host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + buffers + activations + holes + on_gpu.host
     kept = element * share if zero.stage == 3 and not zero.offload_parameters else 0
     return dataclasses.replace(on_gpu, buffers=buffers, activations=activations, checkpointed=model.checkpointed,
                                host=host, loading=on_gpu.loading + kept, bus=0)  # fmt: skip
@@ -173,7 +178,7 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
 
 def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
     """Elements of what DeepSpeed and gloo allocate beside parameters, gradients and optimizer state, as traced with
-    torch's profiler."""
+    torch's profiler. What is gathered needs no copy on one host (`dist.gather_by_broadcasts`)."""
     if zero.stage == 0:
         return model.trained  # the flattened gradients
     share, bucket = -(-model.trained // ranks), min(zero.reduce_bucket, model.trained)
@@ -181,11 +186,11 @@ def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
     # that stand for gradients at the optimizer's start.
     buffers = zero.reduce_bucket + share
     if zero.stage == 3:
-        # The bucket put together and gloo's copy of it, its copy of what is gathered, the step's flat gradients.
-        buffers += 2 * bucket + min(zero.prefetch_bucket, model.parameters) + share
+        # The bucket put together and gloo's copy of it, or at other times what is gathered at once before it is dealt
+        # to its parameters; the step's flat gradients.
+        buffers += max(2 * bucket, min(zero.prefetch_bucket, model.parameters)) + share
     else:
-        # The bucket flattened and copied back (reduce_scatter), a second one while the first travels. What is gathered
-        # needs none on one host (`dist.gather_by_broadcasts`).
+        # The bucket flattened and copied back (reduce_scatter), a second one while the first travels.
         buffers += (2 * zero.reduce_scatter + zero.overlap) * bucket
     # The largest gradient as autograd made it, and as it is handed on.
     return buffers + 2 * model.largest_trained * (zero.offload_optimizer or zero.stage == 3)
@@ -196,8 +201,9 @@ def _buffers(model: Footprint, zero: Zero) -> int:
     if zero.stage == 0:
         return min(model.trained, STAGE_0_BUCKET)
     bucket = max(zero.reduce_bucket, model.largest_trained)
-    # The bucket that fills, a second one while the first travels, and the flattened copy that travels.
-    return bucket * (2 + (zero.overlap and zero.stage < 3)) + model.largest_trained * zero.offload_optimizer
+    # The bucket that fills, below stage 3 a second one while the first travels, and the flattened copy that travels.
+    second, flattened = zero.overlap and zero.stage < 3, zero.reduce_scatter or zero.stage == 3
+    return bucket * (1 + second + flattened) + model.largest_trained * zero.offload_optimizer
 
 
 def _sent(model: Footprint, zero: Zero, element: int, ranks: int, accumulation: int) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qa_deepspeed.errors import UserError
-from qa_deepspeed.models.lora import LoraSettings, add_adapters
+from qa_deepspeed.models.lora import LoraSettings, adapted_modules, add_adapters
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Footprint:
     saved: bytes of the tensors that autograd keeps, the matrices of attention weights among them (`attention`), and
     queries, keys and values as wide as the model's own numbers.
     checkpointed and checkpointed_attention: the same where only the input of each repeated layer is kept and one layer
-    at a time is computed again.
+    at a time is computed again. adapted: bytes of what the modules with adapters give out.
     """
 
     parameters: int
@@ -39,6 +39,7 @@ class Footprint:
     attention: int
     checkpointed: int
     checkpointed_attention: int
+    adapted: int
     counted: bool
 
 
@@ -70,7 +71,7 @@ def footprint(
         kept = None
         saved = _by_formula(config, rows, length, torch.finfo(dtype).bits // 8)
     return Footprint(sum(parameters), sum(trained), largest_layer, max(parameters), max(trained), *saved,
-                     counted=kept is not None)  # fmt: skip
+                     adapted=kept.adapted if kept else 0, counted=kept is not None)  # fmt: skip
 
 
 def told_parameters(model: Footprint) -> str:
@@ -96,6 +97,7 @@ class _Kept:
         self.bytes_of: dict[int | None, int] = defaultdict(int)
         self.attention_of: dict[int | None, int] = defaultdict(int)
         self.layer_input = 0
+        self.adapted = 0
         self._model = model
         self._rows, self._length = rows, length
         self._half = next(model.parameters()).dtype != torch.float32
@@ -106,6 +108,8 @@ class _Kept:
         for layer in layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._leave)
+        for module in adapted_modules(model):
+            module.register_forward_hook(self._adapt)
 
     def run(self, input_ids: torch.Tensor) -> None:
         """One forward pass."""
@@ -131,6 +135,9 @@ class _Kept:
 
     def _leave(self, *_: Any) -> None:
         self._layer = None
+
+    def _adapt(self, module: Any, given: Any, output: torch.Tensor) -> None:
+        self.adapted += output.nbytes
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
         key = _storage(tensor)

@@ -136,6 +136,15 @@ def has_adapters(model: Any) -> bool:
     return _ADAPTER in getattr(model, "peft_config", {})
 
 
+def adapted_modules(model: Any) -> list[Any]:
+    """The modules that adapters were put into."""
+    if not has_adapters(model):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 def save_weights(
     folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any
 ) -> Mapping[str, torch.Tensor]:

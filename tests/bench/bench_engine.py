@@ -1,6 +1,6 @@
 """What DeepSpeed costs, and how much of the device a training step uses.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|attention [--repeats N]
+    OMP_NUM_THREADS=1 python tests/bench/bench_engine.py overhead|attention|compiled [--repeats N]
     torchrun --nproc_per_node 2 tests/bench/bench_engine.py gather [--repeats N]
 
 overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, backward, clipping, the same fused AdamW
@@ -8,12 +8,15 @@ overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, ba
 attention: forward and backward of a BERT-base-shaped model, dropout active, with this package's attention and dropout
     and with Transformers' default (sdpa), by turns; the share of the measured roof of matrix products that the model's
     own operations (no padding, nothing computed twice) come to.
+compiled: forward and backward of MiniLM on batches of several lengths, dropout active, as trained here, by
+    Transformers' default and by that compiled (`torch.compile(dynamic=True)`, needs a compiler), by turns.
 gather: MiniLM's parameters from all ranks of one host to all, by gloo's all-gather and by broadcasts, by turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -165,6 +168,33 @@ def attention(repeats: int) -> None:
         print(f"| {length} | {ours:.2f} | {default:.2f} | {ratio:.2f} | {shares[0]:.0%} | {shares[1]:.0%} |")
 
 
+def compiled(repeats: int) -> None:
+    """Print what compiling takes and gives over lengths that change from step to step."""
+    names = ("ours", "default", "compiled")
+    models = {name: AutoModelForQuestionAnswering.from_pretrained(MINILM) for name in names}
+    speed_up_on_cpu(models["ours"])
+    keep_freed_memory()
+    for model in models.values():
+        model.train()
+    models["compiled"].compile(dynamic=True)
+    batches = [like_length(length) for length in (96, 144, 192, 264, 384)]
+
+    def step(model: Any, turn: int) -> None:
+        outputs = model(**batches[turn % len(batches)])
+        (outputs.start_logits.logsumexp(1) + outputs.end_logits.logsumexp(1)).mean().backward()
+        model.zero_grad()
+
+    began = time.perf_counter()
+    for turn in range(len(batches)):
+        step(models["compiled"], turn)
+    print(f"compiling, and the first {len(batches)} steps: {time.perf_counter() - began:.0f} s")
+    ways = {name: functools.partial(step, models[name]) for name in names}
+    seconds = in_turn(ways, repeats * len(batches))
+    for name in names[1:]:
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+        print(f"{name} / ours {ratio:.2f} (median of the steps' ratios)")
+
+
 def gather(repeats: int) -> None:
     """Print what it takes to gather MiniLM's 22.7 million parameters from the ranks that torchrun started."""
     dist.start(torch.device("cpu"), 600)
@@ -188,10 +218,14 @@ def gather(repeats: int) -> None:
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "attention", "gather"))
-    parser.add_argument("--repeats", type=int, help="of steps (overhead 60, attention 5) or gathers (20)")
+    parser.add_argument("what", choices=("overhead", "attention", "compiled", "gather"))
+    parser.add_argument(
+        "--repeats", type=int, help="of steps (overhead 60, attention 5, compiled 4 a length) or gathers (20)"
+    )
     arguments = parser.parse_args()
-    ways = {"overhead": (overhead, 60), "attention": (attention, 5), "gather": (gather, 20)}
+    ways = {
+        "overhead": (overhead, 60), "attention": (attention, 5), "compiled": (compiled, 4), "gather": (gather, 20),
+    }  # fmt: skip
     measure, usual = ways[arguments.what]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     measure(arguments.repeats or usual)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine, where that is permitted."""
+"""Several hosts on one machine, where that is permitted."""
 
 import os
 import re
@@ -13,15 +13,16 @@ import pytest
 from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
 
 SCRIPT = Path(__file__).with_name("hosts.sh")
-COUNT = 2
+MOST_HOSTS = 4
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """node1 and node2. prefix: what the names of their namespaces begin with; disks: "shared" or "separate"."""
+    """node1, node2 ... prefix: what the names of their namespaces begin with; disks: "shared" or "separate"."""
 
     prefix: str
     disks: str
+    count: int
 
     def on(self, number: int) -> list[str]:
         """What goes before a command that runs on that host."""
@@ -60,7 +61,7 @@ def take_away_leftovers() -> None:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for process in set(re.findall(r"^qa(\d+)-node", listed, re.MULTILINE)):
         if not Path(f"/proc/{process}").exists():
-            script(f"qa{process}-node", "down", str(COUNT))
+            script(f"qa{process}-node", "down", str(MOST_HOSTS))
 
 
 @pytest.fixture
@@ -70,17 +71,17 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
-@pytest.fixture(params=["shared"])
+@pytest.fixture(params=[("shared", 2)], ids=lambda param: f"{param[1]}-hosts-{param[0]}")
 def hosts(request: pytest.FixtureRequest, tmp_path: Path, disk: Path) -> Iterator[Hosts]:
-    """node1 and node2, which share the folder `disk` or have one each; all else they share."""
+    """Hosts which share the folder `disk` or have one each; all else they share."""
     why = missing()
     if why:
         pytest.skip(f"hosts cannot be made here: {why}")
     take_away_leftovers()
-    made = Hosts(f"qa{os.getpid()}-node", request.param)
+    made = Hosts(f"qa{os.getpid()}-node", *request.param)
     own = [str(disk)] if made.disks == "separate" else []
     try:
-        script(made.prefix, "up", str(tmp_path / "ssh"), str(COUNT), *own)
+        script(made.prefix, "up", str(tmp_path / "ssh"), str(made.count), *own)
         yield made
     finally:
-        script(made.prefix, "down", str(COUNT))
+        script(made.prefix, "down", str(made.count))

@@ -20,7 +20,7 @@ COMMAND = re.compile(r"launch/\S+\.(sh|sbatch)\b|^qa-deepspeed \w|^kubectl |\b(t
 
 RUN_BY = {
     r"launch/local\.sh": "tests/unit/test_launch_scripts.py",
-    r"launch/multinode\.sh": "tests/multinode/test_two_hosts.py",
+    r"launch/multinode\.sh": "tests/multinode/test_hosts.py",
     r"launch/slurm\.sbatch": "tests/unit/test_launch_scripts.py",
     r"launch/quickstart\.sh": "tests/dist/test_quickstart.py",
     r"launch/kubernetes\.yaml": "tests/unit/test_kubernetes.py",

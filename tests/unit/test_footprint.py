@@ -73,6 +73,9 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
     assert (counted.trained, counted.largest_trained) == (sum(trained), max(trained)) and sum(trained) > 3 * 6 * 4 * 128
     assert counted.largest_tensor == 512 * 64
     assert counted.saved == kept_on_cpu(model, 3, 40)
+    widths = 5 * SMALL["hidden_size"] + SMALL["intermediate_size"]  # of what a layer's six linear modules give out
+    assert counted.adapted == 3 * (3 * 40) * widths * 4
+    assert footprint(config, 3, 40, torch.float32).adapted == 0
     assert told_parameters(counted) == f"{counted.parameters:,} parameters, {sum(trained):,} of them trained"
 
 

@@ -1,4 +1,4 @@
-"""The job on two hosts by launch/multinode.sh: equal to one host, and what happens when a host or its link is lost.
+"""The job on two to four hosts by launch/multinode.sh: equal to one host, and what happens when one is lost.
 
     python -m pytest -s tests/multinode
 
@@ -25,12 +25,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.multinode, pytest.mark.timeou
 TIMEOUT = 20
 """Seconds after which a collective is given up, in the runs that lose a host."""
 
+SHARED, SEPARATE = ("shared", 2), ("separate", 2)
+
 
 def on_node1(hosts: Hosts, folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[str]:
     """Start launch/multinode.sh on node1; its output goes to folder/out.txt."""
     settings = {"MASTER_ADDR": "10.77.0.1", **settings}
     here = environment(VENV="/nowhere", HOSTFILE=str(folder / "hosts"), **settings)
-    (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    (folder / "hosts").write_text("".join(f"node{number + 1} slots=1\n" for number in range(hosts.count)))
     sent = ("PATH", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
     lines = [f"{name}={here[name]}" for name in sent] + ["GLOO_SOCKET_IFNAME=eth0"]
     (folder / ".deepspeed_env").write_text("\n".join(lines) + "\n")
@@ -61,7 +63,7 @@ def assert_equal(run: Path, reference: Path) -> None:
     assert all((run / name).read_bytes() == (reference / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("hosts", ["separate"], indirect=True)
+@pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)
 def test_two_hosts_train_as_one(hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict) -> None:
     """Equal to two ranks of one host; the hosts have a disk each, for output and features."""
     options = {**base_options, "deepspeed_config": "zero2", "do_eval": True, "max_steps": 4}
@@ -88,7 +90,7 @@ def references(whole_job: dict, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["pdsh", "ssh", "openmpi"])
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
-@pytest.mark.parametrize("hosts", ["shared", "separate"], indirect=True)
+@pytest.mark.parametrize("hosts", [SHARED, SEPARATE], indirect=True)
 def test_every_way_to_train_on_two_hosts(
     hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, references: Path, config: str, launcher: str
 ) -> None:
@@ -104,8 +106,21 @@ def test_every_way_to_train_on_two_hosts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hosts", "config"), [(("shared", 3), "zero2"), (("separate", 4), "zero3")], indirect=["hosts"]
+)
+def test_more_hosts_train_as_one(hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, config: str) -> None:
+    """Equal to as many ranks of one host."""
+    options = {**whole_job, "deepspeed_config": config, "per_gpu_train_batch_size": 4}
+    run_many(hosts.count, {"one-host": options}, tmp_path)
+    process = on_node1(hosts, tmp_path, *flags(**{**options, "cache_dir": disk / "cache"}, output_dir=disk / "run"))
+    assert process.wait(timeout=400) == 0, output(tmp_path)[-5000:]
+    assert_equal(disk / "run", tmp_path / "one-host")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
-@pytest.mark.parametrize("hosts", ["separate"], indirect=True)
+@pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)
 def test_a_run_goes_on_from_checkpoints_on_separate_disks(
     hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, references: Path, config: str
 ) -> None:
@@ -119,7 +134,7 @@ def test_a_run_goes_on_from_checkpoints_on_separate_disks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hosts", ["separate"], indirect=True)
+@pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)
 def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict
 ) -> None:
@@ -136,27 +151,30 @@ def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 @pytest.mark.parametrize("loss", ["processes killed", "link cut"])
+@pytest.mark.parametrize("hosts", [SHARED, ("shared", 3)], indirect=True)
 def test_a_lost_host_is_noticed_and_the_rest_goes_on(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, loss: str, config: str
 ) -> None:
-    """node2 goes away in mid-training; node1 alone goes on from the last checkpoint with the same global batch."""
+    """The last host goes away in mid-training; the rest goes on from the last checkpoint with the same global batch."""
+    last = hosts.count
     options = {**base_options, "deepspeed_config": config, "do_eval": True, "max_steps": 30, "save_steps": 5,
-               "global_batch_size": 16, "per_gpu_train_batch_size": 4, "timeout": TIMEOUT}  # fmt: skip
+               "global_batch_size": 12, "per_gpu_train_batch_size": 2, "timeout": TIMEOUT}  # fmt: skip
     process = on_node1(hosts, tmp_path, "--max_restarts", "1", *flags(**options, output_dir=disk / "run"))
     wait_for("checkpoint-5", tmp_path, process)
     lost = time.monotonic()
     if loss == "link cut":
-        hosts.cut(2)
+        hosts.cut(last)
     else:
-        subprocess.run(["kill", "-9", *hosts.processes(2)], check=False)
+        subprocess.run(["kill", "-9", *hosts.processes(last)], check=False)
     wait_for("restart 1 of 1", tmp_path, process)
     noticed = time.monotonic() - lost
     assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
     text = output(tmp_path)
-    assert "node2 does not answer and is left out" in text
+    assert f"node{last} does not answer and is left out" in text
     assert "going on from" in text.split("restart 1 of 1")[1]
-    print(f"{config}, {loss}: noticed and ended after {noticed:.0f} s, all done after {time.monotonic() - lost:.0f} s; "
-          + json.dumps(json.loads((disk / "run" / "metrics.json").read_text()))[:200])  # fmt: skip
+    metrics = json.loads((disk / "run" / "metrics.json").read_text())
+    print(f"{last} hosts, {config}, {loss}: noticed and ended after {noticed:.0f} s, all done after "
+          f"{time.monotonic() - lost:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}")  # fmt: skip
     assert noticed < 3 * TIMEOUT + 15
     steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 30
