@@ -8,6 +8,9 @@
 #   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address
 #   RENDEZVOUS                      with torchrun: HOST:PORT where the machines meet, instead of NODE_RANK and MASTER_ADDR;
 #                                   HOST is one of them. The same on all, PORT another for each run
+#   NODES=LEAST:MOST, MAX_RESTARTS  with RENDEZVOUS: when a rank dies, its ranks are started again so often (default 0), on
+#                                   the machines that are left if they are LEAST (HOST among them). Pass
+#                                   --global_batch_size, so that it stays as it is with fewer ranks.
 #   ECHO_ONLY=1   print the command and do nothing
 set -euo pipefail
 # shellcheck source=launch/launching.sh
@@ -15,17 +18,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/launching.sh"
 GPUS=${GPUS:-$(count_gpus)}
 PORT=${PORT:-29500}
 NODES=${NODES:-1}
-for name in GPUS PORT NODES; do number_of "$name"; done
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+for name in GPUS PORT; do number_of "$name"; done
+[[ $NODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "NODES must be a number of machines, or LEAST:MOST, not '$NODES'"
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS must be a whole number, not '$MAX_RESTARTS'"
+[ -n "${RENDEZVOUS:-}" ] || [ "${NODES#*:}/$MAX_RESTARTS" = "$NODES/0" ] ||
+    fail "NODES=LEAST:MOST and MAX_RESTARTS need RENDEZVOUS=HOST:PORT, or multinode.sh --max_restarts"
 [ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
 share_cores "$GPUS"
 case ${LAUNCHER:-deepspeed} in
     deepspeed)
-        [ "$NODES" -eq 1 ] || fail "NODES=$NODES needs LAUNCHER=torchrun here, or multinode.sh"
+        [ "$NODES" = 1 ] || fail "NODES=$NODES needs LAUNCHER=torchrun here, or multinode.sh"
         command=(deepspeed --num_accelerators "$GPUS" --master_port "$PORT" --module qa_deepspeed train "$@")
         ;;
     torchrun)
         if [ -n "${RENDEZVOUS:-}" ]; then
-            meeting=(--rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "qa_deepspeed-${RENDEZVOUS##*:}")
+            meeting=(--rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "qa_deepspeed-${RENDEZVOUS##*:}"
+                --max_restarts "$MAX_RESTARTS")
         else
             meeting=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$PORT")
         fi

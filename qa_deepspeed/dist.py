@@ -349,7 +349,11 @@ def _create(path: Path) -> bool:
 def torchrun(arguments: Sequence[str]) -> int:
     """Run torchrun; 0, or the exit status of the rank that failed first, or 128 + the number of the signal that ended
     that rank or torchrun itself.
+
+    Nodes that meet again after a loss get a new store: by default torch 2.13 hands them the old one, in which they find
+    each other's ports of before, whoever comes first (pytorch/pytorch issue 135712).
     """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

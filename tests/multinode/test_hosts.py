@@ -13,18 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qa_deepspeed.config import RunOptions
-from tests.dist.launching import environment, flags, losses, run_many
+from tests.dist.launching import environment, flags, run_many
 from tests.multinode.conftest import Hosts
+from tests.multinode.running import TIMEOUT, assert_equal, output, wait_for
 from tests.paths import REPOSITORY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.multinode, pytest.mark.timeout(600)]
-TIMEOUT = 20
-"""Seconds after which a collective is given up, in the runs that lose a host."""
-
 SHARED, SEPARATE = ("shared", 2), ("separate", 2)
 
 
@@ -42,25 +39,6 @@ def on_node1(hosts: Hosts, folder: Path, *arguments: str, **settings: str) -> su
             command, cwd=folder, env={**here, "GLOO_SOCKET_IFNAME": "eth0"}, stdin=subprocess.DEVNULL, stdout=out,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-
-
-def output(folder: Path) -> str:
-    return (folder / "out.txt").read_text()
-
-
-def wait_for(text: str, folder: Path, process: subprocess.Popen[str], seconds: float = 200) -> None:
-    """Until the output has `text`."""
-    end = time.monotonic() + seconds
-    while text not in output(folder):
-        assert process.poll() is None and time.monotonic() < end, output(folder)[-5000:]
-        time.sleep(0.1)
-
-
-def assert_equal(run: Path, reference: Path) -> None:
-    """Losses of every step, metrics and answers are those of the reference, digit by digit."""
-    assert np.array_equal(losses(run), losses(reference))
-    names = ("metrics.json", "predictions.json")
-    assert all((run / name).read_bytes() == (reference / name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)

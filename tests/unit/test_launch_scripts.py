@@ -40,7 +40,8 @@ def program(folder: Path, name: str, text: str) -> None:
 def run(
     script: str, *flags: str, cwd: Path, stand_ins: Path | None = None, **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    own = ("GPUS", "CONFIG", "LAUNCHER", "PORT", "NODES", "HOSTFILE", "REPOSITORY", "RENDEZVOUS")
+    own = ("GPUS", "CONFIG", "LAUNCHER", "PORT", "NODES", "HOSTFILE", "REPOSITORY", "RENDEZVOUS",
+           "MAX_RESTARTS")  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("SLURM")}
     path = f"{stand_ins}{os.pathsep}{kept['PATH']}" if stand_ins else kept["PATH"]
     environment = {**kept, "VENV": "/nowhere", "PATH": path, **settings}
@@ -69,11 +70,16 @@ def test_local_by_torchrun_meets_at_a_rendezvous(tmp_path: Path, stand_ins: Path
     (dynamic,) = shown(run("local.sh", "--seed", "7", cwd=tmp_path, RENDEZVOUS="node1:29400", **settings))
     start, rest = "python -m qa_deepspeed.torchrun --nnodes 2 --nproc_per_node 4", "-m qa_deepspeed train --seed 7"
     assert " ".join(static) == f"{start} --node_rank 1 --master_addr node1 --master_port 29500 {rest}"
-    meeting = "--rdzv_backend c10d --rdzv_endpoint node1:29400 --rdzv_id qa_deepspeed-29400"
-    assert " ".join(dynamic) == f"{start} {meeting} {rest}"
+    meeting = "--rdzv_backend c10d --rdzv_endpoint node1:29400 --rdzv_id qa_deepspeed-29400 --max_restarts"
+    assert " ".join(dynamic) == f"{start} {meeting} 0 {rest}"
+    settings |= {"NODES": "1:2", "MAX_RESTARTS": "3"}
+    (elastic,) = shown(run("local.sh", "--seed", "7", cwd=tmp_path, RENDEZVOUS="node1:29400", **settings))
+    assert " ".join(elastic) == f"{start} {meeting} 3 {rest}".replace("--nnodes 2", "--nnodes 1:2")
 
 
-@pytest.mark.parametrize("setting", [{"GPUS": "two"}, {"PORT": "0"}, {"LAUNCHER": "rocket"}, {"NODES": "2"}])
+@pytest.mark.parametrize("setting", [{"GPUS": "two"}, {"PORT": "0"}, {"LAUNCHER": "rocket"}, {"NODES": "2"},
+                                     {"NODES": "1:2", "LAUNCHER": "torchrun"}, {"NODES": "2:"},
+                                     {"MAX_RESTARTS": "1", "LAUNCHER": "torchrun"}])
 def test_settings_that_are_none_are_one_line(tmp_path: Path, setting: dict[str, str]) -> None:
     done = run("local.sh", cwd=tmp_path, **setting)
     assert done.returncode == 2
