@@ -3,8 +3,7 @@
 torch's attention with dropout passes over all scores of a batch `[rows, heads, length, length]` a dozen times, in main
 memory; here the scores of a few heads stay in the processor's cache from the product of queries and keys to the product
 with the values, and padding is never touched. The mathematics is that of Vaswani et al. 2017, section 3.2.1, with
-dropout on the probabilities; the backward pass takes the row sums of (probability x its gradient) from the outputs, as
-Dao et al. 2022 (FlashAttention), appendix B.2.
+dropout on the probabilities.
 """
 
 from __future__ import annotations
@@ -85,14 +84,10 @@ def _added_to_scores(spans: Tensor, query: Tensor) -> Tensor | None:
     return query.new_zeros(padding.shape).masked_fill_(padding, float("-inf"))[:, None, None, :]
 
 
-def _pieces(spans: list, heads: int) -> list[tuple[int, slice, slice]]:
-    """(row, its heads, its real tokens) of every piece that is worked on together."""
-    pieces = []
-    for row, (begin, end) in enumerate(spans):
-        together = max(1, SCORES_AT_ONCE // max(1, (end - begin) ** 2))
-        tokens = slice(begin, end)
-        pieces += [(row, slice(first, min(first + together, heads)), tokens) for first in range(0, heads, together)]
-    return pieces
+def _rows(spans: list, heads: int) -> list[tuple[int, slice, int]]:
+    """(row, its real tokens, how many of its heads are worked on together) of every row."""
+    together = [max(1, min(heads, SCORES_AT_ONCE // max(1, (end - begin) ** 2))) for begin, end in spans]
+    return [(row, slice(*span), some) for row, (span, some) in enumerate(zip(spans, together, strict=True))]
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -110,38 +105,47 @@ class _DroppedAttention(torch.autograd.Function):
         masks, work = KeepMasks(dropout), _WorkSpace()
         kept, probabilities = [], []
         with torch.autocast("cpu", enabled=False):
-            for row, some, tokens in _pieces(spans, heads):
-                turned = key[row, some, tokens].transpose(1, 2)
-                scores = work.product(scale, query[row, some, tokens], turned)
-                probability = torch.softmax(scores, dim=-1, dtype=torch.float32)
-                keep = masks.draw(*probability.shape)
-                dropped = work.kept(probability, keep).to(value.dtype)
-                _product_into(output[row, tokens, some], masks.scale, dropped, value[row, some, tokens])
-                probabilities.append(probability)
-                kept.append(keep)
-        context.save_for_backward(query, key, value, output, *probabilities)
+            for row, tokens, together in _rows(spans, heads):
+                queries, values = query[row, :, tokens].split(together), value[row, :, tokens].split(together)
+                turned_keys = key[row, :, tokens].transpose(1, 2).split(together)
+                places = output[row, tokens].transpose(0, 1).split(together)
+                for some, turned, worth, place in zip(queries, turned_keys, values, places, strict=True):
+                    scores = work.product(scale, some, turned)
+                    probability = torch.softmax(scores, dim=-1, dtype=torch.float32)
+                    # torch turns booleans into numbers one by one, bytes faster
+                    keep = torch.from_numpy(masks.draw(*probability.shape).view(np.uint8))
+                    _product_into(place, masks.scale, work.kept(probability, keep).to(value.dtype), worth)
+                    probabilities.append(probability)
+                    kept.append(keep)
+        context.save_for_backward(query, key, value, *probabilities)
         context.rest = (spans, scale, masks.scale, kept)
         return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, *probabilities = context.saved_tensors
+        query, key, value, *probabilities = context.saved_tensors
         spans, scale, kept_scale, kept = context.rest
         heads, work = query.shape[1], _WorkSpace()
-        by_query, by_key, by_value = (_zero_at_padding(torch.empty_like(output), spans) for _ in range(3))
-        # [rows, length, heads], without the scale of what is kept, which the products put in at their end
-        row_sums = (gradient.float() * output).sum(dim=-1).div_(kept_scale)
+        by_query, by_key, by_value = (_zero_at_padding(query.new_empty(gradient.shape), spans) for _ in range(3))
         with torch.autocast("cpu", enabled=False):
-            for (row, some, tokens), probability, keep in zip(_pieces(spans, heads), probabilities, kept, strict=True):
-                here = row, tokens, some
-                above = gradient[here].transpose(0, 1)
-                dropped = work.kept(probability, keep)
-                _product_into(by_value[here], kept_scale, dropped.to(value.dtype).transpose(1, 2), above)
-                by_score = work.product(1.0, above, value[row, some, tokens].transpose(1, 2)).float().mul_(dropped)
-                by_score.addcmul_(probability, row_sums[here].t().unsqueeze(-1), value=-1)
-                by_score = by_score.to(query.dtype)
-                _product_into(by_query[here], kept_scale * scale, by_score, key[row, some, tokens])
-                _product_into(by_key[here], kept_scale * scale, by_score.transpose(1, 2), query[row, some, tokens])
+            pieces = zip(probabilities, kept, strict=True)
+            for row, tokens, together in _rows(spans, heads):
+                views = [
+                    *(each[row, :, tokens].split(together) for each in (query, key)),
+                    value[row, :, tokens].transpose(1, 2).split(together),
+                    gradient[row, tokens].transpose(0, 1).split(together),
+                    *(each[row, tokens].transpose(0, 1).split(together) for each in (by_query, by_key, by_value)),
+                ]
+                for some, keys, turned, above, to_query, to_key, to_value in zip(*views, strict=True):
+                    probability, keep = next(pieces)
+                    dropped = work.kept(probability, keep)
+                    _product_into(to_value, kept_scale, dropped.to(value.dtype).transpose(1, 2), above)
+                    # without the scale of what is kept, which the products put in at their end
+                    by_score = work.product(1.0, above, turned).float().mul_(dropped)
+                    by_score.addcmul_(probability, by_score.sum(dim=-1, keepdim=True), value=-1)
+                    by_score = by_score.to(query.dtype)
+                    _product_into(to_query, kept_scale * scale, by_score, keys)
+                    _product_into(to_key, kept_scale * scale, by_score.transpose(1, 2), some)
         by_query, by_key, by_value = (each.transpose(1, 2) for each in (by_query, by_key, by_value))
         return by_query, by_key, by_value, None, None, None
 
@@ -155,8 +159,7 @@ def _zero_at_padding(answer: Tensor, spans: list) -> Tensor:
 
 
 def _product_into(place: Tensor, factor: float, left: Tensor, right: Tensor) -> None:
-    """Put `factor` x `left` x `right` into `place` `[tokens, heads, width]` of a larger tensor, without a copy."""
-    place = place.transpose(0, 1)
+    """Put `factor` x `left` x `right` into `place` `[heads, tokens, width]` of a larger tensor, without a copy."""
     torch.baddbmm(place, left, right, beta=0, alpha=factor, out=place)
 
 
@@ -171,11 +174,9 @@ class _WorkSpace:
         place = self._block("product", (*left.shape[:2], right.shape[2]), left.dtype)
         return torch.baddbmm(place, left, right, beta=0, alpha=factor, out=place)
 
-    def kept(self, probability: Tensor, keep: np.ndarray) -> Tensor:
-        """The kept probabilities, good until the next; numpy multiplies by booleans without a copy of them in float."""
-        place = self._block("kept", probability.shape, probability.dtype)
-        np.multiply(probability.numpy(), keep, out=place.numpy())
-        return place
+    def kept(self, probability: Tensor, keep: Tensor) -> Tensor:
+        """The kept probabilities, good until the next."""
+        return self._block("kept", probability.shape, probability.dtype).copy_(keep).mul_(probability)
 
     def _block(self, name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         count = math.prod(shape)

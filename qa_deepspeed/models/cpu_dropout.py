@@ -7,11 +7,14 @@ and what is kept is scaled by the rounded one, so that the expectation is exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 _LEVELS = 1 << 16
+_VALUES_AT_ONCE = 1 << 16
 
 
 class KeepMasks:
@@ -33,6 +36,33 @@ class KeepMasks:
         return (levels >= np.int16(self._dropped_levels - _LEVELS // 2)).reshape(shape)
 
 
+class _Dropped(torch.autograd.Function):
+    """Values of which a share is dropped; a byte a value is kept for the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, probability: float) -> Tensor:
+        masks = KeepMasks(probability)
+        # torch turns booleans into numbers one by one, bytes faster
+        keep = torch.from_numpy(masks.draw(*values.shape).view(np.uint8))
+        context.save_for_backward(keep)
+        context.scale = masks.scale
+        return _kept(values, keep, masks.scale)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (keep,) = context.saved_tensors
+        return _kept(gradient, keep, context.scale), None
+
+
+def _kept(values: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """`values` x `keep` x `scale`, a part at a time, so that all three stay in the processor's cache."""
+    answer = torch.empty(values.shape, dtype=values.dtype)
+    parts = [each.reshape(-1).split(_VALUES_AT_ONCE) for each in (answer, keep, values)]
+    for place, kept, some in zip(*parts, strict=True):
+        place.copy_(kept).mul_(some).mul_(scale)
+    return answer
+
+
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with masks from `KeepMasks`."""
 
@@ -40,6 +70,4 @@ class CpuDropout(nn.Dropout):
         """`input` with a share `p` of its values set to zero and the others scaled up, in training."""
         if not self.training or self.p in (0.0, 1.0) or input.device.type != "cpu":
             return super().forward(input)
-        masks = KeepMasks(self.p)
-        ones = masks.draw(*input.shape).view(np.uint8)  # torch turns booleans into numbers one by one, bytes faster
-        return input * torch.from_numpy(ones).to(input.dtype).mul_(masks.scale)
+        return _Dropped.apply(input, self.p)

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, LlamaForQuestionAnswering
 
 from qa_deepspeed.models import cpu_attention
-from qa_deepspeed.models.cpu_attention import _DroppedAttention, _pieces, speed_up_on_cpu
+from qa_deepspeed.models.cpu_attention import _DroppedAttention, _rows, speed_up_on_cpu
 from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
 
 SPANS = [(0, 11), (0, 8), (3, 11)]
@@ -68,9 +68,10 @@ def test_attention_with_dropout_equals_the_plain_one(scores_at_once, monkeypatch
 
     torch.manual_seed(9)
     masks, keep = KeepMasks(0.4), torch.zeros(rows, heads, length, length)
-    for row, some, tokens in _pieces(SPANS, heads):
+    for row, tokens, together in _rows(SPANS, heads):
         size = tokens.stop - tokens.start
-        keep[row, some, tokens, tokens] = torch.from_numpy(masks.draw(some.stop - some.start, size, size)).float()
+        for some in torch.arange(heads).split(together):
+            keep[row, some, tokens, tokens] = torch.from_numpy(masks.draw(len(some), size, size)).float()
     expected = plain_attention(*parts, keep, 0.3, masks.scale)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(gradients, torch.autograd.grad(expected, parts, above), strict=True):
