@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -112,8 +111,7 @@ class _DroppedAttention(torch.autograd.Function):
                 for some, turned, worth, place in zip(queries, turned_keys, values, places, strict=True):
                     scores = work.product(scale, some, turned)
                     probability = torch.softmax(scores, dim=-1, dtype=torch.float32)
-                    # torch turns booleans into numbers one by one, bytes faster
-                    keep = torch.from_numpy(masks.draw(*probability.shape).view(np.uint8))
+                    keep = masks.draw(*probability.shape)
                     _product_into(place, masks.scale, work.kept(probability, keep).to(value.dtype), worth)
                     probabilities.append(probability)
                     kept.append(keep)

@@ -29,11 +29,15 @@ class KeepMasks:
         self.scale = _LEVELS / (_LEVELS - self._dropped_levels)
         """What kept values are multiplied by."""
 
-    def draw(self, *shape: int) -> np.ndarray:
-        """A bool array of this shape, false with the probability of being dropped."""
+    def draw(self, *shape: int) -> Tensor:
+        """Bytes of this shape, 0 with the probability of being dropped, else 1.
+
+        torch turns bytes into other numbers faster than booleans.
+        """
         count = int(np.prod(shape))
         levels = self._bits.random_raw(-(-count // 4)).view(np.int16)[:count]
-        return (levels >= np.int16(self._dropped_levels - _LEVELS // 2)).reshape(shape)
+        keep = levels >= np.int16(self._dropped_levels - _LEVELS // 2)
+        return torch.from_numpy(keep.view(np.uint8).reshape(shape))
 
 
 class _Dropped(torch.autograd.Function):
@@ -42,8 +46,7 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, probability: float) -> Tensor:
         masks = KeepMasks(probability)
-        # torch turns booleans into numbers one by one, bytes faster
-        keep = torch.from_numpy(masks.draw(*values.shape).view(np.uint8))
+        keep = masks.draw(*values.shape)
         context.save_for_backward(keep)
         context.scale = masks.scale
         return _kept(values, keep, masks.scale)
