@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _LEVELS = 1 << 16
-_VALUES_AT_ONCE = 1 << 16
+_VALUES_AT_ONCE = 1 << 16  # 256 kB in float32, so that values, mask and result fit into the second-level cache
 
 
 class KeepMasks:

@@ -38,6 +38,7 @@ from qa_deepspeed.config import RunOptions
 from qa_deepspeed.data import load_features, model_facts
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device, keep_freed_memory
+from qa_deepspeed.engine.ds_config import Resolved
 from qa_deepspeed.engine.engine import training_engine
 from qa_deepspeed.engine.optim import default_optimizer
 from qa_deepspeed.engine.roof import measured_roof, training_flops
@@ -45,11 +46,13 @@ from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 from qa_deepspeed.models.families import model_columns
 from qa_deepspeed.models.loading import load_model
 from qa_deepspeed.models.qa_heads import Head, head_of
-from qa_deepspeed.qa.batching import Batch, epoch_order, make_batch
+from qa_deepspeed.qa.batching import Batch, Layout, epoch_order, make_batch
+from qa_deepspeed.qa.feature_store import FeatureStore
 from tests.paths import DATA, MINILM
 
 TRAIN = DATA / "en-v1-train.json"
 ROWS, QUESTIONS = 8, 192
+STEPS = 1000  # that the learning rate is planned for
 BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
              "intermediate_size": 3072}  # fmt: skip
 
@@ -71,6 +74,20 @@ def mean_loss(head: Head, outputs: Any, batch: Batch) -> torch.Tensor:
     return (head.losses(outputs, batch) * batch.weight).mean()
 
 
+def prepared(
+    options: RunOptions, device: torch.device, models: int = 1
+) -> tuple[Resolved, dict[str, Any], FeatureStore, Layout, list[Any]]:
+    """What `train` would train on and with, the ranks having met: the options resolved, DeepSpeed's config, features,
+    their layout, and as many models."""
+    resolved = ds_config.resolve(options, dist.world_size(), "cpu", True, options.deepspeed_config)
+    facts = model_facts(resolved.options)
+    store = load_features(resolved.options, "train", facts)
+    dist.start(device, options.timeout)
+    loaded = [load_model(resolved.options, facts.config)[0] for _ in range(models)]
+    layout = facts.layout(model_columns(loaded[0], facts.config), 0)
+    return resolved, ds_config.finish(resolved, STEPS, ds_config.hidden_size(facts.config)), store, layout, loaded
+
+
 def overhead(repeats: int) -> None:
     """Print the ratio of a step of the engine to one of the loop by hand."""
     dist.describe_lone_process()
@@ -80,19 +97,13 @@ def overhead(repeats: int) -> None:
             model_name_or_path=str(MINILM), train_file=str(TRAIN), output_dir=folder, cache_dir=folder,
             max_train_examples=QUESTIONS, deepspeed_config="zero0", learning_rate=1e-4,
         )  # fmt: skip
-        resolved = ds_config.resolve(options, 1, "cpu", True, "zero0")
-        options, facts = resolved.options, model_facts(resolved.options)
-        store = load_features(options, "train", facts)
-        dist.start(device, options.timeout)
-        models = [load_model(options, facts.config)[0] for _ in range(2)]
-        layout = facts.layout(model_columns(models[0], facts.config), 0)
+        resolved, config, store, layout, models = prepared(options, device, models=2)
         batches = [make_batch(store.take, rows, layout) for rows in epoch_order(store.lengths, ROWS, 42, 0)]
-        config = ds_config.finish(resolved, 1000, ds_config.hidden_size(facts.config))
-        engine = training_engine(models[0], config, resolved, 1000, device)
+        engine = training_engine(models[0], config, resolved, STEPS, device)
         plain = models[1]
         speed_up_on_cpu(plain)
-        optimizer = default_optimizer(plain, options)
-        schedule = get_scheduler("linear", optimizer, 0, 1000)
+        optimizer = default_optimizer(plain, resolved.options)
+        schedule = get_scheduler("linear", optimizer, 0, STEPS)
         heads = [head_of(model, False) for model in models]
         for model in models:
             model.train()

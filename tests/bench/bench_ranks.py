@@ -26,21 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from bench_engine import ROWS, STEPS, TRAIN, prepared
 
 from qa_deepspeed import dist
 from qa_deepspeed.config import RunOptions
 from qa_deepspeed.data import load_features, model_facts
-from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.engine import training_engine
-from qa_deepspeed.models.families import model_columns
-from qa_deepspeed.models.loading import load_model
 from qa_deepspeed.models.qa_heads import head_of
 from qa_deepspeed.qa.batching import epoch_order, make_batch, micro_batches
 from tests.dist.launching import free_port
-from tests.paths import DATA, MINILM
+from tests.paths import MINILM
 
-ROWS, QUESTIONS, STEPS = 8, 2000, 3
+QUESTIONS, STEPS_A_TURN = 2000, 3
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,8 @@ def train_by_turns(place: Place, config: str, folder: str, turns: Connection) ->
         LOCAL_WORLD_SIZE=str(place.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=place.port,
     )  # fmt: skip
     device = choose_device(no_cuda=True)
-    options = run_options(config, folder)
-    resolved = ds_config.resolve(options, place.world_size, "cpu", True, config)
-    facts = model_facts(options)
-    store = load_features(options, "train", facts)
-    dist.start(device, options.timeout)
-    model = load_model(options, facts.config)[0]
-    layout = facts.layout(model_columns(model, facts.config), 0)
-    finished = ds_config.finish(resolved, 1000, ds_config.hidden_size(facts.config))
-    engine = training_engine(model, finished, resolved, 1000, device)
+    resolved, finished, store, layout, (model,) = prepared(run_options(config, folder), device)
+    engine = training_engine(model, finished, resolved, STEPS, device)
     head = head_of(model, False)
     engine.module.train()
     mine = np.arange(place.part, len(store), place.parts)
@@ -95,22 +86,22 @@ def train_by_turns(place: Place, config: str, folder: str, turns: Connection) ->
 def run_options(config: str, folder: str) -> RunOptions:
     """The options of all four processes, as `train` would have them."""
     return RunOptions(
-        model_name_or_path=str(MINILM), train_file=str(DATA / "en-v1-train.json"), output_dir=folder, cache_dir=folder,
+        model_name_or_path=str(MINILM), train_file=str(TRAIN), output_dir=folder, cache_dir=folder,
         max_train_examples=QUESTIONS, deepspeed_config=config, learning_rate=1e-4, per_gpu_train_batch_size=ROWS,
     )  # fmt: skip
 
 
-def speed(pair: list[Connection], steps: int) -> float:
+def speed(pair: list[Connection]) -> float:
     """Real tokens a second of two processes together over a turn."""
     for turns in pair:
-        turns.send(steps)
+        turns.send(STEPS_A_TURN)
     return sum(tokens / seconds for tokens, seconds in [turns.recv() for turns in pair])
 
 
 def main() -> None:
     """Start four processes, let the pairs take turns, print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=20, help=f"of {STEPS} optimizer steps of each pair")
+    parser.add_argument("--turns", type=int, default=20, help=f"of {STEPS_A_TURN} optimizer steps of each pair")
     parser.add_argument("--config", default="zero2", help="the ds_config (zero2)")
     arguments = parser.parse_args()
     spawn = get_context("spawn")
@@ -131,7 +122,7 @@ def main() -> None:
         pipes = [mine for mine, _ in ends]
         together, apart = [], []
         for turn in range(arguments.turns + 1):
-            first, second = speed(pipes[:2], STEPS), speed(pipes[2:], STEPS)
+            first, second = speed(pipes[:2]), speed(pipes[2:])
             if turn:  # the first warms up
                 together.append(first)
                 apart.append(second)
@@ -140,7 +131,7 @@ def main() -> None:
         for worker in workers:
             worker.join()
     ratios = [one / other for one, other in zip(together, apart, strict=True)]
-    print(f"torch {torch.__version__}, {arguments.config}, {arguments.turns} turns of {STEPS} steps")
+    print(f"torch {torch.__version__}, {arguments.config}, {arguments.turns} turns of {STEPS_A_TURN} steps")
     print(f"two ranks             {statistics.median(together):8,.0f} real tokens/s")
     print(f"two lone runs, summed {statistics.median(apart):8,.0f} real tokens/s")
     low, middle, high = statistics.quantiles(ratios, n=4)
