@@ -1,6 +1,6 @@
 """`python -m qa_deepspeed` is `qa-deepspeed`."""
 
-from qa_deepspeed.cli import main
+from qa_deepspeed.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qa_deepspeed import dist
-from qa_deepspeed.pacing import REQUEUE_FILE, REQUEUE_STATUS
+from qa_deepspeed.runs.requeue import REQUEUE_FILE, REQUEUE_STATUS
+from qa_deepspeed.utils import dist
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from qa_deepspeed.sample import make_corpora
+from qa_deepspeed.cli.sample import make_corpora
 
 QUESTIONS = 32
 SPECIAL = {
@@ -39,8 +39,13 @@ def make_model(kind: str, questions: Path) -> tuple[torch.nn.Module, object]:
 
     XLM's own tokenizer needs a package that is not installed here; the model takes any.
     """
-    words = sorted({word for text in texts(questions) for word in text.lower().replace(".", " . ").replace(
-        "?", " ? ").replace(",", " , ").split()})  # fmt: skip
+    words = sorted(
+        {
+            word
+            for text in texts(questions)
+            for word in text.lower().replace(".", " . ").replace("?", " ? ").replace(",", " , ").split()
+        }
+    )
     torch.manual_seed(1)
     if kind == "xlnet":
         letters = sorted({letter for text in texts(questions) for letter in text})
@@ -49,15 +54,30 @@ def make_model(kind: str, questions: Path) -> tuple[torch.nn.Module, object]:
         pieces |= dict.fromkeys([f"▁{word}" for text in texts(questions) for word in text.split()], -4.0)
         tokenizer = transformers.XLNetTokenizer(vocab=list(pieces.items()))
         config = transformers.XLNetConfig(
-            vocab_size=len(pieces), d_model=64, n_layer=2, n_head=4, d_inner=128, dropout=0.0, initializer_range=0.06,
-        )  # fmt: skip
+            vocab_size=len(pieces),
+            d_model=64,
+            n_layer=2,
+            n_head=4,
+            d_inner=128,
+            dropout=0.0,
+            initializer_range=0.06,
+        )
         return transformers.XLNetForQuestionAnswering(config), tokenizer
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*SPECIAL[kind], *words]))}
     tokenizer = transformers.BertTokenizer(vocab=vocabulary)
     config = transformers.XLMConfig(
-        vocab_size=len(vocabulary), emb_dim=64, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0,
-        max_position_embeddings=256, pad_index=0, n_langs=1, embed_init_std=0.3, init_std=0.08,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        emb_dim=64,
+        n_layers=2,
+        n_heads=4,
+        dropout=0.0,
+        attention_dropout=0.0,
+        max_position_embeddings=256,
+        pad_index=0,
+        n_langs=1,
+        embed_init_std=0.3,
+        init_std=0.08,
+    )
     return transformers.XLMForQuestionAnswering(config), tokenizer
 
 

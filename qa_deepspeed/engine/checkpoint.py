@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed import dist
-from qa_deepspeed.checkpoint_files import (
+from qa_deepspeed.engine.checkpoint_files import (
     LoopState,
     damage,
     flush_folder,
@@ -35,7 +34,8 @@ from qa_deepspeed.checkpoint_files import (
 )
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.engine.shards import Shards, plain_values_only, require_shards
-from qa_deepspeed.errors import UserError
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
 
 
 def checkpoint_bytes(parameters: int, trained: int) -> int:
@@ -51,7 +51,7 @@ class Checkpoints:
         self._engine = engine
         self._output_dir = output_dir
         self._limit = limit
-        self._acting = dist.first_on_this_filesystem(output_dir)
+        self._acting = dist.is_first_on_filesystem(output_dir)
         self._expected_bytes = checkpoint_bytes(engine.parameters, engine.trained_parameters)
         if self._acting:
             remove_leftovers(output_dir)
@@ -98,7 +98,7 @@ class Checkpoints:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if problem:
             dist.log_rank(f"cannot save a checkpoint: {problem}")
-        return dist.sums([problem is not None])[0] == 0
+        return dist.all_reduce_sum([problem is not None])[0] == 0
 
     def _prepare(self, partial: Path) -> None:
         if not self._acting:
@@ -107,12 +107,11 @@ class Checkpoints:
         partial.mkdir()
         free = shutil.disk_usage(partial).free
         if free < self._expected_bytes:
-            raise OSError(f"{free / 1e9:.2f} GB free at {self._output_dir}, about {self._expected_bytes / 1e9:.2f} GB "
-                          "are needed")  # fmt: skip
+            raise OSError(
+                f"{free / 1e9:.2f} GB free at {self._output_dir}, about {self._expected_bytes / 1e9:.2f} GB are needed"
+            )
 
-    def _complete(
-        self, partial: Path, final: Path, state: LoopState, add_files: Callable[[Path], None]
-    ) -> None:
+    def _complete(self, partial: Path, final: Path, state: LoopState, add_files: Callable[[Path], None]) -> None:
         if not self._acting:
             return
         add_files(partial)
@@ -151,7 +150,7 @@ def _require_shards_everywhere(checkpoint: Path, state: LoopState, ranks: Iterab
         require_shards(checkpoint, state.zero_stage, ranks)
     except UserError as error:
         problem = error
-    if dist.sums([problem is not None])[0]:
+    if dist.all_reduce_sum([problem is not None])[0]:
         raise problem or UserError(f"other nodes lack shards of {checkpoint}, see their messages")
 
 

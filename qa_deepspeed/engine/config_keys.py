@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qa_deepspeed.options import nearest
+from qa_deepspeed.config.options import nearest
 
 TOP_LEVEL = ""
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qa_deepspeed import dist
-from qa_deepspeed.config import BatchPlan, RunOptions, plan_batches
+from qa_deepspeed.config.batch_plan import BatchPlan, plan_batches
+from qa_deepspeed.config.options import nearest
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.config_keys import SECTIONS, unknown_keys
-from qa_deepspeed.errors import UserError
-from qa_deepspeed.options import nearest
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
 
 DEFAULT_CONFIG = "zero2"
 AUTO = "auto"
@@ -47,7 +48,7 @@ PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedConfig:
     """A config without `"auto"` in what can be known before the data is read, and the options it agreed with."""
 
     config: dict[str, Any]
@@ -107,7 +108,7 @@ def load(name: str) -> dict[str, Any]:
 
 def resolve(
     options: RunOptions, world_size: int, device_type: str, bf16_supported: bool = True, default: str = DEFAULT_CONFIG
-) -> Resolved:
+) -> ResolvedConfig:
     """Agree config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
 
     Raises:
@@ -123,22 +124,25 @@ def resolve(
         config["torch_autocast"].setdefault("dtype", "bfloat16" if bf16_supported else "float16")
     options = _agree_numbers(config, options, name, conflicts)
     if conflicts:
-        raise UserError(f"{name} and the command line disagree: {'; '.join(conflicts)}. Say each in one place only, "
-                        'or put "auto" into the config')  # fmt: skip
-    resolved = Resolved(config, options, _plan(options, world_size), name)
+        raise UserError(
+            f"{name} and the command line disagree: {'; '.join(conflicts)}. Say each in one place only, "
+            'or put "auto" into the config'
+        )
+    resolved = ResolvedConfig(config, options, _plan(options, world_size), name)
     if resolved.precision == "fp16" and device_type == "cpu":
         raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
     attention = options.attn_implementation or ""
     if attention.startswith("flash_attention") and (device_type == "cpu" or resolved.precision == "fp32"):
-        raise UserError(f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or "
-                        "take --bf16 on a GPU")  # fmt: skip
+        raise UserError(
+            f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or take --bf16 on a GPU"
+        )
     zero = config.get("zero_optimization", {})
     if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
         raise UserError(f"{name}: the quantised messages of ZeRO++ need GPUs: take zero3")
     return resolved
 
 
-def check_trainable(resolved: Resolved) -> None:
+def check_trainable(resolved: ResolvedConfig) -> None:
     """Raises UserError for what DeepSpeed 0.19.8 accepts but trains or saves wrongly, and for NVMe without a folder.
 
     In float16 at stage 0 it divides gradients by the loss scale that it never multiplied the loss by: seen on a GPU,
@@ -148,20 +152,26 @@ def check_trainable(resolved: Resolved) -> None:
     """
     for key in ("writer", "load_universal"):
         if resolved.config.get("checkpoint", {}).get(key):
-            raise UserError(f"{resolved.name}: checkpoint.{key} does not go with this trainer's checkpoints, which are "
-                            "whole or not there, and load at any number of ranks as they are: take it out")  # fmt: skip
+            raise UserError(
+                f"{resolved.name}: checkpoint.{key} does not go with this trainer's checkpoints, which are "
+                "whole or not there, and load at any number of ranks as they are: take it out"
+            )
     if resolved.precision == "fp16" and resolved.zero_stage == 0:
-        raise UserError("fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
-                        "scale twice): take --deepspeed_config zero1 or zero2, or --bf16")  # fmt: skip
+        raise UserError(
+            "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
+            "scale twice): take --deepspeed_config zero1 or zero2, or --bf16"
+        )
     zero = resolved.config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         section = zero.get(key) or {}
         if section.get("device") == "nvme" and not os.access(section.get("nvme_path") or "", os.W_OK):
-            raise UserError(f"{resolved.name} keeps state on NVMe: pass --nvme_path, a folder there that can be "
-                            f"written, not {section.get('nvme_path')}")  # fmt: skip
+            raise UserError(
+                f"{resolved.name} keeps state on NVMe: pass --nvme_path, a folder there that can be "
+                f"written, not {section.get('nvme_path')}"
+            )
 
 
-def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, Any]:
+def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict[str, Any]:
     """The config that DeepSpeed gets: every remaining `"auto"` filled from the run and the model.
 
     Bucket sizes follow the model's hidden size by the rules of transformers' DeepSpeed integration
@@ -171,9 +181,9 @@ def finish(resolved: Resolved, total_steps: int, hidden_size: int) -> dict[str, 
         UserError: an `"auto"` that nobody owns.
     """
     config, options, plan = copy.deepcopy(resolved.config), resolved.options, resolved.plan
-    config["train_micro_batch_size_per_gpu"] = plan.rows
-    config["gradient_accumulation_steps"] = plan.accumulation
-    config["train_batch_size"] = plan.global_rows
+    config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
+    config["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
+    config["train_batch_size"] = plan.global_batch_size
     config.setdefault("gradient_clipping", options.max_grad_norm)
     config.setdefault("steps_per_print", sys.maxsize)
     if "optimizer" not in config and "offload_optimizer" in config.get("zero_optimization", {}):
@@ -258,8 +268,10 @@ def _precision_asked(options: RunOptions, config: dict[str, Any], device_type: s
     if level == "O1":
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if not bf16_supported and stage != 0:
-            raise UserError("fp16_opt_level O1 with float16 is right at ZeRO stage 0 only: take --deepspeed_config "
-                            "zero0, or --fp16 alone")  # fmt: skip
+            raise UserError(
+                "fp16_opt_level O1 with float16 is right at ZeRO stage 0 only: take --deepspeed_config "
+                "zero0, or --fp16 alone"
+            )
         return "torch_autocast"
     if level == "O0":
         return "fp32"

@@ -15,15 +15,15 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils import is_flash_attn_2_available
 
-from qa_deepspeed import dist
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.engine.ds_config import Resolved
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.engine.flops import measured_peak_flops
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
 from qa_deepspeed.engine.reshard import carry_over
-from qa_deepspeed.engine.roof import measured_roof
 from qa_deepspeed.engine.shards import Shards
-from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
 
 
 def import_deepspeed(verbose: bool) -> Any:
@@ -45,13 +45,13 @@ def import_deepspeed(verbose: bool) -> Any:
     return deepspeed
 
 
-class Reader:
+class EvalModel:
     """A model that answers: whole on this rank, or partitioned over the ranks under ZeRO-3.
 
     `module` is the Transformers model itself.
     """
 
-    def __init__(self, module: torch.nn.Module, resolved: Resolved, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig, device: torch.device) -> None:
         self.module = module
         self.device = device
         self.zero_stage = resolved.zero_stage
@@ -101,10 +101,10 @@ class CarefulWriter:
             self.problem = error if isinstance(error, OSError) else OSError(f"{lines[0] if lines else error} ({path})")
 
 
-class Engine(Reader):
+class Engine(EvalModel):
     """A model in training under DeepSpeed."""
 
-    def __init__(self, deepspeed_engine: Any, resolved: Resolved, device: torch.device) -> None:
+    def __init__(self, deepspeed_engine: Any, resolved: ResolvedConfig, device: torch.device) -> None:
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
         self._engine.checkpoint_engine = CarefulWriter(deepspeed_engine.checkpoint_engine)
@@ -138,10 +138,10 @@ class Engine(Reader):
         """The fp16 loss scale; 1 in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
-    def measured_roof(self) -> float:
+    def measured_peak_flops(self) -> float:
         """Matrix operations a second that this rank's device does in the type of the training."""
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": self._autocast_type}
-        return measured_roof(self.device, kinds.get(self.precision, torch.float32))
+        return measured_peak_flops(self.device, kinds.get(self.precision, torch.float32))
 
     def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the model returns, with dropout and gradients."""
@@ -182,7 +182,7 @@ class Engine(Reader):
         """The model's whole state dict on the CPU of rank 0, None elsewhere. Collective."""
         if self.zero_stage == 3:
             return self._engine._zero3_consolidated_16bit_state_dict()
-        if not dist.is_first():
+        if not dist.is_rank_zero():
             return None
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
@@ -251,7 +251,7 @@ class Engine(Reader):
             group["lr"] = rate
 
 
-def choose_attention(model: Any, resolved: Resolved, device: torch.device) -> None:
+def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device) -> None:
     """The fastest attention that is here, where the options name none: our own on CPUs, flash attention where it is
     installed and works (half precision on GPUs), else torch's."""
     if device.type == "cpu":
@@ -263,7 +263,7 @@ def choose_attention(model: Any, resolved: Resolved, device: torch.device) -> No
 
 
 def training_engine(
-    model: Any, config: dict[str, Any], resolved: Resolved, total_steps: int, device: torch.device
+    model: Any, config: dict[str, Any], resolved: ResolvedConfig, total_steps: int, device: torch.device
 ) -> Engine:
     """`deepspeed.initialize` with the default optimizer and schedule, or those that the config's sections name."""
     deepspeed = import_deepspeed(resolved.options.verbose_logging)
@@ -285,9 +285,9 @@ def training_engine(
     return Engine(engine, resolved, device)
 
 
-def evaluation_reader(
-    model: torch.nn.Module, config: dict[str, Any], resolved: Resolved, device: torch.device
-) -> Reader:
+def evaluation_model(
+    model: torch.nn.Module, config: dict[str, Any], resolved: ResolvedConfig, device: torch.device
+) -> EvalModel:
     """The model for forward passes only: partitioned over the ranks under ZeRO-3, whole on each rank otherwise."""
     choose_attention(model, resolved, device)
     if resolved.zero_stage == 3:
@@ -295,4 +295,4 @@ def evaluation_reader(
         engine, *_ = deepspeed.initialize(model=model, config=config)
         return Engine(engine, resolved, device)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32)
-    return Reader(model.to(device=device, dtype=kind), resolved, device)
+    return EvalModel(model.to(device=device, dtype=kind), resolved, device)

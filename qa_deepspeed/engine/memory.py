@@ -41,7 +41,7 @@ PROCESS_DEVICE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroSettings:
     """What of a DeepSpeed config decides about memory; sizes are elements, defaults are DeepSpeed's."""
 
     stage: int
@@ -54,7 +54,7 @@ class Zero:
     reduce_scatter: bool = True
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Zero:
+    def of(cls, config: dict[str, Any]) -> ZeroSettings:
         """Of a config whose `"auto"`s are filled."""
         section = config.get("zero_optimization", {})
         stage = int(section.get("stage", 0))
@@ -83,7 +83,7 @@ def _offloads(section: dict[str, Any] | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes of one rank. On a GPU rank all but the host's parts are on the device; a CPU rank has all in host memory.
 
     gradients: at the step, copies included; held: of them, what stays during the next micro-batch of the same step.
@@ -116,7 +116,7 @@ class Need:
         return always + max(self.gradients, self.held + activations)
 
 
-def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
+def need(model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int) -> MemoryEstimate:
     """What a GPU rank needs; `element` bytes a parameter, `accumulation` micro-batches an optimizer step."""
     whole, share = model.parameters, -(-model.parameters // ranks)
     trained, trained_share = model.trained, -(-model.trained // ranks)
@@ -140,7 +140,7 @@ def need(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: i
         host += (12 + element + 4) * trained_share
         bus += (element * accumulation + element) * trained_share
         gradients, held, optimizer = 0, 0, 0
-    return Need(
+    return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,
         held=held,
@@ -160,7 +160,7 @@ CPU_ATTENTION_SHARE = 5 / 12
 probabilities and one byte a score for what was dropped."""
 
 
-def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumulation: int) -> Need:
+def need_on_cpu(model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int) -> MemoryEstimate:
     """What a CPU rank needs, all of it in `host`: freed blocks are kept for the next step, so that what never is needed
     at the same time adds up nevertheless."""
     on_gpu = need(model, zero, ranks, element, accumulation)
@@ -172,11 +172,18 @@ def need_on_cpu(model: Footprint, zero: Zero, ranks: int, element: int, accumula
     holes = 2 * model.adapted
     host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + buffers + activations + holes + on_gpu.host
     kept = element * share if zero.stage == 3 and not zero.offload_parameters else 0
-    return dataclasses.replace(on_gpu, buffers=buffers, activations=activations, checkpointed=model.checkpointed,
-                               host=host, loading=on_gpu.loading + kept, bus=0)  # fmt: skip
+    return dataclasses.replace(
+        on_gpu,
+        buffers=buffers,
+        activations=activations,
+        checkpointed=model.checkpointed,
+        host=host,
+        loading=on_gpu.loading + kept,
+        bus=0,
+    )
 
 
-def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
+def _buffers_on_cpu(model: Footprint, zero: ZeroSettings, ranks: int) -> int:
     """Elements of what DeepSpeed and gloo allocate beside parameters, gradients and optimizer state, as traced with
     torch's profiler. What is gathered needs no copy on one host (`dist.gather_by_broadcasts`)."""
     if zero.stage == 0:
@@ -196,7 +203,7 @@ def _buffers_on_cpu(model: Footprint, zero: Zero, ranks: int) -> int:
     return buffers + 2 * model.largest_trained * (zero.offload_optimizer or zero.stage == 3)
 
 
-def _buffers(model: Footprint, zero: Zero) -> int:
+def _buffers(model: Footprint, zero: ZeroSettings) -> int:
     """Elements of the buffers of communication."""
     if zero.stage == 0:
         return min(model.trained, STAGE_0_BUCKET)
@@ -206,7 +213,7 @@ def _buffers(model: Footprint, zero: Zero) -> int:
     return bucket * (1 + second + flattened) + model.largest_trained * zero.offload_optimizer
 
 
-def _sent(model: Footprint, zero: Zero, element: int, ranks: int, accumulation: int) -> int:
+def _sent(model: Footprint, zero: ZeroSettings, element: int, ranks: int, accumulation: int) -> int:
     parameters, gradients = (element * count * (ranks - 1) // ranks for count in (model.parameters, model.trained))
     if zero.stage == 0:
         return 2 * gradients

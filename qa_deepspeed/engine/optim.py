@@ -7,7 +7,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from qa_deepspeed.config import RunOptions
+from qa_deepspeed.config.run_options import RunOptions
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

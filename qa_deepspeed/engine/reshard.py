@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed import dist
 from qa_deepspeed.engine.shards import WEIGHT, Shards
-from qa_deepspeed.errors import UserError
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
 
 
 def carry_over(engine: Any, shards: Shards) -> None:
@@ -23,8 +23,10 @@ def carry_over(engine: Any, shards: Shards) -> None:
     """
     names = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if names != set(shards.names):
-        raise UserError(f"the checkpoint trains {len(shards.names)} parameters, this run {len(names)}, and not the "
-                        f"same ones ({', '.join(sorted(names ^ set(shards.names))[:3])} ...)")  # fmt: skip
+        raise UserError(
+            f"the checkpoint trains {len(shards.names)} parameters, this run {len(names)}, and not the "
+            f"same ones ({', '.join(sorted(names ^ set(shards.names))[:3])} ...)"
+        )
     stage = engine.zero_optimization_stage()
     {0: _fill_whole, 1: _fill_slices, 2: _fill_slices, 3: _fill_partitions}[stage](engine, shards)
     engine.global_steps = shards.common["global_steps"]
@@ -47,8 +49,10 @@ def _fill_whole(engine: Any, shards: Shards) -> None:
     if inner is not outer:
         groups = getattr(outer, "fp32_groups", None)
         if groups is None:
-            raise UserError(f"a checkpoint of another kind cannot be carried into DeepSpeed's {type(outer).__name__}: "
-                            "go on with --deepspeed_config zero1")  # fmt: skip
+            raise UserError(
+                f"a checkpoint of another kind cannot be carried into DeepSpeed's {type(outer).__name__}: "
+                "go on with --deepspeed_config zero1"
+            )
         for parameters, copies in zip(outer.fp16_groups, groups, strict=True):
             masters |= zip(parameters, copies, strict=True)
     for parameter, name in engine.param_names.items():
@@ -84,8 +88,10 @@ def _fill_partitions(engine: Any, shards: Shards) -> None:
     """Stage 3: this rank's share of each parameter, one after another in the flat tensor of each sub-group."""
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
-        raise UserError("a checkpoint of another kind cannot be carried into optimizer state on NVMe: go on with "
-                        "--deepspeed_config zero3_offload")  # fmt: skip
+        raise UserError(
+            "a checkpoint of another kind cannot be carried into optimizer state on NVMe: go on with "
+            "--deepspeed_config zero3_offload"
+        )
     optimizer.checkpoint_event_prologue()  # every parameter is partitioned now
     for place, parameters in enumerate(optimizer.fp16_groups):
         flat = optimizer.fp32_partitioned_groups_flat[place]

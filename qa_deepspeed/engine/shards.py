@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed import dist
-from qa_deepspeed.errors import UserError
-from qa_deepspeed.progress import Progress
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.progress import Progress
 
 WEIGHT = "weight"
 """Name of a parameter's float32 value beside those of its optimizer state, like `exp_avg`."""
@@ -81,7 +81,7 @@ class Shards:
         found: dict[str, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
         module = self.common["module"]
-        with Progress("putting weights together", len(module), "tensor", shown=dist.is_first()) as told:
+        with Progress("putting weights together", len(module), "tensor", shown=dist.is_rank_zero()) as told:
             for name, stored in module.items():
                 source = aliases.get(name, name)
                 if source not in found:
@@ -139,10 +139,14 @@ class Shards:
     def _frozen(self) -> dict[str, torch.Tensor]:
         """Stage 3: parameters that are not trained are cut over the model states' files."""
         shapes = self.common["frozen_param_shapes"] or {}
-        files = [
-            _mapped(self._checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")["frozen_param_fragments"]
-            for rank in range(self._ranks)
-        ] if shapes else []  # fmt: skip
+        files = (
+            [
+                _mapped(self._checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")["frozen_param_fragments"]
+                for rank in range(self._ranks)
+            ]
+            if shapes
+            else []
+        )
         return {
             name: torch.cat([fragments[name].reshape(-1) for fragments in files])[: prod(shape)].reshape(tuple(shape))
             for name, shape in shapes.items()

@@ -1,1 +1,5 @@
-"""What differs by architecture: how rows are laid out, and the heads that read them."""
+"""What differs by architecture: loading, QA heads, LoRA, attention kernels for CPUs, memory footprint.
+
+Imports: config, qa, utils.
+Start reading: loading.py, then heads.py.
+"""

@@ -55,9 +55,15 @@ def _rows_or_mask(*, mask_function: Any, attention_mask: Tensor | None, **rest: 
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **rest: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **rest: Any,
+) -> tuple[Tensor, None]:
     """Transformers' attention interface; `query`, `key`, `value` `[rows, heads, length, width]`."""
     same_shape = query.shape == key.shape == value.shape
     if attention_mask is None or attention_mask.ndim != 2 or not same_shape or query.device.type != "cpu":

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qa_deepspeed.errors import UserError
 from qa_deepspeed.models.lora import LoraSettings, adapted_modules, add_adapters
+from qa_deepspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,16 @@ def footprint(
     except (RuntimeError, NotImplementedError, AttributeError):  # the pass needs values, which this device has not
         kept = None
         saved = _by_formula(config, rows, length, torch.finfo(dtype).bits // 8)
-    return Footprint(sum(parameters), sum(trained), largest_layer, max(parameters), max(trained), *saved,
-                     adapted=kept.adapted if kept else 0, counted=kept is not None)  # fmt: skip
+    return Footprint(
+        sum(parameters),
+        sum(trained),
+        largest_layer,
+        max(parameters),
+        max(trained),
+        *saved,
+        adapted=kept.adapted if kept else 0,
+        counted=kept is not None,
+    )
 
 
 def told_parameters(model: Footprint) -> str:

@@ -1,117 +1,189 @@
-"""The span head's mathematics: the loss of a row, and the best valid spans of a row. All in float32.
-
-Shapes: `[rows, length]` for logits over a padded micro-batch; positions are tokens of the padded row.
-"""
+"""What a question-answering head takes and gives, and the best spans in it: one object for each kind of head."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from qa_deepspeed.qa.decoding.candidates import BestSpans, null_scores
+from qa_deepspeed.qa.decoding.spans import answer_positions, best_spans, marginal_loss, span_loss
+from qa_deepspeed.qa.features.batching import Batch
+from qa_deepspeed.utils.errors import UserError
+
+BEAM_CLASSES = {"xlnet": "XLNetForQuestionAnswering", "xlm": "XLMForQuestionAnswering"}
+"""The Transformers class with a beam head, by model type."""
 
 
-def span_loss(
-    start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, possible: Tensor, smoothing: float = 0.0
-) -> Tensor:
-    """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
+@dataclass(frozen=True)
+class Objective:
+    """What a head is trained for: `heads.span_loss`, or `marginal_loss` over all gold spans; smoothing as there."""
 
-    The softmax runs over the positions that an answer can have, as decoding does: question and special tokens need not
-    be learnt to be wrong, and a row's loss does not depend on the padding that its batch brings.
+    marginal: bool = False
+    smoothing: float = 0.0
 
-    Args:
-        start_logits, end_logits: `[rows, length]`, any float type.
-        start, end: `[rows]` token positions; the null position for a row without an answer.
-        possible: `[rows, length]` bool, true where an answer may start and end (`answer_positions`).
-        smoothing: share of the target that is spread evenly over the possible positions (Szegedy et al. 2016).
 
-    Returns:
-        `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
+CLASSIC = Objective()
+
+
+class Head(Protocol):
+    """A kind of head. `outputs` is what the Transformers model returns."""
+
+    null_score_is_odds: bool
+    """Whether the null score is the null odds themselves; else they are the null score less the best span's."""
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The model's arguments in training."""
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of each row, float32 `[rows]`."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The model's arguments in evaluation."""
+
+    def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
+        """The `count` best spans of each row that start at a position [first, stop), `starts`, each `[rows]`."""
+
+
+def head_of(model: torch.nn.Module, version_2_with_negative: bool, objective: Objective = CLASSIC) -> Head:
+    """The kind of head that a Transformers model has.
+
+    Raises:
+        UserError: an objective that a beam head, whose loss is the model's own, does not have.
     """
-    return marginal_loss(start_logits, end_logits, start.unsqueeze(1), end.unsqueeze(1), possible, smoothing)
+    if type(model).__name__ not in BEAM_CLASSES.values():
+        return SpanHead(objective)
+    if objective != CLASSIC:
+        raise UserError("--objective marginal and --label_smoothing are for span heads: leave them out for a beam head")
+    return BeamHead(model, version_2_with_negative)
 
 
-def marginal_loss(
-    start_logits: Tensor, end_logits: Tensor, starts: Tensor, ends: Tensor, possible: Tensor, smoothing: float = 0.0
-) -> Tensor:
-    """Half the negative logarithm of the probability of any of a row's gold spans (Clark & Gardner 2018, section 2.3).
+class SpanHead:
+    """A start and an end logit for each token, as nearly all models have."""
 
-    With one gold span it is `span_loss`. Arguments and result as there, but for
-        starts, ends: `[rows, golds]`; -1 fills rows that have fewer, none has none.
+    null_score_is_odds = False
+
+    def __init__(self, objective: Objective = CLASSIC):
+        self._objective = objective
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The labels stay outside: `losses` is ours."""
+        return batch.inputs
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """As the objective says."""
+        length = outputs.start_logits.shape[1]
+        possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+        logits, smoothing = (outputs.start_logits, outputs.end_logits), self._objective.smoothing
+        if self._objective.marginal:
+            return marginal_loss(*logits, batch.gold_starts, batch.gold_ends, possible, smoothing)
+        return span_loss(*logits, batch.start, batch.end, possible, smoothing)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row alone."""
+        return batch.inputs
+
+    def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
+        """As `heads.best_spans`; the null score is the sum of both logits at the null position."""
+        start_logits, end_logits = outputs.start_logits, outputs.end_logits
+        found = best_spans(start_logits, end_logits, *starts, batch.context_end, count, max_length)
+        return BestSpans(*found, null_scores(batch, start_logits, end_logits))
+
+
+class BeamHead:
+    """Ends that depend on the start, and a score for "no answer" of its own: XLNet's head, which XLM has too.
+
+    The model finds the start_n_top best starts and, for each, the end_n_top best ends (probabilities, though they are
+    named `..._log_probs`), and whether the question is unanswerable (`cls_logits`). Sources: forward of
+    XLNetForQuestionAnswering and XLMSQuADHead in Transformers 5; p_mask as run_squad.py made it: 0 for the context and
+    the null position.
     """
-    start_log_p, end_log_p = (_log_probabilities(logits, possible) for logits in (start_logits, end_logits))
-    together = start_log_p.gather(1, starts.clamp(min=0)) + end_log_p.gather(1, ends.clamp(min=0))
-    loss = -together.masked_fill(starts < 0, float("-inf")).logsumexp(dim=1) / 2
-    if smoothing == 0.0:
-        return loss
-    everywhere = (start_log_p + end_log_p).masked_fill(~possible, 0).sum(dim=1) / (2 * possible.sum(dim=1))
-    return (1 - smoothing) * loss - smoothing * everywhere
+
+    null_score_is_odds = True
+
+    def __init__(self, model: torch.nn.Module, version_2_with_negative: bool):
+        self._model = model
+        self._v2 = version_2_with_negative
+
+    def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row and its labels: the loss is made inside the model, where the ends are asked for the true start."""
+        labels = {"start_positions": batch.start, "end_positions": batch.end}
+        if self._v2:
+            labels["is_impossible"] = (batch.start == batch.null_position).to(self._dtype())
+        return self.inputs(batch) | labels
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """The model's loss is a mean over the rows; each row is given it, so that sums over rows are right."""
+        return outputs.loss.float().expand(len(batch.start))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The row, where its null position is, and which tokens cannot be in an answer."""
+        length = batch.inputs["input_ids"].shape[1]
+        possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
+        return batch.inputs | {"cls_index": batch.null_position, "p_mask": (~possible).to(self._dtype())}
+
+    def _dtype(self) -> torch.dtype:
+        return next(self._model.parameters()).dtype  # the model's code mixes these arguments with its hidden states
+
+    def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
+        """As `heads.best_beam_spans`."""
+        found = best_beam_spans(
+            outputs.start_top_index,
+            outputs.start_top_log_probs,
+            outputs.end_top_index,
+            outputs.end_top_log_probs,
+            starts,
+            batch.context_end,
+            count,
+            max_length,
+        )
+        return BestSpans(*found, outputs.cls_logits.float())
 
 
-def _log_probabilities(logits: Tensor, possible: Tensor) -> Tensor:
-    return functional.log_softmax(logits.float().masked_fill(~possible, float("-inf")), dim=1)
-
-
-def answer_positions(context_begin: Tensor, context_end: Tensor, null_position: Tensor, length: int) -> Tensor:
-    """bool `[rows, length]`: the context tokens [begin, end) and the null position, all `[rows]`."""
-    possible = _context(context_begin, context_end, length)
-    return possible.scatter(1, null_position.unsqueeze(1), True)
-
-
-def _context(context_begin: Tensor, context_end: Tensor, length: int) -> Tensor:
-    token = torch.arange(length, device=context_begin.device)
-    return (token >= context_begin.unsqueeze(1)) & (token < context_end.unsqueeze(1))
-
-
-def best_spans(
-    start_logits: Tensor,
-    end_logits: Tensor,
-    first_start: Tensor,
-    stop_start: Tensor,
+def best_beam_spans(
+    start: Tensor,
+    start_probability: Tensor,
+    end: Tensor,
+    end_probability: Tensor,
+    starts: tuple[Tensor, Tensor],
     context_end: Tensor,
     count: int,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `count` best spans of each row, exactly: all starts that are allowed, all ends up to max_length - 1 further.
-
-    Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads.
+    """The `count` likeliest valid spans among a beam head's pairs; equal scores are ordered by start, then end.
 
     Args:
-        start_logits, end_logits: `[rows, length]`.
-        first_start, stop_start: `[rows]`; an answer may start at tokens [first, stop) of the row.
-        context_end: `[rows]`; it ends before this token.
-        count: spans to keep for each row.
-        max_length: longest span in tokens.
+        start, start_probability: `[rows, start_n_top]`.
+        end, end_probability: `[rows, end_n_top * start_n_top]`; the end's number is the slower index.
+        starts, context_end: a span starts in [first, stop) and ends before context_end; each `[rows]`.
 
     Returns:
-        start, end (int64), start logit, end logit (float32), each `[rows, kept]` with kept = min(count, length *
-        band width), best first; start and end are -1 and the logits 0 where a row has fewer valid spans.
+        start, end (int64), log p(start), log p(end | start) (float32), each `[rows, kept]` with kept = min(count,
+        pairs); start and end are -1 and the scores 0 where a row has fewer valid spans.
     """
-    rows, length = start_logits.shape
-    width = min(max_length, length)
-    starts = start_logits.float()
-    ends = functional.pad(end_logits.float(), (0, width - 1), value=float("-inf"))
-    band = starts.unsqueeze(2) + ends.unfold(1, width, 1)  # [rows, length, width]: start s, end s + offset
-    token = torch.arange(length, device=starts.device)
-    offset = torch.arange(width, device=starts.device)
-    inside = _context(first_start, stop_start, length)
-    valid = inside.unsqueeze(2) & (token.unsqueeze(1) + offset < context_end.view(-1, 1, 1))
-    scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
-    order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices
-    found = scores.gather(1, order) > float("-inf")
-    start = order.div(width, rounding_mode="floor")
-    end = (start + order % width).clamp(max=length - 1)
-    start_logit = starts.gather(1, start).masked_fill(~found, 0)
-    end_logit = end_logits.float().gather(1, end).masked_fill(~found, 0)
-    return start.masked_fill(~found, -1), end.masked_fill(~found, -1), start_logit, end_logit
-
-
-def _descending_key(scores: Tensor) -> Tensor:
-    """int64 keys `[rows, spans]` without ties: ordered by score, equal scores by position (the first is greatest).
-
-    The bits of a float32, read as an integer, have the floats' order for positive numbers and the reverse of it for
-    negative ones; the low 32 bits hold the position.
-    """
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0, which must tie with it
-    ordered = torch.where(bits < 0, -(bits + 2**31) - 1, bits)
-    position = torch.arange(scores.shape[1], device=scores.device)
-    return ordered * 2**32 + (2**32 - 1 - position)
+    rows, width = start.shape
+    end = end.view(rows, -1, width)  # [rows, end_n_top, start_n_top]
+    start_score = start_probability.float().log().unsqueeze(1).expand(end.shape)
+    end_score = end_probability.float().log().view(end.shape)
+    begin = start.unsqueeze(1).expand(end.shape)
+    first, stop = (limit.view(-1, 1, 1) for limit in starts)
+    valid = (begin >= first) & (begin < stop) & (end < context_end.view(-1, 1, 1))
+    valid &= (end >= begin) & (end - begin < max_length)
+    score = (start_score + end_score).masked_fill(~valid, float("-inf"))
+    begin, end, start_score, end_score, score = (
+        column.reshape(rows, -1) for column in (begin, end, start_score, end_score, score)
+    )
+    order = (begin * (end.max() + 1) + end).argsort(dim=1)  # by position; the sort by score keeps it for equals
+    order = order.gather(1, score.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :count]
+    begin, end, start_score, end_score, score = (
+        column.gather(1, order) for column in (begin, end, start_score, end_score, score)
+    )
+    none = score == float("-inf")
+    return (
+        begin.masked_fill(none, -1),
+        end.masked_fill(none, -1),
+        start_score.masked_fill(none, 0),
+        end_score.masked_fill(none, 0),
+    )

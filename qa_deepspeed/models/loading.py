@@ -11,10 +11,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PretrainedConfig
 
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.errors import UserError
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.heads import BEAM_CLASSES
 from qa_deepspeed.models.lora import base_of, load_adapters
-from qa_deepspeed.models.qa_heads import BEAM_CLASSES
+from qa_deepspeed.utils.errors import UserError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError)
 """What Transformers raises: ImportError for a package that the model asks for, the last for a config's values."""
@@ -83,9 +83,14 @@ def load_model(
     name = options.model_name_or_path
     base = base_of(name)
     model, report = _from_pretrained(
-        _model_class(config, options.qa_head), base or name, options, config=config, dtype=torch.float32,
-        output_loading_info=True, attn_implementation=options.attn_implementation,
-    )  # fmt: skip
+        _model_class(config, options.qa_head),
+        base or name,
+        options,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation=options.attn_implementation,
+    )
     _forget_unused_renamings(model)
     fresh = set(report["missing_keys"])
     if base is not None:
@@ -107,9 +112,7 @@ def _forget_unused_renamings(model: Any) -> None:
 def require_trained_head(name: str | None, fresh: list[str]) -> None:
     """Raises UserError if the checkpoint `name` lacked weights (`fresh`): its answers would be drawn at random."""
     if fresh:
-        raise UserError(
-            f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)"
-        )
+        raise UserError(f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)")
 
 
 def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> torch.nn.Module:
@@ -141,8 +144,9 @@ def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
     if qa_head == "span" or (qa_head is None and beam not in (config.architectures or ())):
         return AutoModelForQuestionAnswering
     if beam is None:
-        raise UserError(f"a {config.model_type} has no beam head, only {' and '.join(BEAM_CLASSES)} have: "
-                        "leave --qa_head out")  # fmt: skip
+        raise UserError(
+            f"a {config.model_type} has no beam head, only {' and '.join(BEAM_CLASSES)} have: leave --qa_head out"
+        )
     return getattr(transformers, beam)
 
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.errors import UserError
-from qa_deepspeed.file_progress import writing
-from qa_deepspeed.files import share
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import share
+from qa_deepspeed.utils.progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -69,8 +69,10 @@ def check_lora(options: RunOptions) -> None:
     elif given:
         raise UserError(f"{', '.join(given)} without --lora_rank: pass a rank, like 8, or leave them out")
     if base_of(options.model_name_or_path):
-        raise UserError(f"{options.model_name_or_path} holds a LoRA adapter, which is not trained further: start from "
-                        "its base model, or merge a checkpoint first (qa-deepspeed export --merge_lora)")  # fmt: skip
+        raise UserError(
+            f"{options.model_name_or_path} holds a LoRA adapter, which is not trained further: start from "
+            "its base model, or merge a checkpoint first (qa-deepspeed export --merge_lora)"
+        )
 
 
 def require_peft() -> Any:
@@ -89,9 +91,10 @@ def require_peft() -> Any:
 def head_names(model: Any) -> list[str]:
     """The modules of the question-answering head: what stands beside the base model."""
     return [
-        name for name, child in model.named_children()
+        name
+        for name, child in model.named_children()
         if name != model.base_model_prefix and next(child.parameters(), None) is not None
-    ]  # fmt: skip
+    ]
 
 
 def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> Any:
@@ -108,10 +111,13 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> An
     targets = ALL_LINEAR if settings.target_modules == (ALL_LINEAR,) else list(settings.target_modules)
     config = peft.LoraConfig(
         auto_mapping={"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=targets, exclude_modules=rf"({'|'.join(heads)})(\..*)?",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        exclude_modules=rf"({'|'.join(heads)})(\..*)?",
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)  # what was drawn before differs from one ZeRO stage to another
     tuner = _inject(model, config, f"lora_target_modules {','.join(settings.target_modules)}")
     config.target_modules, config.exclude_modules = sorted(tuner.targeted_module_names), None
@@ -145,9 +151,7 @@ def adapted_modules(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def save_weights(
-    folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any
-) -> Mapping[str, torch.Tensor]:
+def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any) -> Mapping[str, torch.Tensor]:
     """Write the model whose whole state dict is `state` into `folder`; returns the tensors in its files, by name.
 
     A model without adapters as Transformers does, with `how` for its `save_pretrained`. Of one with adapters, these and
@@ -205,8 +209,10 @@ def base_of(name: str | None) -> str | None:
     if kind != "LORA":
         raise UserError(f"{name} holds an adapter of the kind {kind}: only LORA is read here")
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(f"the adapter in {name} was trained on {base}, which is not there: put the base model there, "
-                        f"or its place into {CONFIG_FILE}")  # fmt: skip
+        raise UserError(
+            f"the adapter in {name} was trained on {base}, which is not there: put the base model there, "
+            f"or its place into {CONFIG_FILE}"
+        )
     return base
 
 

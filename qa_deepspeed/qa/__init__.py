@@ -1,1 +1,6 @@
-"""Extractive question answering: reading, features, batches, decoding and scores. Knows no DeepSpeed and no ranks."""
+"""Extractive question answering without ranks and without DeepSpeed: data, features, cache, decoding, metrics,
+report.
+
+Imports: utils.errors only.
+Start reading: data/reading.py, features/build.py, decoding/exact.py.
+"""

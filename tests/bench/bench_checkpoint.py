@@ -24,15 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import qa_deepspeed.train as trainer
-from qa_deepspeed import dist
-from qa_deepspeed.agreement import agree
-from qa_deepspeed.checkpoint_files import LoopState, damage, total_bytes
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import model_facts
+import qa_deepspeed.training.train as trainer
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint
+from qa_deepspeed.engine.checkpoint_files import LoopState, damage, total_bytes
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.engine.shards import plain_values_only
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.training.validate import validate_options
+from qa_deepspeed.utils import dist
 
 STAGES = ("zero2", "zero3")
 LENGTH = 128
@@ -43,15 +43,15 @@ def seconds(act: Callable[[], object]) -> float:
     dist.barrier()
     began = time.perf_counter()
     act()
-    return dist.maxima([time.perf_counter() - began])[0]
+    return dist.all_reduce_max([time.perf_counter() - began])[0]
 
 
 def stepped(model: str, stage: str, folder: Path) -> Engine:
     """An engine that has made an update."""
     given = {"model_name_or_path": model, "output_dir": str(folder), "deepspeed_config": stage}
-    resolved = agree(RunOptions(**given, given=frozenset(given)), dist.world_size(), "cpu", True)  # type: ignore[arg-type]
+    resolved = validate_options(RunOptions(**given, given=frozenset(given)), dist.world_size(), "cpu", True)  # type: ignore[arg-type]
     engine = trainer._make_engine(resolved, model_facts(resolved.options), 10, torch.device("cpu"))
-    ids = torch.randint(1000, 2000, (resolved.plan.rows, LENGTH))
+    ids = torch.randint(1000, 2000, (resolved.plan.micro_batch_size, LENGTH))
     engine.begin_micro_batch(last=True)
     outputs = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     engine.backward(outputs.start_logits.float().logsumexp(1).sum())
@@ -77,8 +77,20 @@ def read(paths: list[Path]) -> dict[str, Any]:
 def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     engine = stepped(model, stage, folder)
-    state = LoopState(1, dist.world_size(), engine.zero_stage, engine.precision, "cpu", {"global_batch_size": 16}, 1,
-                      engine.optimized_names, {}, engine.config, {}, {})  # fmt: skip
+    state = LoopState(
+        1,
+        dist.world_size(),
+        engine.zero_stage,
+        engine.precision,
+        "cpu",
+        {"global_batch_size": 16},
+        1,
+        engine.optimized_names,
+        {},
+        engine.config,
+        {},
+        {},
+    )
     writer = checkpoint.Checkpoints(engine, folder, None)
     ours, plain = folder / "checkpoint-1", folder / "plain"
     plain.mkdir(exist_ok=True)
@@ -89,7 +101,7 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
 
     for _ in range(repeats):
         take("save", lambda: writer.save(state))
-        take("check", lambda: damage(ours) if dist.is_first() else None)
+        take("check", lambda: damage(ours) if dist.is_rank_zero() else None)
         take("load", lambda: checkpoint.load(engine, ours, state))
         mine = sorted(ours.glob("*.pt"))[dist.rank() :: dist.world_size()]
         states = read(mine)
@@ -99,7 +111,7 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
     numbers |= {"bytes": round(total_bytes(ours) / engine.parameters, 2)}
     numbers |= {"torch.save bytes": round(total_bytes(plain) / engine.parameters, 2)}
     dist.barrier()
-    if dist.is_first():
+    if dist.is_rank_zero():
         shutil.rmtree(folder)
     return {"stage": stage, "parameters": engine.parameters, **numbers}
 
@@ -111,13 +123,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    dist.describe_lone_process()
-    dist.start(torch.device("cpu"), 600)
+    dist.ensure_rank_env()
+    dist.init(torch.device("cpu"), 600)
     for stage in STAGES:
         folder = arguments.folder / stage
         folder.mkdir(parents=True, exist_ok=True)
         dist.log0(json.dumps(measure(arguments.model, stage, folder, arguments.repeats)))
-    dist.stop()
+    dist.destroy()
 
 
 if __name__ == "__main__":

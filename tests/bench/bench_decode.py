@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from qa_deepspeed.models.families import family_of
-from qa_deepspeed.models.heads import best_spans
-from qa_deepspeed.qa.decode import Candidates, DecodeSettings, decode, write_predictions
-from qa_deepspeed.qa.feature_cache import prepare_features
-from qa_deepspeed.qa.features import FeatureSettings
-from qa_deepspeed.qa.readers import DataSource
+from qa_deepspeed.qa.cache.prepare import prepare_features
+from qa_deepspeed.qa.data.reading import DataSource
+from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode, write_predictions
+from qa_deepspeed.qa.decoding.spans import best_spans
+from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.families import family_of
 from tests.paths import DATA, MINILM, SHARED
 
 LENGTH, OVERLAP = 384, 128
@@ -53,10 +53,14 @@ def load_peer():
 
 def peer_inputs(peer, path, tokenizer, settings):
     args = argparse.Namespace(
-        max_seq_length=LENGTH, doc_stride=OVERLAP, tuned=False, n_best_size=settings.n_best_size,
-        max_answer_length=settings.max_answer_length, version_2_with_negative=settings.version_2_with_negative,
+        max_seq_length=LENGTH,
+        doc_stride=OVERLAP,
+        tuned=False,
+        n_best_size=settings.n_best_size,
+        max_answer_length=settings.max_answer_length,
+        version_2_with_negative=settings.version_2_with_negative,
         null_score_diff_threshold=settings.null_score_diff_threshold,
-    )  # fmt: skip
+    )
     examples = peer.read_squad(str(path))
     features = examples.map(
         peer.make_featurizer(tokenizer, args, False), batched=True, remove_columns=examples.column_names
@@ -142,12 +146,16 @@ def main():
         return round(statistics.median(b / a for a, b in zip(seconds[way], seconds[other], strict=True)), 1)
 
     figures = {
-        "questions": len(examples), "features": len(store), "speedup": faster("ours", "peer"),
+        "questions": len(examples),
+        "features": len(store),
+        "speedup": faster("ours", "peer"),
         "speedup_streamed": faster("ours, streamed", "peer"),
         "speedup_files_written": faster("ours, files written", "peer, files written"),
         "files_written_to_peer_lists": faster("ours, files written", "peer"),
-        "python": platform.python_version(), "numpy": np.__version__, "cpu": platform.processor() or platform.machine(),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cpu": platform.processor() or platform.machine(),
+    }
     print(json.dumps(figures))
 
 

@@ -23,17 +23,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qa_deepspeed.answers import answer_and_score, decoder
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.qa.decode import Candidates
-from qa_deepspeed.qa.examples import Answer, Example
-from qa_deepspeed.qa.row_table import RowTable
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.decoding.exact import Candidates
+from qa_deepspeed.training.evaluation_forward import RowTable
+from qa_deepspeed.training.scoring import answer_and_score, decoder
 
 N_BEST, ROWS, TOKENS = 20, 4096, 150
 COLUMNS = {
-    "feature_id": ("i8", ()), "start": ("i4", (N_BEST,)), "end": ("i4", (N_BEST,)),
-    "start_logit": ("f4", (N_BEST,)), "end_logit": ("f4", (N_BEST,)), "null_score": ("f4", ()),
-}  # fmt: skip
+    "feature_id": ("i8", ()),
+    "start": ("i4", (N_BEST,)),
+    "end": ("i4", (N_BEST,)),
+    "start_logit": ("f4", (N_BEST,)),
+    "end_logit": ("f4", (N_BEST,)),
+    "null_score": ("f4", ()),
+}
 CONTEXT = " ".join(f"word{i:03d}" for i in range(TOKENS))
 
 
@@ -114,10 +118,13 @@ def one_size(count):
         size = (Path(folder) / "nbest_predictions.json").stat().st_size
     assert metrics["total"] == count
     figures = {
-        "features": count, "imports_mib": round(before.peak_mib, 1), "while_candidates_arrive_mib":
-        round(spilling.peak_mib, 1), "while_answering_mib": round(answering.peak_mib, 1),
-        "questions_per_second": round(count / seconds), "nbest_file_mb": round(size / 1e6),
-    }  # fmt: skip
+        "features": count,
+        "imports_mib": round(before.peak_mib, 1),
+        "while_candidates_arrive_mib": round(spilling.peak_mib, 1),
+        "while_answering_mib": round(answering.peak_mib, 1),
+        "questions_per_second": round(count / seconds),
+        "nbest_file_mb": round(size / 1e6),
+    }
     print(json.dumps(figures), flush=True)
 
 

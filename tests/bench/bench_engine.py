@@ -33,28 +33,34 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, get_scheduler
 
-from qa_deepspeed import dist
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import load_features, model_facts
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device, keep_freed_memory
-from qa_deepspeed.engine.ds_config import Resolved
+from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import training_engine
+from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
 from qa_deepspeed.engine.optim import default_optimizer
-from qa_deepspeed.engine.roof import measured_roof, training_flops
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
-from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.models.heads import Head, head_of
 from qa_deepspeed.models.loading import load_model
-from qa_deepspeed.models.qa_heads import Head, head_of
-from qa_deepspeed.qa.batching import Batch, Layout, epoch_order, make_batch
-from qa_deepspeed.qa.feature_store import FeatureStore
+from qa_deepspeed.qa.features.batching import Batch, Layout, epoch_order, make_batch
+from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.training.features import load_features
+from qa_deepspeed.utils import dist
 from tests.paths import DATA, MINILM
 
 TRAIN = DATA / "en-v1-train.json"
 ROWS, QUESTIONS = 8, 192
 STEPS = 1000  # that the learning rate is planned for
-BERT_BASE = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "intermediate_size": 3072}  # fmt: skip
+BERT_BASE = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 
 
 def in_turn(ways: Mapping[str, Callable[[int], None]], turns: int) -> dict[str, list[float]]:
@@ -76,13 +82,13 @@ def mean_loss(head: Head, outputs: Any, batch: Batch) -> torch.Tensor:
 
 def prepared(
     options: RunOptions, device: torch.device, models: int = 1
-) -> tuple[Resolved, dict[str, Any], FeatureStore, Layout, list[Any]]:
+) -> tuple[ResolvedConfig, dict[str, Any], FeatureStore, Layout, list[Any]]:
     """What `train` would train on and with, the ranks having met: the options resolved, DeepSpeed's config, features,
     their layout, and as many models."""
     resolved = ds_config.resolve(options, dist.world_size(), "cpu", True, options.deepspeed_config)
     facts = model_facts(resolved.options)
     store = load_features(resolved.options, "train", facts)
-    dist.start(device, options.timeout)
+    dist.init(device, options.timeout)
     loaded = [load_model(resolved.options, facts.config)[0] for _ in range(models)]
     layout = facts.layout(model_columns(loaded[0], facts.config), 0)
     return resolved, ds_config.finish(resolved, STEPS, ds_config.hidden_size(facts.config)), store, layout, loaded
@@ -90,13 +96,18 @@ def prepared(
 
 def overhead(repeats: int) -> None:
     """Print the ratio of a step of the engine to one of the loop by hand."""
-    dist.describe_lone_process()
+    dist.ensure_rank_env()
     device = choose_device(no_cuda=True)
     with tempfile.TemporaryDirectory() as folder:
         options = RunOptions(
-            model_name_or_path=str(MINILM), train_file=str(TRAIN), output_dir=folder, cache_dir=folder,
-            max_train_examples=QUESTIONS, deepspeed_config="zero0", learning_rate=1e-4,
-        )  # fmt: skip
+            model_name_or_path=str(MINILM),
+            train_file=str(TRAIN),
+            output_dir=folder,
+            cache_dir=folder,
+            max_train_examples=QUESTIONS,
+            deepspeed_config="zero0",
+            learning_rate=1e-4,
+        )
         resolved, config, store, layout, models = prepared(options, device, models=2)
         batches = [make_batch(store.take, rows, layout) for rows in epoch_order(store.lengths, ROWS, 42, 0)]
         engine = training_engine(models[0], config, resolved, STEPS, device)
@@ -123,7 +134,7 @@ def overhead(repeats: int) -> None:
             optimizer.zero_grad()
 
         seconds = in_turn({"engine, ZeRO-0": by_engine, "by hand": by_hand}, repeats)
-        dist.stop()
+        dist.destroy()
     ratios = [one / other for one, other in zip(*seconds.values(), strict=True)]
     for name, measured in seconds.items():
         print(f"{name:16} {1000 * statistics.median(measured):8.1f} ms a step (median of {repeats})")
@@ -168,7 +179,7 @@ def attention(repeats: int) -> None:
 
         ways = {name: lambda turn, model=model, step=step: step(model) for name, model in models.items()}
         # the roof is measured between the turns: a virtual core's speed changes while they last
-        ways["roof"] = lambda turn, roofs=roofs: roofs.append(measured_roof(torch.device("cpu"), torch.float32))
+        ways["roof"] = lambda turn, roofs=roofs: roofs.append(measured_peak_flops(torch.device("cpu"), torch.float32))
         seconds = in_turn(ways, repeats)
         ours, default = (statistics.median(seconds[name]) for name in ("ours", "default"))
         ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["default"], strict=True))
@@ -208,7 +219,7 @@ def compiled(repeats: int) -> None:
 
 def gather(repeats: int) -> None:
     """Print what it takes to gather MiniLM's 22.7 million parameters from the ranks that torchrun started."""
-    dist.start(torch.device("cpu"), 600)
+    dist.init(torch.device("cpu"), 600)
     share = 22_700_000 // dist.world_size()
     whole, mine = torch.empty(share * dist.world_size()), torch.randn(share)
 
@@ -223,7 +234,7 @@ def gather(repeats: int) -> None:
     seconds = in_turn(ways, repeats)
     for name, measured in seconds.items():
         dist.log0(f"{name:12} {1000 * statistics.median(measured):7.1f} ms (median of {repeats})")
-    dist.stop()
+    dist.destroy()
 
 
 def main() -> None:
@@ -235,8 +246,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     ways = {
-        "overhead": (overhead, 60), "attention": (attention, 5), "compiled": (compiled, 4), "gather": (gather, 20),
-    }  # fmt: skip
+        "overhead": (overhead, 60),
+        "attention": (attention, 5),
+        "compiled": (compiled, 4),
+        "gather": (gather, 20),
+    }
     measure, usual = ways[arguments.what]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     measure(arguments.repeats or usual)

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import load_features, model_facts
-from qa_deepspeed.evaluation_pass import gather_evaluation
-from qa_deepspeed.models.families import model_columns
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.models.heads import head_of
 from qa_deepspeed.models.loading import load_model, quiet_transformers
-from qa_deepspeed.models.qa_heads import head_of
-from qa_deepspeed.qa.batching import evaluation_batches, make_batch
+from qa_deepspeed.qa.features.batching import evaluation_batches, make_batch
+from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.training.evaluation_forward import gather_evaluation
+from qa_deepspeed.training.features import load_features
 from tests.bench.bench_decode import LENGTH, OVERLAP, load_peer
 from tests.paths import DATA, MINILM
 
@@ -56,9 +57,12 @@ def peers(peer, path, questions, tokenizer, model, folder, device):
         peer.make_featurizer(tokenizer, args, False), batched=True, remove_columns=examples.column_names
     ).remove_columns(["example_id", "offset_mapping"])
     training = TrainingArguments(
-        output_dir=str(folder), per_device_eval_batch_size=ROWS, report_to="none", use_cpu=device.type == "cpu",
+        output_dir=str(folder),
+        per_device_eval_batch_size=ROWS,
+        report_to="none",
+        use_cpu=device.type == "cpu",
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     trainer = Trainer(model=model, args=training, data_collator=default_data_collator, processing_class=tokenizer)
     return len(features), lambda: trainer.predict(features)
 
@@ -83,10 +87,15 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = RunOptions(
-            model_name_or_path=str(MINILM), predict_file=str(DATA / arguments.file), cache_dir=str(folder),
-            max_eval_examples=arguments.questions, max_seq_length=LENGTH, doc_stride=OVERLAP, doc_stride_is="overlap",
+            model_name_or_path=str(MINILM),
+            predict_file=str(DATA / arguments.file),
+            cache_dir=str(folder),
+            max_eval_examples=arguments.questions,
+            max_seq_length=LENGTH,
+            doc_stride=OVERLAP,
+            doc_stride_is="overlap",
             per_gpu_eval_batch_size=ROWS,
-        )  # fmt: skip
+        )
         facts = model_facts(options)
         store = load_features(options, "evaluate", facts)
         model = load_model(options, facts.config)[0].to(device).eval()
@@ -105,12 +114,15 @@ def main():
                     best[way] = [min(pair) for pair in zip(best[way], took, strict=True)]
         layout = facts.layout(model_columns(model, facts.config), 0)
         figures = {
-            "features": rows, "device": device.type, "peer_seconds": round(best["peer"][0], 1),
-            "ours_seconds": round(best["ours"][0], 1), "speedup": round(best["peer"][0] / best["ours"][0], 2),
+            "features": rows,
+            "device": device.type,
+            "peer_seconds": round(best["peer"][0], 1),
+            "ours_seconds": round(best["ours"][0], 1),
+            "speedup": round(best["peer"][0] / best["ours"][0], 2),
             "speedup_processor_time": round(best["peer"][1] / best["ours"][1], 2),
             "padding_share": round(padding(store, layout), 3),
             "peer_padding_share": round(1 - int(store.lengths.sum()) / (rows * LENGTH), 3),
-        }  # fmt: skip
+        }
     print(json.dumps(figures))
 
 

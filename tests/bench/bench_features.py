@@ -78,9 +78,11 @@ def hit(data: str, cache: str) -> dict[str, Any]:
         store.take(batch)
         most = max(most, _anonymous())
     return {
-        "questions": len(store.examples), "first_batch_seconds": first, "anonymous_mb": most - before,
+        "questions": len(store.examples),
+        "first_batch_seconds": first,
+        "anonymous_mb": most - before,
         "rows_per_second": len(store) / (time.perf_counter() - began),
-    }  # fmt: skip
+    }
 
 
 def memory(data: str, cache: str) -> dict[str, Any]:
@@ -130,9 +132,12 @@ def peer(data: str, cache: str) -> dict[str, Any]:
     arguments = argparse.Namespace(max_seq_length=384, doc_stride=128, tuned=False)
     began = time.perf_counter()
     features = table.map(
-        module.make_featurizer(tokenizer, arguments, True), batched=True, remove_columns=table.column_names,
-        load_from_cache_file=False, cache_file_name=str(Path(cache) / "peer.arrow"),
-    )  # fmt: skip
+        module.make_featurizer(tokenizer, arguments, True),
+        batched=True,
+        remove_columns=table.column_names,
+        load_from_cache_file=False,
+        cache_file_name=str(Path(cache) / "peer.arrow"),
+    )
     return {"questions": len(rows), "features": len(features), "seconds": time.perf_counter() - began}
 
 
@@ -170,7 +175,7 @@ def classic(folder: Path) -> dict[str, Any]:
 def _imports() -> None:
     import transformers
 
-    import qa_deepspeed.qa.feature_cache  # noqa: F401
+    import qa_deepspeed.qa.cache.prepare  # noqa: F401
 
     _ = transformers.AutoTokenizer, transformers.AutoConfig
 
@@ -179,10 +184,10 @@ def _prepare(data: str, cache: str, start: Callable[[], object] = lambda: None) 
     """The features, and the seconds they took; `start` is called when all is loaded."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from qa_deepspeed.models.families import family_of
-    from qa_deepspeed.qa.feature_cache import prepare_features
-    from qa_deepspeed.qa.features import FeatureSettings
-    from qa_deepspeed.qa.readers import DataSource
+    from qa_deepspeed.qa.cache.prepare import prepare_features
+    from qa_deepspeed.qa.data.reading import DataSource
+    from qa_deepspeed.qa.features.build import FeatureSettings
+    from qa_deepspeed.qa.features.families import family_of
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     family = family_of(AutoConfig.from_pretrained(MODEL), tokenizer)
@@ -211,8 +216,12 @@ def _questions(path: Path) -> Iterator[dict[str, Any]]:
     for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
         for paragraph in article["paragraphs"]:
             for one in paragraph["qas"]:
-                yield {"id": one["id"], "context": paragraph["context"], "question": one["question"],
-                       "answers": one["answers"]}  # fmt: skip
+                yield {
+                    "id": one["id"],
+                    "context": paragraph["context"],
+                    "question": one["question"],
+                    "answers": one["answers"],
+                }
 
 
 def _columns(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -233,8 +242,12 @@ def recombined(path: Path, questions: int) -> None:
                     context += " " + rng.choice(sentences)
                 words = [(match.start(), match.group()) for match in re.finditer(r"\S+", context)]
             start, text = rng.choice(words)
-            row = {"id": f"r{number}", "context": context, "question": rng.choice(rows)["question"],
-                   "answers": {"text": [text], "answer_start": [start]}}  # fmt: skip
+            row = {
+                "id": f"r{number}",
+                "context": context,
+                "question": rng.choice(rows)["question"],
+                "answers": {"text": [text], "answer_start": [start]},
+            }
             handle.write(json.dumps(row) + "\n")
 
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from qa_deepspeed.engine.ds_config import shipped
-from qa_deepspeed.qa.explain import paragraph_numbers
-from qa_deepspeed.qa.metrics import score_answer
-from qa_deepspeed.qa.scoring_files import read_gold, read_predictions
-from qa_deepspeed.qa.significance import paired_difference
-from tests.dist.launching import by_deepspeed, environment, flags, free_port
+from qa_deepspeed.qa.metrics.compare import paragraph_numbers
+from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_predictions
+from qa_deepspeed.qa.metrics.significance import paired_difference
+from qa_deepspeed.qa.metrics.squad import score_answer
+from tests.distributed.launching import by_deepspeed, environment, flags, free_port
 from tests.paths import DATA, MINILM, SHARED
 
 TRAIN, DEV = DATA / "en-v1-train.json", DATA / "en-v1-dev.json"
@@ -39,11 +39,26 @@ SYSTEMS = ("ours", "peer")
 
 def command(system: str, folder: Path, seed: int, arguments: argparse.Namespace) -> list[str]:
     """What starts the job of a system with its output in `folder`."""
-    both = {"train_file": TRAIN, "predict_file": DEV, "output_dir": folder, "num_train_epochs": 1, "seed": seed,
-            "max_train_examples": arguments.questions, "learning_rate": 1e-4, "max_seq_length": 384}  # fmt: skip
+    both = {
+        "train_file": TRAIN,
+        "predict_file": DEV,
+        "output_dir": folder,
+        "num_train_epochs": 1,
+        "seed": seed,
+        "max_train_examples": arguments.questions,
+        "learning_rate": 1e-4,
+        "max_seq_length": 384,
+    }
     if system == "ours":
-        options = flags(**both, model_name_or_path=MINILM, cache_dir=folder / "cache", deepspeed_config="zero2",
-                        per_gpu_train_batch_size=8, logging_steps=50, save_steps=0)  # fmt: skip
+        options = flags(
+            **both,
+            model_name_or_path=MINILM,
+            cache_dir=folder / "cache",
+            deepspeed_config="zero2",
+            per_gpu_train_batch_size=8,
+            logging_steps=50,
+            save_steps=0,
+        )
         return by_deepspeed(arguments.ranks, "train", *options, "--do_eval")
     options = flags(**both, model=MINILM, train_batch_size=8, deepspeed_config=shipped()["zero2"])
     launcher = ["deepspeed", "--num_accelerators", str(arguments.ranks), "--master_port", free_port()]
@@ -56,8 +71,13 @@ def measured(system: str, folder: Path, seed: int, arguments: argparse.Namespace
     folder.mkdir(parents=True)
     began = time.perf_counter()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // arguments.ranks))
-    done = subprocess.run(command(system, folder, seed, arguments), cwd=folder, capture_output=True, text=True,
-                          env=environment(OMP_NUM_THREADS=threads))  # fmt: skip
+    done = subprocess.run(
+        command(system, folder, seed, arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(OMP_NUM_THREADS=threads),
+    )
     seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr[-3000:]
     return seconds
@@ -69,10 +89,15 @@ def scores(folder: Path, seeds: list[int]) -> dict[str, np.ndarray]:
     found = {}
     for system in SYSTEMS:
         answers = [read_predictions(str(folder / f"{system}-{seed}" / "predictions.json")) for seed in seeds]
-        found[system] = np.array([
-            [score_answer(one[question.example_id], question.texts, gold.version_2, "en")[1]
-             for question in gold.questions] for one in answers
-        ])  # fmt: skip
+        found[system] = np.array(
+            [
+                [
+                    score_answer(one[question.example_id], question.texts, gold.version_2, "en")[1]
+                    for question in gold.questions
+                ]
+                for one in answers
+            ]
+        )
     return found
 
 
@@ -86,8 +111,10 @@ def report(folder: Path, seeds: list[int]) -> None:
     paragraph = paragraph_numbers(gold, [question.example_id for question in gold.questions])
     paired = paired_difference(f1["peer"].mean(axis=0), f1["ours"].mean(axis=0), paragraph)
     low, high = (100 * limit for limit in paired.interval)
-    print(f"ours - peer {100 * paired.difference:+.2f} points, 95% {low:+.2f} to {high:+.2f}, p {paired.p_value:.3f} "
-          "(paired by question, paragraphs drawn, seeds averaged)")  # fmt: skip
+    print(
+        f"ours - peer {100 * paired.difference:+.2f} points, 95% {low:+.2f} to {high:+.2f}, p {paired.p_value:.3f} "
+        "(paired by question, paragraphs drawn, seeds averaged)"
+    )
 
 
 def main() -> None:

@@ -45,8 +45,9 @@ def theirs(python: str, work: dict[str, Any]) -> list[dict[str, Any]]:
     """The pipeline's turn, by its own Python."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        subprocess.run([python, str(SCRIPT), str(out)], input=json.dumps(work), text=True, check=True,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [python, str(SCRIPT), str(out)], input=json.dumps(work), text=True, check=True, stderr=subprocess.DEVNULL
+        )
         return json.loads(out.read_text())["results"]
 
 
@@ -54,8 +55,14 @@ def in_a_process(work: dict[str, Any]) -> list[dict[str, Any]]:
     """Our turn, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        subprocess.run([sys.executable, __file__, "--turn", str(out)], input=json.dumps(work), text=True, check=True,
-                       cwd=REPOSITORY, stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [sys.executable, __file__, "--turn", str(out)],
+            input=json.dumps(work),
+            text=True,
+            check=True,
+            cwd=REPOSITORY,
+            stderr=subprocess.DEVNULL,
+        )
         return json.loads(out.read_text())
 
 
@@ -78,9 +85,12 @@ def main() -> None:
     articles = json.loads(Path(arguments.questions).read_text())["data"]
     pairs = [(q["question"], p["context"]) for a in articles for p in a["paragraphs"] for q in p["qas"]]
     work: dict[str, Any] = {
-        "model": str(Path(arguments.reader).resolve()), "threads": arguments.threads, "device": arguments.device,
-        "questions": [question for question, _ in pairs], "contexts": [context for _, context in pairs],
-    }  # fmt: skip
+        "model": str(Path(arguments.reader).resolve()),
+        "threads": arguments.threads,
+        "device": arguments.device,
+        "questions": [question for question, _ in pairs],
+        "contexts": [context for _, context in pairs],
+    }
     warm = {"every": len(pairs)}
     counted = len(pairs[:: arguments.every])
     best: dict[tuple[str, str], float] = {}

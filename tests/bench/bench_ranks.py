@@ -28,14 +28,15 @@ import numpy as np
 import torch
 from bench_engine import ROWS, STEPS, TRAIN, prepared
 
-from qa_deepspeed import dist
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.data import load_features, model_facts
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.engine import training_engine
-from qa_deepspeed.models.qa_heads import head_of
-from qa_deepspeed.qa.batching import epoch_order, make_batch, micro_batches
-from tests.dist.launching import free_port
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.models.heads import head_of
+from qa_deepspeed.qa.features.batching import epoch_order, make_batch, micro_batches
+from qa_deepspeed.training.features import load_features
+from qa_deepspeed.utils import dist
+from tests.distributed.launching import free_port
 from tests.paths import MINILM
 
 QUESTIONS, STEPS_A_TURN = 2000, 3
@@ -57,9 +58,13 @@ def train_by_turns(place: Place, config: str, folder: str, turns: Connection) ->
     """Take as many optimizer steps as are asked for; answer with the real tokens and the seconds, until told 0."""
     os.sched_setaffinity(0, {place.core})
     os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world_size),
-        LOCAL_WORLD_SIZE=str(place.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=place.port,
-    )  # fmt: skip
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_WORLD_SIZE=str(place.world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=place.port,
+    )
     device = choose_device(no_cuda=True)
     resolved, finished, store, layout, (model,) = prepared(run_options(config, folder), device)
     engine = training_engine(model, finished, resolved, STEPS, device)
@@ -80,15 +85,21 @@ def train_by_turns(place: Place, config: str, folder: str, turns: Connection) ->
             tokens += batch.tokens
             step += 1
         turns.send((tokens, time.perf_counter() - began))
-    dist.stop()
+    dist.destroy()
 
 
 def run_options(config: str, folder: str) -> RunOptions:
     """The options of all four processes, as `train` would have them."""
     return RunOptions(
-        model_name_or_path=str(MINILM), train_file=str(TRAIN), output_dir=folder, cache_dir=folder,
-        max_train_examples=QUESTIONS, deepspeed_config=config, learning_rate=1e-4, per_gpu_train_batch_size=ROWS,
-    )  # fmt: skip
+        model_name_or_path=str(MINILM),
+        train_file=str(TRAIN),
+        output_dir=folder,
+        cache_dir=folder,
+        max_train_examples=QUESTIONS,
+        deepspeed_config=config,
+        learning_rate=1e-4,
+        per_gpu_train_batch_size=ROWS,
+    )
 
 
 def speed(pair: list[Connection]) -> float:

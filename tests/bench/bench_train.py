@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from qa_deepspeed.engine.ds_config import shipped
-from tests.dist.launching import by_deepspeed, flags, free_port, run
+from tests.distributed.launching import by_deepspeed, flags, free_port, run
 from tests.paths import DATA, MINILM, SHARED
 
 TRAIN, DEV = DATA / "en-v1-train.json", DATA / "en-v1-dev.json"
@@ -36,11 +36,21 @@ RATE, LENGTH = 1e-4, 384
 def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of training, and real tokens a second, of this package."""
     options = flags(
-        model_name_or_path=MINILM, train_file=TRAIN, output_dir=folder / "ours", cache_dir=folder / "cache",
-        max_train_examples=arguments.questions, num_train_epochs=1, per_gpu_train_batch_size=arguments.rows,
-        learning_rate=RATE, max_seq_length=LENGTH, deepspeed_config="zero2", logging_steps=10**6, save_steps=0,
-        bf16=arguments.bf16, overwrite_output_dir=True,
-    )  # fmt: skip
+        model_name_or_path=MINILM,
+        train_file=TRAIN,
+        output_dir=folder / "ours",
+        cache_dir=folder / "cache",
+        max_train_examples=arguments.questions,
+        num_train_epochs=1,
+        per_gpu_train_batch_size=arguments.rows,
+        learning_rate=RATE,
+        max_seq_length=LENGTH,
+        deepspeed_config="zero2",
+        logging_steps=10**6,
+        save_steps=0,
+        bf16=arguments.bf16,
+        overwrite_output_dir=True,
+    )
     done = run(by_deepspeed(arguments.ranks, "train", *options), folder, **arguments.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
@@ -51,10 +61,18 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
 def peer(folder: Path, arguments: argparse.Namespace, tuned: bool) -> dict[str, float]:
     """Seconds of training of the peer."""
     options = flags(
-        model=MINILM, train_file=TRAIN, predict_file=DEV, output_dir=folder / "peer", max_eval_examples=8,
-        max_train_examples=arguments.questions, num_train_epochs=1, train_batch_size=arguments.rows, learning_rate=RATE,
-        max_seq_length=LENGTH, deepspeed_config=shipped()["zero2"],
-    )  # fmt: skip
+        model=MINILM,
+        train_file=TRAIN,
+        predict_file=DEV,
+        output_dir=folder / "peer",
+        max_eval_examples=8,
+        max_train_examples=arguments.questions,
+        num_train_epochs=1,
+        train_batch_size=arguments.rows,
+        learning_rate=RATE,
+        max_seq_length=LENGTH,
+        deepspeed_config=shipped()["zero2"],
+    )
     options += ["--tuned"] * tuned + ["--bf16"] * arguments.bf16
     launcher = ["deepspeed", "--num_accelerators", str(arguments.ranks), "--master_port", free_port()]
     script = str(SHARED / "peers" / "hf_trainer_qa.py")
@@ -97,8 +115,10 @@ def main() -> None:
                 tokens = told.get("tokens", tokens)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "deepspeed"))
     where = f"{torch.cuda.get_device_name()}, " if arguments.gpu else ""
-    print(f"{where}{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, {versions}; "
-          f"{arguments.ranks} ranks x {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(
+        f"{where}{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, {versions}; "
+        f"{arguments.ranks} ranks x {arguments.threads} threads, load {os.getloadavg()[0]:.1f}"
+    )
     print("| what | training s (median) | all | real tokens/s | ours is faster by |\n|---|---|---|---|---|")
     for contestant, measured in seconds.items():
         median = statistics.median(measured)

@@ -34,15 +34,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qa_deepspeed.sample import write_sample
-from tests.dist.launching import environment, flags, free_port
+from qa_deepspeed.cli.sample import write_sample
+from tests.distributed.launching import environment, flags, free_port
 from tests.paths import REPOSITORY
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS = 24
 RANKS = 2
-CYCLE = ("features", "training", "save", "loading", "evaluation", "save", "training", "save", "evaluation", "save",
-         "export", "export", "finishing")  # fmt: skip
+CYCLE = (
+    "features",
+    "training",
+    "save",
+    "loading",
+    "evaluation",
+    "save",
+    "training",
+    "save",
+    "evaluation",
+    "save",
+    "export",
+    "export",
+    "finishing",
+)
 """Where one kill after another falls; a run comes nearer to its end from kill to kill, then the next one begins."""
 MOST_PASSED = {"training": 5, "save": 3}
 """So many times at most a phase is let begin before the kill; others are killed the first time."""
@@ -57,19 +70,43 @@ Mark = tuple[float, str, str]
 def options(folder: Path, stage: str, name: str) -> list[str]:
     """The flags of a run."""
     return flags(
-        model_name_or_path=folder / "sample/model", train_file=folder / "sample/train.json",
-        predict_file=folder / "sample/dev.json", cache_dir=folder / f"{name}.cache", output_dir=folder / name,
-        deepspeed_config=stage, version_2_with_negative=True, max_seq_length=160, doc_stride=64, learning_rate=1e-3,
-        max_train_examples=100, max_steps=STEPS, logging_steps=6, save_steps=2, save_total_limit=2, do_eval=True,
-        evaluate_during_training=True, metric_for_best_model="f1", load_best_model_at_end=True,
-        per_gpu_train_batch_size=4, gradient_accumulation_steps=2,
-    )  # fmt: skip
+        model_name_or_path=folder / "sample/model",
+        train_file=folder / "sample/train.json",
+        predict_file=folder / "sample/dev.json",
+        cache_dir=folder / f"{name}.cache",
+        output_dir=folder / name,
+        deepspeed_config=stage,
+        version_2_with_negative=True,
+        max_seq_length=160,
+        doc_stride=64,
+        learning_rate=1e-3,
+        max_train_examples=100,
+        max_steps=STEPS,
+        logging_steps=6,
+        save_steps=2,
+        save_total_limit=2,
+        do_eval=True,
+        evaluate_during_training=True,
+        metric_for_best_model="f1",
+        load_best_model_at_end=True,
+        per_gpu_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
 
 
 def launch(folder: Path, stage: str, name: str) -> None:
     """A start by torchrun, to its end."""
-    command = ["torchrun", "--nproc_per_node", str(RANKS), "--master_port", free_port(), str(Path(__file__).resolve()),
-               "--rank_of", str(folder / name), *options(folder, stage, name)]  # fmt: skip
+    command = [
+        "torchrun",
+        "--nproc_per_node",
+        str(RANKS),
+        "--master_port",
+        free_port(),
+        str(Path(__file__).resolve()),
+        "--rank_of",
+        str(folder / name),
+        *options(folder, stage, name),
+    ]
     with (folder / f"{name}.log").open("ab") as log:
         done = subprocess.run(command, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
     assert done.returncode == 0, f"see {log.name}"
@@ -84,8 +121,14 @@ class Ranks:
         port = free_port()
         self.processes = []
         for rank in range(RANKS):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-                     "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            place = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(RANKS),
+                "LOCAL_WORLD_SIZE": str(RANKS),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             work = (self._log, place, folder / name, options(folder, stage, name))
             self.processes.append(multiprocessing.get_context("fork").Process(target=forked, args=work, daemon=True))
             self.processes[-1].start()
@@ -116,8 +159,11 @@ class Ranks:
         for process in self.processes:
             process.join()
         marks = self.marks()
-        open_phases = [phase for index, (_, state, phase) in enumerate(marks)
-                       if state == "begin" and ("end", phase) not in [mark[1:] for mark in marks[index:]]]  # fmt: skip
+        open_phases = [
+            phase
+            for index, (_, state, phase) in enumerate(marks)
+            if state == "begin" and ("end", phase) not in [mark[1:] for mark in marks[index:]]
+        ]
         return f"inside {open_phases[-1]}" if open_phases else f"after {marks[-1][2]}"
 
 
@@ -180,8 +226,13 @@ def soak(folder: Path, stage: str, kills: int, chance: random.Random) -> dict[st
         partial += bool([*(folder / name).glob("*.partial"), *(folder / name).glob(".model.partial")])
     launch(folder, stage, name)
     compare(folder, whole, name)
-    return {"stage": stage, "kills": dict(met), "left something half written": partial, "runs compared": runs,
-            "seconds inside": {phase: round(seconds, 2) for phase, seconds in took.items()}}  # fmt: skip
+    return {
+        "stage": stage,
+        "kills": dict(met),
+        "left something half written": partial,
+        "runs compared": runs,
+        "seconds inside": {phase: round(seconds, 2) for phase, seconds in took.items()},
+    }
 
 
 def compare(folder: Path, whole: str, killed: str) -> None:
@@ -204,9 +255,9 @@ def forked(log: Path, place: dict[str, str], run: Path, arguments: list[str]) ->
 
 def be_a_rank(run: str, arguments: list[str]) -> None:
     """Train, and write down when phases begin and end (on rank 0), and the questions and tokens of every step."""
-    import qa_deepspeed.train as trainer
-    import qa_deepspeed.training_loop as loop
-    from qa_deepspeed.cli import main
+    import qa_deepspeed.training.loop as loop
+    import qa_deepspeed.training.train as trainer
+    from qa_deepspeed.cli.main import main
     from qa_deepspeed.engine.checkpoint import Checkpoints
 
     rank = os.environ["RANK"]
@@ -242,9 +293,13 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
 
     loop._steps = noted_steps
     for owner, function, phase in (
-        (trainer, "_features", "features"), (trainer, "_resume", "loading"), (Checkpoints, "save", "save"),
-        (loop, "evaluate", "evaluation"), (trainer, "_save_proved", "export"), (trainer, "finish_run", "finishing"),
-    ):  # fmt: skip
+        (trainer, "_features", "features"),
+        (trainer, "_resume", "loading"),
+        (Checkpoints, "save", "save"),
+        (loop, "evaluate", "evaluation"),
+        (trainer, "_save_proved", "export"),
+        (trainer, "finish_run", "finishing"),
+    ):
         note(owner, function, phase)
     main(["train", *arguments])
 
@@ -262,7 +317,7 @@ def main() -> None:
     os.environ.update(environment())  # one thread a rank: read when torch is imported
     import deepspeed  # noqa: F401  before the ranks are forked
 
-    import qa_deepspeed.train  # noqa: F401
+    import qa_deepspeed.training.train  # noqa: F401
 
     folder = arguments.folder.resolve()
     if not (folder / "sample").exists():

@@ -86,8 +86,13 @@ def test_answers_are_those_of_the_old_pipeline(name: str, tmp_path: Path) -> Non
     work = {"model": READER, "questions": questions, "contexts": contexts, "calls": CALLS}
     script = Path(__file__).with_name("old_pipeline.py")
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    subprocess.run([PYTHON, str(script), str(tmp_path / "old.json")], input=json.dumps(work), text=True, check=True,
-                   env={**kept, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    subprocess.run(
+        [PYTHON, str(script), str(tmp_path / "old.json")],
+        input=json.dumps(work),
+        text=True,
+        check=True,
+        env={**kept, "HF_HUB_OFFLINE": "1"},
+    )
     old = json.loads((tmp_path / "old.json").read_text())
     assert old["transformers"] == "4.57.6"
     answerer = QuestionAnswerer.from_pretrained(READER, device="cpu", dtype="float32")

@@ -34,9 +34,20 @@ def main(task_path, logits_path, out_path, odds_path):
         for i, (start, end) in enumerate(zip(logits["start"], logits["end"], strict=True))
     ]
     answers = compute_predictions_logits(
-        examples, features, results, task["n_best_size"], task["max_answer_length"], task["do_lower_case"], None, None,
-        odds_path, False, task["v2"], task["threshold"], tokenizer,
-    )  # fmt: skip
+        examples,
+        features,
+        results,
+        task["n_best_size"],
+        task["max_answer_length"],
+        task["do_lower_case"],
+        None,
+        None,
+        odds_path,
+        False,
+        task["v2"],
+        task["threshold"],
+        tokenizer,
+    )
     odds = {}
     if task["v2"]:
         with open(odds_path) as file:

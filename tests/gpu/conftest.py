@@ -1,5 +1,5 @@
 """The generated corpus and tiny models of the tests on several ranks."""
 
-from tests.dist.conftest import base_options, model_without_dropout, sample
+from tests.distributed.conftest import base_options, model_without_dropout, sample
 
 __all__ = ["base_options", "model_without_dropout", "sample"]

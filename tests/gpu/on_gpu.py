@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.launching import run_many
+from tests.distributed.launching import run_many
 
 gpu_marks = [
-    pytest.mark.gpu, pytest.mark.distributed, pytest.mark.timeout(900),
+    pytest.mark.gpu,
+    pytest.mark.distributed,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
-]  # fmt: skip
+]
 
 ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"), "DS_ACCELERATOR": "cuda"}
 

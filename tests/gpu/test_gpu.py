@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.launching import alone, flags, free_port, losses, run, run_many
+from tests.distributed.launching import alone, flags, free_port, losses, run, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
 from tests.paths import REPOSITORY
 
@@ -30,9 +30,12 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
     options = {**base_options, **SHORT_RUN, "do_eval": True}
     cases = [*((stage, "fp32") for stage in STAGES), *HALF]
     train_at_once(
-        {precision: {stage: {**options, **flag, "deepspeed_config": stage} for stage, of in cases if of == precision}
-         for precision, flag in PRECISIONS.items()}, folder,
-    )  # fmt: skip
+        {
+            precision: {stage: {**options, **flag, "deepspeed_config": stage} for stage, of in cases if of == precision}
+            for precision, flag in PRECISIONS.items()
+        },
+        folder,
+    )
     return folder
 
 
@@ -66,7 +69,15 @@ def test_ranks_of_gpus_talk_by_nccl(ranks: int, tmp_path: Path) -> None:
     """collectives.py says what is checked."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "tests.dist.collectives"]
+    command = [
+        "torchrun",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        free_port(),
+        "-m",
+        "tests.distributed.collectives",
+    ]
     done = run([*command, str(tmp_path)], REPOSITORY, **ON_GPU)
     assert done.returncode == 0, done.stderr[-3000:]
 

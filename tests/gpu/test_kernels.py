@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForQuestionAnswering
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qa_deepspeed.engine.ds_config import shipped
-from tests.dist.launching import losses, run_many
+from tests.distributed.launching import losses, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
 
 pytestmark = gpu_marks

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, BertConfig
 
-from qa_deepspeed.config import RunOptions
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
-from qa_deepspeed.engine.memory import PROCESS_DEVICE_BYTES, Zero, need
+from qa_deepspeed.engine.memory import PROCESS_DEVICE_BYTES, ZeroSettings, need
 from qa_deepspeed.models.footprint import footprint
-from tests.dist.launching import free_port, run
+from tests.distributed.launching import free_port, run
 from tests.gpu.on_gpu import ON_GPU, gpu_marks
 from tests.paths import REPOSITORY
 
@@ -42,9 +42,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     def measure(case: tuple[str, str]) -> int:
         size, name = case
         options = {"deepspeed_config": name, "per_gpu_train_batch_size": ROWS, "max_seq_length": LENGTH, "bf16": True}
-        command = ["torchrun", "--nproc_per_node", "1", "--master_port", free_port(), "-m", "tests.dist.memory"]
-        done = run([*command, str(folder / size), json.dumps(options), str(folder / f"{size}-{name}")], REPOSITORY,
-                   **ON_GPU)  # fmt: skip
+        command = ["torchrun", "--nproc_per_node", "1", "--master_port", free_port(), "-m", "tests.distributed.memory"]
+        done = run(
+            [*command, str(folder / size), json.dumps(options), str(folder / f"{size}-{name}")], REPOSITORY, **ON_GPU
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads((folder / f"{size}-{name}-0").read_text())["gpu"]
 
@@ -57,7 +58,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_prediction_is_within_15_percent(measured: dict[tuple[str, str], int], size: str, name: str) -> None:
     options = RunOptions(deepspeed_config=name, per_gpu_train_batch_size=ROWS, max_seq_length=LENGTH, bf16=True)
-    zero = Zero.of(ds_config.finish(ds_config.resolve(options, 1, "cuda"), 1, SIZES[size][0]))
+    zero = ZeroSettings.of(ds_config.finish(ds_config.resolve(options, 1, "cuda"), 1, SIZES[size][0]))
     model = footprint(model_config(size), ROWS, LENGTH, torch.bfloat16)
     wanted = need(model, zero, 1, 2, 1)
     predicted, found = wanted.device() - PROCESS_DEVICE_BYTES, measured[size, name]

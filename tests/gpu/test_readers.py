@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForQuestionAnswering
 
-from qa_deepspeed.predict import QuestionAnswerer
-from tests.dist.launching import alone, flags, losses, run, run_many
+from qa_deepspeed.inference.answerer import QuestionAnswerer
+from tests.distributed.launching import alone, flags, losses, run, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks
 
 pytestmark = gpu_marks
@@ -20,8 +20,9 @@ def questions(predict_file: object, count: int) -> list[dict[str, str]]:
     found = [
         {"question": entry["question"], "context": paragraph["context"]}
         for article in json.loads(Path(str(predict_file)).read_text())["data"]
-        for paragraph in article["paragraphs"] for entry in paragraph["qas"]
-    ]  # fmt: skip
+        for paragraph in article["paragraphs"]
+        for entry in paragraph["qas"]
+    ]
     assert len(found) >= count
     return found[:count]
 
@@ -48,13 +49,28 @@ def test_a_decoder_trains_adapters_in_bfloat16_under_zero3(
     tokenizer = str(base_options["model_name_or_path"])
     torch.manual_seed(5)
     vocabulary = json.loads((Path(tokenizer) / "config.json").read_text())["vocab_size"]
-    config = Qwen2Config(vocab_size=vocabulary, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=256)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+    )
     Qwen2ForQuestionAnswering(config).save_pretrained(tmp_path / "model")
-    options = {**base_options, **SHORT_RUN, "model_name_or_path": str(tmp_path / "model"), "tokenizer_name": tokenizer,
-               "lora_rank": 8, "learning_rate": 1e-2}  # fmt: skip
-    runs = {"whole": {"deepspeed_config": "zero0"}, "half": {"deepspeed_config": "zero3", "bf16": True},
-            "offloaded": {"deepspeed_config": "zero3_offload", "bf16": True}}  # fmt: skip
+    options = {
+        **base_options,
+        **SHORT_RUN,
+        "model_name_or_path": str(tmp_path / "model"),
+        "tokenizer_name": tokenizer,
+        "lora_rank": 8,
+        "learning_rate": 1e-2,
+    }
+    runs = {
+        "whole": {"deepspeed_config": "zero0"},
+        "half": {"deepspeed_config": "zero3", "bf16": True},
+        "offloaded": {"deepspeed_config": "zero3_offload", "bf16": True},
+    }
     run_many(1, {name: {**options, **extra} for name, extra in runs.items()}, tmp_path, **ON_GPU)
     expected = losses(tmp_path / "whole")
     assert expected[-5:].mean() < expected[:3].mean()
@@ -73,8 +89,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     precision: str,
 ) -> None:
     """Ended after step 10 of 20, by taking away what came after."""
-    options = {**base_options, **SHORT_RUN, "max_steps": 20, "save_steps": 10, "deepspeed_config": stage,
-               precision: True, "output_dir": tmp_path / "run"}  # fmt: skip
+    options = {
+        **base_options,
+        **SHORT_RUN,
+        "max_steps": 20,
+        "save_steps": 10,
+        "deepspeed_config": stage,
+        precision: True,
+        "output_dir": tmp_path / "run",
+    }
     command = alone("train", *flags(**options))
     assert run(command, tmp_path, **ON_GPU).returncode == 0
     whole = losses(tmp_path / "run")

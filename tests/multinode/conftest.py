@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.conftest import base_options, model_without_dropout, sample  # noqa: F401
+from tests.distributed.conftest import base_options, model_without_dropout, sample  # noqa: F401
 
 SCRIPT = Path(__file__).with_name("hosts.sh")
 MOST_HOSTS = 4

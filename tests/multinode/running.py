@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.dist.launching import losses
+from tests.distributed.launching import losses
 
 TIMEOUT = 20
 """Seconds after which a collective is given up, in the runs that lose a host."""

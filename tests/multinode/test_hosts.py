@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.config import RunOptions
-from tests.dist.launching import environment, flags, run_many
+from qa_deepspeed.config.run_options import RunOptions
+from tests.distributed.launching import environment, flags, run_many
 from tests.multinode.conftest import Hosts
 from tests.multinode.running import TIMEOUT, assert_equal, output, wait_for
 from tests.paths import REPOSITORY
@@ -36,9 +36,14 @@ def on_node1(hosts: Hosts, folder: Path, *arguments: str, **settings: str) -> su
     command = [*hosts.on(1), "bash", str(REPOSITORY / "launch" / "multinode.sh"), *arguments]
     with open(folder / "out.txt", "w") as out:
         return subprocess.Popen(
-            command, cwd=folder, env={**here, "GLOO_SOCKET_IFNAME": "eth0"}, stdin=subprocess.DEVNULL, stdout=out,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env={**here, "GLOO_SOCKET_IFNAME": "eth0"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
 
 @pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)
@@ -117,8 +122,15 @@ def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict
 ) -> None:
     """At ZeRO-2 node1 alone cannot go on, and says so in a line, once."""
-    options = {**base_options, "deepspeed_config": "zero2", "max_steps": 30, "save_steps": 5, "timeout": TIMEOUT,
-               "global_batch_size": 16, "per_gpu_train_batch_size": 4}  # fmt: skip
+    options = {
+        **base_options,
+        "deepspeed_config": "zero2",
+        "max_steps": 30,
+        "save_steps": 5,
+        "timeout": TIMEOUT,
+        "global_batch_size": 16,
+        "per_gpu_train_batch_size": 4,
+    }
     process = on_node1(hosts, tmp_path, "--max_restarts", "2", *flags(**options, output_dir=disk / "run"))
     wait_for("checkpoint-5", tmp_path, process)
     subprocess.run(["kill", "-9", *hosts.processes(2)], check=False)
@@ -135,8 +147,16 @@ def test_a_lost_host_is_noticed_and_the_rest_goes_on(
 ) -> None:
     """The last host goes away in mid-training; the rest goes on from the last checkpoint with the same global batch."""
     last = hosts.count
-    options = {**base_options, "deepspeed_config": config, "do_eval": True, "max_steps": 30, "save_steps": 5,
-               "global_batch_size": 12, "per_gpu_train_batch_size": 2, "timeout": TIMEOUT}  # fmt: skip
+    options = {
+        **base_options,
+        "deepspeed_config": config,
+        "do_eval": True,
+        "max_steps": 30,
+        "save_steps": 5,
+        "global_batch_size": 12,
+        "per_gpu_train_batch_size": 2,
+        "timeout": TIMEOUT,
+    }
     process = on_node1(hosts, tmp_path, "--max_restarts", "1", *flags(**options, output_dir=disk / "run"))
     wait_for("checkpoint-5", tmp_path, process)
     lost = time.monotonic()
@@ -151,8 +171,10 @@ def test_a_lost_host_is_noticed_and_the_rest_goes_on(
     assert f"node{last} does not answer and is left out" in text
     assert "going on from" in text.split("restart 1 of 1")[1]
     metrics = json.loads((disk / "run" / "metrics.json").read_text())
-    print(f"{last} hosts, {config}, {loss}: noticed and ended after {noticed:.0f} s, all done after "
-          f"{time.monotonic() - lost:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}")  # fmt: skip
+    print(
+        f"{last} hosts, {config}, {loss}: noticed and ended after {noticed:.0f} s, all done after "
+        f"{time.monotonic() - lost:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}"
+    )
     assert noticed < 3 * TIMEOUT + 15
     steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 30

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import environment, flags, run_many
+from tests.distributed.launching import environment, flags, run_many
 from tests.multinode.conftest import Hosts
 from tests.multinode.running import TIMEOUT, assert_equal, output, wait_for
 from tests.paths import REPOSITORY
@@ -24,9 +24,15 @@ def agents(hosts: Hosts, folder: Path, *arguments: str, **settings: str) -> Iter
     for number in range(1, hosts.count + 1):
         # Namespaces have no host names of their own, by which torchrun tells who it is.
         here = environment(
-            VENV="/nowhere", LAUNCHER="torchrun", GPUS="1", RENDEZVOUS="node1:29400", GLOO_SOCKET_IFNAME="eth0",
-            PET_LOCAL_ADDR=f"node{number}", PET_RDZV_CONF=f"is_host={number == 1}", **settings,
-        )  # fmt: skip
+            VENV="/nowhere",
+            LAUNCHER="torchrun",
+            GPUS="1",
+            RENDEZVOUS="node1:29400",
+            GLOO_SOCKET_IFNAME="eth0",
+            PET_LOCAL_ADDR=f"node{number}",
+            PET_RDZV_CONF=f"is_host={number == 1}",
+            **settings,
+        )
         command = [*hosts.on(number), "bash", str(REPOSITORY / "launch" / "local.sh"), *arguments]
         with open(folder / ("out.txt" if number == 1 else f"out{number}.txt"), "w") as out:
             started.append(subprocess.Popen(command, cwd=folder, env=here, stdout=out, stderr=subprocess.STDOUT))
@@ -54,8 +60,16 @@ def test_when_a_host_is_lost_the_others_meet_again(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, loss: str
 ) -> None:
     """The last host goes away in mid-training; torchrun's agents of the rest go on from the last checkpoint."""
-    options = {**base_options, "deepspeed_config": "zero2", "do_eval": True, "max_steps": 30, "save_steps": 5,
-               "global_batch_size": 12, "per_gpu_train_batch_size": 2, "timeout": TIMEOUT}  # fmt: skip
+    options = {
+        **base_options,
+        "deepspeed_config": "zero2",
+        "do_eval": True,
+        "max_steps": 30,
+        "save_steps": 5,
+        "global_batch_size": 12,
+        "per_gpu_train_batch_size": 2,
+        "timeout": TIMEOUT,
+    }
     given = flags(**options, output_dir=disk / "run")
     with agents(hosts, tmp_path, *given, NODES=f"1:{hosts.count}", MAX_RESTARTS="2") as started:
         wait_for("checkpoint-5", tmp_path, started[0])
@@ -71,8 +85,10 @@ def test_when_a_host_is_lost_the_others_meet_again(
         again = time.monotonic() - lost
         assert [agent.wait(timeout=300) for agent in started[:-1]] == [0] * (hosts.count - 1), output(tmp_path)[-5000:]
     done, metrics = time.monotonic() - lost, json.loads((disk / "run" / "metrics.json").read_text())
-    print(f"{hosts.count} hosts, torchrun, {loss}: noticed after {noticed:.0f} s, going on after {again:.0f} s, all "
-          f"done after {done:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}")  # fmt: skip
+    print(
+        f"{hosts.count} hosts, torchrun, {loss}: noticed after {noticed:.0f} s, going on after {again:.0f} s, all "
+        f"done after {done:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}"
+    )
     assert noticed < 3 * TIMEOUT
     steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 30

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.models.families import Family
-from qa_deepspeed.qa.examples import Example
-from qa_deepspeed.qa.feature_store import FeatureStore
-from qa_deepspeed.qa.features import FeatureSettings
+from qa_deepspeed.qa.data.examples import Example
+from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.families import Family
+from qa_deepspeed.qa.features.store import FeatureStore
 
 
 @dataclass
@@ -36,9 +36,14 @@ def tokenizer_rows(tokenizer: Any, family: Family, settings: FeatureSettings, ex
     overlap = settings.doc_stride if settings.doc_stride_is == "overlap" else room - settings.doc_stride
     pair = (example.context, example.question) if family.context_first else (example.question, example.context)
     out = tokenizer(
-        *pair, truncation="only_first" if family.context_first else "only_second", max_length=settings.max_seq_length,
-        stride=overlap, return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
-    )  # fmt: skip
+        *pair,
+        truncation="only_first" if family.context_first else "only_second",
+        max_length=settings.max_seq_length,
+        stride=overlap,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_token_type_ids=True,
+    )
     whole = tokenizer(example.context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     golds = [span for answer in located(example, settings) if (span := covering(whole, answer)) is not None]
     which = 0 if family.context_first else 1
@@ -54,9 +59,16 @@ def tokenizer_rows(tokenizer: Any, family: Family, settings: FeatureSettings, ex
             if first <= gold[0] and gold[1] < first + len(places)
         ]
         rows.append(
-            Row(ids, out["token_type_ids"][number], [tuple(out["offset_mapping"][number][place]) for place in places],
-                begin, first, null_position(tokenizer, family, ids), list(dict.fromkeys(inside)))
-        )  # fmt: skip
+            Row(
+                ids,
+                out["token_type_ids"][number],
+                [tuple(out["offset_mapping"][number][place]) for place in places],
+                begin,
+                first,
+                null_position(tokenizer, family, ids),
+                list(dict.fromkeys(inside)),
+            )
+        )
     return rows
 
 
@@ -96,8 +108,9 @@ def assert_same(store: FeatureStore, tokenizer: Any, family: Family, settings: F
                 assert taken.token_type_ids.tolist() == wanted
             assert taken.null_position.tolist() == [row.null]
             assert (taken.context_begin[0], taken.context_end[0]) == (
-                row.context_begin, row.context_begin + len(row.offsets)
-            )  # fmt: skip
+                row.context_begin,
+                row.context_begin + len(row.offsets),
+            )
             gold = row.golds[0] if row.golds else (row.null, row.null)
             assert (taken.start[0], taken.end[0]) == gold
             if settings.answers == "all":

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from qa_deepspeed.models.families import Family, family_of
+from qa_deepspeed.qa.features.families import Family, family_of
 
 SENTENCES = (
     "The Rhine rises in the Swiss canton of Graubünden and flows through Germany to the North Sea.",
@@ -107,7 +107,7 @@ def _makers() -> dict[str, Any]:
         "t5": lambda: fast.T5Tokenizer(vocab=_unigram(["<pad>", "</s>", "<unk>"]), extra_ids=0),
         "deberta-v2": lambda: fast.DebertaV2Tokenizer(vocab=_unigram(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])),
         "big_bird": lambda: fast.BigBirdTokenizer(vocab=_unigram(BIG_BIRD)),
-    }  # fmt: skip
+    }
 
 
 def _modernbert() -> PreTrainedTokenizerFast:
@@ -122,9 +122,14 @@ def _modernbert() -> PreTrainedTokenizerFast:
         special_tokens=[("[CLS]", backend.token_to_id("[CLS]")), ("[SEP]", backend.token_to_id("[SEP]"))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
-        mask_token="[MASK]", model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 NAMES = tuple(_makers())

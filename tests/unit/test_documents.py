@@ -1,6 +1,6 @@
 """Commands in the documents' running text: a test that is named here runs each, or a reason says why none does.
 
-Those of the README's bash blocks are run as they stand by tests/dist/test_readme.py.
+Those of the README's bash blocks are run as they stand by tests/distributed/test_readme.py.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.config import RunOptions
-from qa_deepspeed.moved_flags import MOVED
+from qa_deepspeed.config.migration import MOVED
+from qa_deepspeed.config.run_options import RunOptions
 from tests.paths import REPOSITORY
 
 DOCUMENTS = ("README.md", "launch/README.md", "tests/bench/README.md")
@@ -19,21 +19,23 @@ COMMAND = re.compile(r"launch/\S+\.(sh|sbatch)\b|^qa-deepspeed \w|^kubectl |\b(t
 """What makes a span of code a command."""
 
 RUN_BY = {
-    r"launch/local\.sh": "tests/unit/test_launch_scripts.py",
+    r"launch/local\.sh": "tests/unit/launch/test_scripts.py",
     r"launch/multinode\.sh": "tests/multinode/test_hosts.py",
-    r"launch/slurm\.sbatch": "tests/unit/test_launch_scripts.py",
-    r"launch/quickstart\.sh": "tests/dist/test_quickstart.py",
-    r"launch/kubernetes\.yaml": "tests/unit/test_kubernetes.py",
-    r"qa_deepspeed\.torchrun": "tests/dist/test_torchrun.py",
-    r"^torchrun .* -m qa_deepspeed train": "tests/dist/test_command_line.py",
-    r"^qa-deepspeed (train|evaluate)": "tests/dist/test_command_line.py",
-    r"^qa-deepspeed compare": "tests/unit/test_compare.py",
-    r"^qa-deepspeed export": "tests/dist/checkpoint_scenes.py",
-    r"^qa-deepspeed predict": "tests/unit/test_predict_command.py",
-    r"^qa-deepspeed prepare": "tests/unit/test_prepare.py",
-    r"^qa-deepspeed plan": "tests/unit/test_plan.py",
-    r"^qa-deepspeed check": "tests/unit/test_check.py",
-    r"pytest -s (tests/dist/test_(plan_memory|loading)\.py|tests/multinode)": "tests/dist/test_plan_memory.py",
+    r"launch/slurm\.sbatch": "tests/unit/launch/test_scripts.py",
+    r"launch/quickstart\.sh": "tests/distributed/test_quickstart.py",
+    r"launch/kubernetes\.yaml": "tests/unit/launch/test_kubernetes.py",
+    r"qa_deepspeed\.torchrun": "tests/distributed/test_torchrun.py",
+    r"^torchrun .* -m qa_deepspeed train": "tests/distributed/test_command_line.py",
+    r"^qa-deepspeed (train|evaluate)": "tests/distributed/test_command_line.py",
+    r"^qa-deepspeed compare": "tests/unit/cli/test_compare.py",
+    r"^qa-deepspeed export": "tests/distributed/checkpoint_scenes.py",
+    r"^qa-deepspeed predict": "tests/unit/cli/test_predict.py",
+    r"^qa-deepspeed prepare": "tests/unit/cli/test_prepare.py",
+    r"^qa-deepspeed plan": "tests/unit/cli/test_plan.py",
+    r"^qa-deepspeed check": "tests/unit/cli/test_check.py",
+    r"pytest -s (tests/distributed/test_(plan_memory|loading)\.py|tests/multinode)": (
+        "tests/distributed/test_plan_memory.py"
+    ),
 }
 """Pattern of a command -> the test that runs what it runs."""
 

@@ -66,8 +66,10 @@ def test_an_installed_wheel_works_away_from_the_sources(wheel, tmp_path):
     """Unpacked, which is all that installing a wheel of plain files does, it runs the command and finds its configs."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import json, qa_deepspeed, qa_deepspeed.sample as s; from qa_deepspeed.engine import ds_config as d; " \
-           "print(json.dumps([qa_deepspeed.__file__, len(s.read_material().kinds), d.load('zero2')]))"  # fmt: skip
+    code = (
+        "import json, qa_deepspeed, qa_deepspeed.cli.sample as s; from qa_deepspeed.engine import ds_config as d; "
+        "print(json.dumps([qa_deepspeed.__file__, len(s.read_material().kinds), d.load('zero2')]))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     file, kinds, config = json.loads(printed.splitlines()[-1])
@@ -75,7 +77,7 @@ def test_an_installed_wheel_works_away_from_the_sources(wheel, tmp_path):
     assert kinds > 1
     assert config == json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text())
     (entry,) = importlib.metadata.PathDistribution(next(site.glob("*.dist-info"))).entry_points
-    assert (entry.name, entry.value) == ("qa-deepspeed", "qa_deepspeed.cli:main")
+    assert (entry.name, entry.value) == ("qa-deepspeed", "qa_deepspeed.cli.main:main")
 
 
 def test_the_pins_fit_the_ranges_and_cover_every_dependency():
@@ -99,7 +101,8 @@ def test_the_quickstart_configuration_names_known_options():
     """launch/quickstart.yaml is read as the command line reads it, and trains ranks of one or two alike."""
     import yaml
 
-    from qa_deepspeed.config import RunOptions, plan_batches
+    from qa_deepspeed.config.batch_plan import plan_batches
+    from qa_deepspeed.config.run_options import RunOptions
 
     options = yaml.safe_load((REPOSITORY / "launch" / "quickstart.yaml").read_text())
     assert set(options) <= set(RunOptions.__dataclass_fields__)

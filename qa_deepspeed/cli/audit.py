@@ -1,0 +1,207 @@
+"""`qa-deepspeed audit`: what training on a file would do, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qa_deepspeed.config import options
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.facts import ModelFacts, model_facts
+from qa_deepspeed.qa.cache.prepare import prepare_features
+from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
+from qa_deepspeed.qa.data.seen_ids import SeenIds
+from qa_deepspeed.qa.features.batching import LENGTH_MULTIPLE, epoch_order
+from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_share, quantiles, suggest
+from qa_deepspeed.training.features import data_source, feature_settings
+
+REJECTED_SHOWN = 10
+BAR = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `audit`: those of a training run, with their defaults and help."""
+    parser.add_argument("data", metavar="DATA", nargs="+", help="files, or patterns of files, to train on")
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if a question was rejected")
+    options.add_arguments(parser, RunOptions, "train")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was found; 1 with --strict if a question was rejected, else 0.
+
+    Raises:
+        UserError: the data or the model cannot be read, or nothing is usable.
+    """
+    own = ("command", "config", "data", "json", "strict")
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    run_options = options.build(RunOptions, "train", given, arguments.config)
+    found = audit(data_source(run_options, "train", DataSource.resolve(arguments.data)), run_options)
+    print(json.dumps(found) if arguments.json else "\n".join(table(found)))
+    return 1 if arguments.strict and found["questions"]["rejected"] else 0
+
+
+def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
+    """All findings about a source, as plain values: questions, answers, windows, lengths, padding, suggestion.
+
+    The features are built as training would build them, in a temporary folder.
+
+    Raises:
+        UserError: the data or the model cannot be read, or nothing is usable.
+    """
+    repeated = _repeated_questions(source)
+    facts = model_facts(run_options)
+    with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
+        findings = _findings(source, run_options, facts, Path(folder))
+    findings["questions"]["repeated"] = repeated
+    return findings
+
+
+def _repeated_questions(source: DataSource) -> int:
+    """Questions that stand before with the same words and context under another id."""
+    seen = SeenIds()
+    return sum(not seen.add(f"{one.question}\0{one.context}") for one in read_examples(source, ReadReport()))
+
+
+def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
+    settings = feature_settings(run_options)
+    store = prepare_features(source, facts.tokenizer, facts.family, settings, folder)
+    sizes = measure(store, settings)
+    special_tokens = store.special_tokens
+    batch = run_options.per_gpu_train_batch_size
+    batches = epoch_order(store.lengths, batch, run_options.seed, 0)
+    tokens = int(store.lengths.sum())
+    return {
+        "files": list(source.files),
+        "model": run_options.model_name_or_path,
+        "settings": dataclasses.asdict(settings) | {"max_answer_length": run_options.max_answer_length},
+        "questions": _questions(store.report) | {"cut": store.counts["truncated_questions"]},
+        "answers": {
+            "longest": int(sizes.answer.max(initial=0)),
+            "longer_than_max_answer_length": int((sizes.answer > run_options.max_answer_length).sum()),
+            "in_no_window": store.counts["answers_in_no_window"],
+        },
+        "windows": {
+            "total": len(store),
+            "per_question": len(store) / len(sizes.windows),
+            "most": int(sizes.windows.max(initial=0)),
+            "questions_with_one": int((sizes.windows == 1).sum()),
+            "without_their_answer": store.counts["windows_without_answer"],
+            "tokens": tokens,
+        },
+        "lengths": quantiles(sizes.whole) | {"histogram": histogram(sizes.whole)},
+        "padding": {
+            "rows_of_a_batch": batch,
+            "to_the_longest_of_the_batch": padding_share(store.lengths, batches, LENGTH_MULTIPLE),
+            "to_max_seq_length": 1 - tokens / (len(store) * settings.max_seq_length) if len(store) else 0.0,
+        },
+        "suggestion": suggest(sizes, special_tokens, settings.max_query_length, _longest_row(facts)),
+        "rejected": [dataclasses.asdict(one) for one in store.report.rejected],
+    }
+
+
+def _questions(report: ReadReport) -> dict[str, Any]:
+    return {
+        "usable": report.usable,
+        "mended": report.mended,
+        "unanswerable": report.unanswerable,
+        "rejected": len(report.rejected),
+        "rejected_by_reason": report.rejected_by_reason,
+        "answer_faults": report.answer_faults,
+    }
+
+
+def _longest_row(facts: ModelFacts) -> int | None:
+    """The most tokens the model takes; its tokenizer often knows better than the number of its positions."""
+    said = (facts.tokenizer.model_max_length, getattr(facts.config, "max_position_embeddings", None))
+    # Tokenizers that know no limit say 10^30.
+    limits = [int(limit) for limit in said if isinstance(limit, (int, float)) and 0 < limit < 10**9]
+    return min(limits, default=None)
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The findings as lines for people."""
+    questions, answers, windows, padding = (found[name] for name in ("questions", "answers", "windows", "padding"))
+    settings, suggestion = found["settings"], found["suggestion"]
+    lines = [f"{', '.join(found['files'])} for {found['model']}", ""]
+    lines += _rows(
+        "questions",
+        [
+            ("usable", questions["usable"], ""),
+            ("  mended", questions["mended"], "answer moved to where it stands"),
+            ("  unanswerable", questions["unanswerable"], f"{questions['unanswerable'] / questions['usable']:.1%}"),
+            ("  repeated", questions["repeated"], "same question and context under another id"),
+            ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),
+            ("rejected", questions["rejected"], ""),
+            *((f"  {reason}", count, "") for reason, count in _commonest(questions["rejected_by_reason"])),
+            *((f"(an answer) {reason}", count, "") for reason, count in _commonest(questions["answer_faults"])),
+        ],
+    )
+    lines += _rows(
+        "answers (tokens)",
+        [
+            ("longest", answers["longest"], ""),
+            (
+                "too long",
+                answers["longer_than_max_answer_length"],
+                f"never predicted: over max_answer_length {settings['max_answer_length']}",
+            ),
+            ("in no window", answers["in_no_window"], "never learnt: no window holds the whole answer"),
+        ],
+    )
+    stride = f"doc_stride {settings['doc_stride']} ({settings['doc_stride_is']})"
+    lines += _rows(
+        f"windows (max_seq_length {settings['max_seq_length']}, {stride})",
+        [
+            ("windows", windows["total"], f"{windows['per_question']:.2f} per question, at most {windows['most']}"),
+            ("questions with one", windows["questions_with_one"], ""),
+            ("without their answer", windows["without_their_answer"], "labelled as holding none"),
+            ("tokens", windows["tokens"], ""),
+            (
+                "padding",
+                f"{padding['to_the_longest_of_the_batch']:.1%}",
+                f"in batches of {padding['rows_of_a_batch']} rows of like length; "
+                f"{padding['to_max_seq_length']:.1%} if every row were padded to max_seq_length",
+            ),
+        ],
+    )
+    lines += _length_lines(found["lengths"])
+    if suggestion:
+        lines += [
+            "",
+            f"suggested: --max_seq_length {suggestion['max_seq_length']} --doc_stride {suggestion['doc_stride']} "
+            f"--doc_stride_is step   ({suggestion['windows']:,} windows, {suggestion['tokens']:,} tokens)",
+        ]
+    for one in found["rejected"][:REJECTED_SHOWN]:
+        lines.append(f"rejected: {one['where']}: {one['reason']} (id {one['example_id']})")
+    if len(found["rejected"]) > REJECTED_SHOWN:
+        lines.append(f"... and {len(found['rejected']) - REJECTED_SHOWN:,} more, all with --json")
+    return lines
+
+
+def _commonest(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _rows(title: str, rows: list[tuple[str, Any, str]]) -> list[str]:
+    width = max(28, *(len(name) for name, _, _ in rows))
+    shown = [(name, value if isinstance(value, str) else f"{value:,}", note) for name, value, note in rows]
+    return [title, *(f"  {name:<{width}} {value:>12}  {note}".rstrip() for name, value, note in shown), ""]
+
+
+def _length_lines(lengths: dict[str, Any]) -> list[str]:
+    shares = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "histogram")
+    lines = [f"tokens of a question with its whole context: {shares}"]
+    most = max((one["questions"] for one in lengths["histogram"]), default=0)
+    for one in lengths["histogram"]:
+        name = f"{one['above'] + 1}-{one['to']}" if one["to"] else f"over {one['above']}"
+        bar = "#" * int(np.ceil(BAR * one["questions"] / most))
+        lines.append(f"  {name:>10} {one['questions']:>9,}  {bar}".rstrip())
+    return lines

@@ -1,0 +1,412 @@
+"""`qa-deepspeed check` and `train --dry_run`: would this run start, and what would it do? No weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qa_deepspeed.config import options
+from qa_deepspeed.config.batch_plan import total_steps
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine import compiled_ops, ds_config, hosts
+from qa_deepspeed.engine.checkpoint import checkpoint_bytes
+from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.engine.memory import ZeroSettings, need, need_on_cpu
+from qa_deepspeed.engine.optim import default_schedule
+from qa_deepspeed.models.facts import ModelFacts, model_facts
+from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
+from qa_deepspeed.models.loading import head_kind, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings
+from qa_deepspeed.runs import identity as run_identity
+from qa_deepspeed.runs.folder import lock_run_dir, resume_decision
+from qa_deepspeed.training.features import longest_rows_at_once, look_up_features
+from qa_deepspeed.training.stopping import save_interval
+from qa_deepspeed.training.validate import validate_options
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import GIB
+
+DEFAULT_PORT = 29500
+CACHE_PER_INPUT = 2.0
+"""Bytes of cached features for each byte of input, as measured on SQuAD (2.0 with MiniLM's tokenizer)."""
+
+
+@dataclass
+class PreflightState:
+    """What is known of the run so far; None where a fault keeps it unknown."""
+
+    options: RunOptions
+    hosts: list[hosts.Host] | None
+    ranks: int
+    ranks_here: int
+    port: int
+    ssh_port: int | None
+    resolved: ResolvedConfig | None = None
+    facts: ModelFacts | None = None
+    config: dict[str, Any] | None = None
+    features: dict[str, tuple[str, dict[str, int] | None]] = field(default_factory=dict)
+    steps: int | None = None
+    footprint: Footprint | None = None
+
+
+class SkipCheck(Exception):
+    """A fault above keeps this from being looked at."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `check`: those of a training run, and of its launch."""
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    parser.add_argument("--hostfile", help="DeepSpeed hostfile of the run")
+    parser.add_argument("--ranks", type=int, help="ranks of a run without hostfile (default: one on each GPU, or one)")
+    parser.add_argument("--master_port", type=int, default=DEFAULT_PORT, help=f"rank 0's port (default {DEFAULT_PORT})")
+    parser.add_argument("--ssh_port", type=int, help="port of the hosts' ssh servers")
+    options.add_arguments(parser, RunOptions, "train")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was found; 0 if the run would start, else 1.
+
+    Raises:
+        UserError: flags that cannot be read.
+    """
+    own = ("command", "config", "hostfile", "ranks", "master_port", "ssh_port")
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    run_options = options.build(RunOptions, "train", given, arguments.config)
+    return check(run_options, arguments.hostfile, arguments.ranks, arguments.master_port, arguments.ssh_port)
+
+
+def check(
+    run_options: RunOptions,
+    hostfile: str | None = None,
+    ranks: int | None = None,
+    port: int = DEFAULT_PORT,
+    ssh_port: int | None = None,
+) -> int:
+    """Look at everything and print it, faults marked; 0 if there is none, else 1."""
+    quiet_transformers(run_options.verbose_logging)
+    gpus = 0 if run_options.no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, gpus)
+    checked = PreflightState(run_options, None, ranks, ranks, port, ssh_port)
+    bad: list[str] = []
+
+    def look(topic: str, function: Callable[[PreflightState], list[str]]) -> None:
+        try:
+            lines = function(checked)
+        except UserError as error:
+            bad.append(str(error))
+            print(f"{topic:10} FAULT {error}", flush=True)
+        except SkipCheck:
+            print(f"{topic:10} not looked at, for the faults above", flush=True)
+        else:
+            for line in lines:
+                print(f"{topic:10} {line}", flush=True)
+
+    if hostfile:
+        look("hostfile", lambda checked: _read_hosts(checked, Path(hostfile)))
+    for topic, function in TOPICS:
+        look(topic, function)
+    faults = "1 fault" if len(bad) == 1 else f"{len(bad)} faults"
+    print(f"the run would not start: {faults}, see above" if bad else "the run would start")
+    return 1 if bad else 0
+
+
+def _read_hosts(checked: PreflightState, hostfile: Path) -> list[str]:
+    checked.hosts = hosts.read_hostfile(hostfile)
+    checked.ranks = sum(host.slots for host in checked.hosts)
+    checked.ranks_here = max(host.slots for host in checked.hosts)
+    return [f"{len(checked.hosts)} hosts, {checked.ranks} ranks"]
+
+
+def _config(checked: PreflightState) -> list[str]:
+    on_cpu = checked.options.no_cuda or not torch.cuda.is_available()
+    bf16 = on_cpu or torch.cuda.is_bf16_supported()
+    checked.resolved = resolved = validate_options(checked.options, checked.ranks, "cpu" if on_cpu else "cuda", bf16)
+    plan = resolved.plan
+    said = ds_config.load(resolved.name)
+    lines = [
+        f"{resolved.name}: ZeRO stage {resolved.zero_stage}, {resolved.precision}, on {'CPUs' if on_cpu else 'GPUs'}",
+        str(plan),
+    ]
+    if resolved.options.max_tokens_per_batch:
+        lines.append(
+            f"cut into micro-batches of at most {resolved.options.max_tokens_per_batch:,} padded tokens on a "
+            f"rank: {longest_rows_at_once(resolved.options, plan)} of the longest rows"
+        )
+    for name in (
+        "per_gpu_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "adam_epsilon",
+        "max_grad_norm",
+        "seed",
+    ):
+        keys = [key for key, owner in ds_config.OWNER_OF.items() if owner == name]
+        in_config = any(_at(said, key) not in (None, ds_config.AUTO) for key in keys)
+        value = (
+            plan.gradient_accumulation_steps
+            if name == "gradient_accumulation_steps"
+            else getattr(resolved.options, name)
+        )
+        owner = resolved.name if in_config else "the command line" if name in checked.options.given else "default"
+        if name == "gradient_accumulation_steps" and resolved.options.global_batch_size is not None:
+            owner = "from global_batch_size"
+        lines.append(f"  {name} {value}   ({owner})")
+    return lines
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _model(checked: PreflightState) -> list[str]:
+    facts = model_facts(checked.options)
+    head_kind(facts.config, checked.options.qa_head)  # an error where the model has no such head
+    checked.facts = facts
+    resolved = _known(checked.resolved)
+    kind = torch.bfloat16 if _element(resolved) == 2 else torch.float32
+    checked.footprint = footprint(
+        facts.config,
+        longest_rows_at_once(resolved.options, resolved.plan),
+        checked.options.max_seq_length,
+        kind,
+        LoraSettings.of(resolved.options.to_dict()),
+    )
+    return [f"{facts.config.model_type}, {told_parameters(checked.footprint)}"]
+
+
+def _element(resolved: ResolvedConfig) -> int:
+    return 2 if resolved.precision in ("bf16", "fp16") else 4
+
+
+def _data(checked: PreflightState) -> list[str]:
+    facts, lines = _known(checked.facts), []
+    run_options = checked.options
+    evaluates = run_options.do_eval or run_options.evaluate_during_training
+    for purpose in ("train", "evaluate") if evaluates else ("train",):
+        if not run_options.data_file(purpose) and run_options.dataset_name:
+            lines.append(f"{purpose}: {run_options.dataset_name} of the hub, looked at when the run starts")
+            continue
+        fingerprint, counts = look_up_features(run_options, purpose, facts)  # type: ignore[arg-type]
+        checked.features[purpose] = fingerprint, counts
+        if counts is None:
+            lines.append(f"{purpose}: {run_options.data_file(purpose)}, not in the cache: features are built first")
+        else:
+            lines.append(
+                f"{purpose}: {run_options.data_file(purpose)}, {counts['examples']:,} questions, "
+                f"{counts['features']:,} features in the cache ({fingerprint[:12]})"
+            )
+    return lines
+
+
+def _schedule(checked: PreflightState) -> list[str]:
+    resolved = _known(checked.resolved)
+    run_options = resolved.options
+    _, counts = checked.features.get("train", ("", None))
+    if counts is None and run_options.max_steps <= 0:
+        return ["steps are known once the features are built (qa-deepspeed prepare builds them)"]
+    steps = checked.steps = total_steps(run_options, counts["features"] if counts else 0, resolved.plan)
+    rates = learning_rates(run_options, steps)
+    every = save_interval(run_options.save_steps, steps)
+    lines = [f"{steps:,} optimizer steps, " + (f"a checkpoint every {every}" if every else "no checkpoint")]
+    if resolved.config.get("scheduler"):
+        lines.append(f"learning rate by the config's scheduler, {resolved.config['scheduler'].get('type')}")
+    else:
+        lines.append(
+            f"learning rate {rates[0]:.3g} at the first step, {max(rates):.3g} at its peak (step "
+            f"{rates.index(max(rates)) + 1:,}), {rates[-1]:.3g} at the last"
+        )
+    during = (steps - 1) // run_options.logging_steps if run_options.evaluate_during_training else 0
+    evaluations = during + (run_options.do_eval or run_options.evaluate_during_training)
+    return [*lines, f"{evaluations} evaluations"]
+
+
+def learning_rates(run_options: RunOptions, steps: int) -> list[float]:
+    """The rate of every optimizer step by the default schedule, which is run on a parameter that stands in."""
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_options.learning_rate)
+    schedule = default_schedule(stand_in, run_options, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(stand_in.param_groups[0]["lr"]))
+        stand_in.step()
+        schedule.step()
+    return rates
+
+
+def _memory(checked: PreflightState) -> list[str]:
+    resolved, facts = _known(checked.resolved), _known(checked.facts)
+    run_options = checked.options
+    on_cpu = run_options.no_cuda or not torch.cuda.is_available()
+    checked.config = config = ds_config.finish(resolved, checked.steps or 1, ds_config.hidden_size(facts.config))
+    accumulation = resolved.plan.gradient_accumulation_steps
+    arguments = (_known(checked.footprint), ZeroSettings.of(config), checked.ranks, _element(resolved), accumulation)
+    available = free_host_memory()
+    if on_cpu:
+        wanted = need_on_cpu(*arguments).host * checked.ranks_here
+        lines = [f"{wanted / GIB:.2f} GiB for {checked.ranks_here} ranks on this host, {available / GIB:.2f} GiB free"]
+        if wanted > available:
+            raise UserError(
+                f"{lines[0]}: take fewer ranks, a smaller per_gpu_train_batch_size or another config "
+                "(qa-deepspeed plan compares them)"
+            )
+        return lines
+    needed = need(*arguments)
+    on_device = needed.device(run_options.gradient_checkpointing)
+    free, _ = torch.cuda.mem_get_info()
+    host = needed.host_of(checked.ranks_here)
+    lines = [
+        f"{on_device / GIB:.2f} GiB on each GPU, {free / GIB:.2f} GiB free; {host / GIB:.2f} GiB on this "
+        f"host, {available / GIB:.2f} GiB free"
+    ]
+    if on_device > free or host > available:
+        raise UserError(
+            f"{lines[0]}: take more GPUs, a smaller per_gpu_train_batch_size or another config "
+            "(qa-deepspeed plan compares them)"
+        )
+    return lines
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that new processes can have."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    raise UserError("/proc/meminfo does not tell MemAvailable")
+
+
+def _disk(checked: PreflightState) -> list[str]:
+    model, run_options = _known(checked.footprint), checked.options
+    if not run_options.output_dir:
+        raise UserError("where to? pass --output_dir (a folder for the model, checkpoints and predictions)")
+    every = save_interval(run_options.save_steps, checked.steps) if checked.steps else 0
+    kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
+    if run_options.save_total_limit is not None:
+        kept = min(kept, run_options.save_total_limit) + 1
+    one = checkpoint_bytes(model.parameters, model.trained)
+    wanted = kept * one + 4 * model.trained
+    unbuilt = [run_options.data_file(purpose) for purpose, (_, counts) in checked.features.items() if counts is None]
+    wanted += int(CACHE_PER_INPUT * sum(os.path.getsize(name) for name in unbuilt if name and os.path.exists(name)))
+    free = shutil.disk_usage(_nearest_folder(Path(run_options.output_dir))).free
+    line = (
+        f"at most {wanted / GIB:.2f} GiB ({kept} checkpoints of {one / GIB:.2f} GiB, the model), {free / GIB:.1f} "
+        "GiB free"
+    )
+    if wanted > free:
+        raise UserError(f"{line}: make room, or lower the number of checkpoints with --save_total_limit")
+    return [line]
+
+
+def _nearest_folder(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _output(checked: PreflightState) -> list[str]:
+    run_options = checked.options
+    if not run_options.output_dir:
+        raise SkipCheck
+    folder = Path(run_options.output_dir)
+    nearest = _nearest_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
+    if not folder.exists():
+        return [f"{folder} will be made"]
+    lock = lock_run_dir(folder, run_options)
+    if lock is not None:
+        lock.release()
+    if run_options.overwrite_output_dir:
+        return [f"{folder}: what another run left there will be removed"]
+    fingerprint, counts = checked.features.get("train", ("", None))
+    if checked.steps is None or checked.resolved is None or counts is None:
+        return [f"{folder} is there; whether it holds this run is known once the features are built"]
+    resolved = checked.resolved
+    head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
+    identity = run_identity.identity(resolved, fingerprint, checked.steps, head)
+    what = resume_decision(folder, resolved.options, identity)
+    return [
+        f"{folder}: "
+        + {
+            "fresh": "the run starts afresh",
+            "resume": "the run goes on from a checkpoint",
+            "finished": "holds this run, finished: there is nothing to do",
+        }[what]
+    ]
+
+
+def _operators(checked: PreflightState) -> list[str]:
+    operators = compiled_ops.require(_known(checked.config))
+    return [f"compiled when the run starts: {', '.join(operators)}" if operators else "nothing has to be compiled"]
+
+
+def _port(checked: PreflightState) -> list[str]:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun, which started this, holds the port itself"]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", checked.port))
+        except OSError as error:
+            raise UserError(
+                f"port {checked.port} is taken here ({error.strerror}): pass another --master_port, to the launcher too"
+            ) from None
+    return [f"{checked.port} is free here"]
+
+
+def _hosts(checked: PreflightState) -> list[str]:
+    found = hosts.faults_of_environment_files()
+    if checked.hosts is not None and len(checked.hosts) > 1:
+        found += hosts.faults(checked.hosts, checked.ssh_port)
+    if found:
+        raise UserError("; ".join(found))
+    if checked.hosts is None or len(checked.hosts) == 1:
+        return ["this one only"]
+    return [f"{len(checked.hosts)} answer, with the versions of this one"]
+
+
+def _launch(checked: PreflightState) -> list[str]:
+    if checked.hosts is None or len(checked.hosts) == 1:
+        return []
+    names = ", ".join(hosts.sent_variables()) or "nothing"
+    return [
+        f"DeepSpeed's launcher starts {checked.hosts[0].name} as rank 0's host and sends variables that begin with "
+        f"{', '.join(hosts.ALWAYS_SENT)}, and from .deepspeed_env {names}"
+    ]
+
+
+TOPICS: tuple[tuple[str, Callable[[PreflightState], list[str]]], ...] = (
+    ("config", _config),
+    ("model", _model),
+    ("data", _data),
+    ("schedule", _schedule),
+    ("memory", _memory),
+    ("disk", _disk),
+    ("output", _output),
+    ("operators", _operators),
+    ("port", _port),
+    ("hosts", _hosts),
+    ("launch", _launch),
+)
+"""What is looked at, in this order: later ones need what earlier ones found."""
+
+
+def _known(value: Any) -> Any:
+    if value is None:
+        raise SkipCheck
+    return value

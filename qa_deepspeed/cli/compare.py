@@ -1,0 +1,160 @@
+"""`qa-deepspeed compare`: runs side by side, what differs, and whether their F1 differ by more than chance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.qa.metrics.compare import explain
+from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_predictions
+from qa_deepspeed.utils.errors import UserError
+
+CHANCE = 0.05
+"""A difference with a smaller p value is called more than chance."""
+
+UNTOLD = "-"
+
+SHOWN_DIGITS = 12
+"""Of a checksum: enough to tell two apart."""
+
+IGNORED_OPTIONS = {"output_dir", "overwrite_output_dir", "overwrite_cache", "cache_dir"}
+"""Where a run puts things says nothing about its outcome."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `compare`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output folders of training runs, the first to compare the others with"
+    )
+    parser.add_argument(
+        "--gold",
+        metavar="FILE",
+        help="SQuAD JSON of the questions that the runs answered (default: the predict_file that they name)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the comparison.
+
+    Raises:
+        UserError: fewer than two runs, or a folder that holds none.
+    """
+    if len(arguments.runs) < 2:
+        raise UserError("compare needs two runs or more: qa-deepspeed compare RUN RUN ...")
+    records = [_read(Path(folder)) for folder in arguments.runs]
+    first = Path(arguments.runs[0])
+    tests = [
+        _significance(first, Path(other), records, arguments.gold, number)
+        for number, other in enumerate(arguments.runs[1:], 1)
+    ]
+    sections = {title: _rows(records, part, only_different) for title, part, only_different in SECTIONS}
+    if arguments.json:
+        print(json.dumps({"runs": arguments.runs, **sections, "significance": tests}))
+        return 0
+    for title, rows in sections.items():
+        if rows:
+            print("\n".join(_table(title, arguments.runs, rows)) + "\n")
+    for test in tests:
+        print(_told(test))
+    return 0
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} holds no run: {path} cannot be read ({reason})") from None
+    if not isinstance(record, dict) or "identity" not in record:
+        raise UserError(f"{path} is not the record of a training run")
+    return record
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = (_flat(inner, f"{prefix}.{name}" if prefix else str(name)) for name, inner in value.items())
+    return {name: inner for part in parts for name, inner in part.items()}
+
+
+def _part(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda record: _flat({name: record[name] for name in names if name in record})
+
+
+def _options(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.get("options", {}).items() if name not in IGNORED_OPTIONS}
+
+
+SECTIONS: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], bool]] = [
+    ("scores", lambda record: _flat(record.get("metrics", {})), False),
+    ("cost", _part("seconds", "throughput", "peak_memory"), False),
+    ("options that differ", _options, True),
+    ("derived settings that differ", _part("identity", "ds_config"), True),
+    ("data that differ", _part("data"), True),
+    ("software and hardware that differ", _part("software", "hardware"), True),
+]
+"""Title, what of a record it shows, and whether it shows only what is not the same in all runs."""
+
+
+def _rows(
+    records: list[dict[str, Any]], part: Callable[[dict[str, Any]], dict[str, Any]], only_different: bool
+) -> dict[str, list[Any]]:
+    parts = [part(record) for record in records]
+    names = dict.fromkeys(name for one in parts for name in one)
+    rows = {name: [one.get(name) for one in parts] for name in names}
+    return {name: row for name, row in rows.items() if not only_different or any(value != row[0] for value in row)}
+
+
+def _table(title: str, runs: list[str], rows: dict[str, list[Any]]) -> list[str]:
+    cells = [[title, *(Path(run).name or run for run in runs)]]
+    cells += [[name, *map(_cell, row)] for name, row in rows.items()]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return UNTOLD
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text[:SHOWN_DIGITS] + "..." if re.fullmatch("[0-9a-f]{64}", text) else text
+
+
+def _significance(
+    one: Path, other: Path, records: list[dict[str, Any]], gold: str | None, number: int
+) -> dict[str, Any]:
+    """The paired test of the two runs' F1, or why there is none."""
+    names = {"a": str(one), "b": str(other)}
+    options = [records[index].get("options", {}) for index in (0, number)]
+    files = [given.get("predict_file") for given in options]
+    if gold is None and files[0] != files[1]:
+        return {**names, "reason": f"they answered different files ({files[0]} and {files[1]}); name one with --gold"}
+    path = gold or files[0]
+    if not path or not Path(path).is_file():
+        return {**names, "reason": f"the questions they answered are not at {path}; name the file with --gold"}
+    try:
+        a, b = (read_predictions(str(folder / "predictions.json")) for folder in (one, other))
+        report = explain(read_gold(path), a, b, options[0].get("metric_language", "en"))
+    except UserError as error:
+        return {**names, "reason": str(error)}
+    kept = ("total", "f1_a", "f1_b", "f1_difference", "f1_difference_interval", "f1_p_value")
+    return {**names, **{name: report[name] for name in kept}, "more_than_chance": report["f1_p_value"] < CHANCE}
+
+
+def _told(test: dict[str, Any]) -> str:
+    if "reason" in test:
+        return f"{test['b']} against {test['a']}: whether F1 differ by more than chance is not known: {test['reason']}"
+    low, high = test["f1_difference_interval"]
+    verdict = "more than chance" if test["more_than_chance"] else "no more than chance explains"
+    return (
+        f"{test['b']} against {test['a']}: F1 {test['f1_b']:.2f} against {test['f1_a']:.2f} on {test['total']} "
+        f"questions, {test['f1_difference']:+.2f} (95% interval {low:+.2f} to {high:+.2f}, p = "
+        f"{test['f1_p_value']:.3f}): {verdict}"
+    )

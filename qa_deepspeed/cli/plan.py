@@ -1,0 +1,302 @@
+"""`qa-deepspeed plan`: what a model needs under every shipped DeepSpeed config on given machines, and which to take."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qa_deepspeed.config import options
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.device import choose_device
+from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
+from qa_deepspeed.engine.memory import MemoryEstimate, ZeroSettings, countable, need, need_on_cpu
+from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
+from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
+from qa_deepspeed.models.lora import LoraSettings, check_lora
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import GIB
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)},
+}
+USABLE_SHARE = 0.95
+"""Of a device's memory: the allocator cannot use every byte of it, since blocks of different sizes leave gaps."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Nodes of one kind; memory in bytes, gpu_memory of one GPU, cpu_memory of one node. No gpu_memory: CPU ranks."""
+
+    nodes: int
+    ranks_per_node: int
+    gpu_memory: int | None
+    cpu_memory: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the run."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one config. `fits` with every activation kept, `fits_checkpointed` with checkpointing."""
+
+    config: str
+    stage: int
+    need: MemoryEstimate
+    fits: bool
+    fits_checkpointed: bool
+    lacks: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `plan`: the machines, and those of a training run."""
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
+    parser.add_argument(
+        "--gpus_per_node", type=int, default=1, help="ranks on each, a GPU each, or with --no_cuda none (default 1)"
+    )
+    parser.add_argument("--gpu_memory", default="80GiB", help="memory of one GPU (default 80GiB)")
+    parser.add_argument("--cpu_memory", default="1TiB", help="memory of one machine (default 1TiB)")
+    parser.add_argument(
+        "--measure-roof",
+        action="store_true",
+        help="measure how fast this machine's device multiplies "
+        "matrices, and say how long a step takes at least; without a model, only that",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options.add_arguments(parser, RunOptions, "train")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan; 1 if no config fits, else 0.
+
+    Raises:
+        UserError: no such model or config, sizes that are none.
+    """
+    own = ("command", "config", "nodes", "gpus_per_node", "gpu_memory", "cpu_memory", "measure_roof", "json")
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    run_options = options.build(RunOptions, "train", given, arguments.config)
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(arguments, name)}")
+    machines = Machines(
+        arguments.nodes,
+        arguments.gpus_per_node,
+        None if run_options.no_cuda else parse_size(arguments.gpu_memory, "gpu_memory"),
+        parse_size(arguments.cpu_memory, "cpu_memory"),
+    )
+    quiet_transformers(run_options.verbose_logging)
+    roofs = roofs_here(choose_device(run_options.no_cuda)) if arguments.measure_roof else {}
+    if roofs and not run_options.model_name_or_path:
+        print(json.dumps({"roof": roofs}) if arguments.json else "\n".join(told_roofs(roofs, None)))
+        return 0
+    model_config = load_config(run_options)
+    model, rows = plan(run_options, model_config, machines)
+    chosen, why = recommend(rows)
+    if arguments.json:
+        print(json.dumps(_plain(model, rows, chosen, why) | {"roof": roofs}))
+    else:
+        work = step_work(run_options, model_config) if roofs else None
+        print("\n".join([*told_roofs(roofs, work), *table(run_options, model, machines, rows, why)]))
+    return 0 if chosen else 1
+
+
+def roofs_here(device: torch.device) -> dict[str, float]:
+    """Matrix operations a second of `device` in each type that a training can have there; torch_autocast has the half
+    types' ones."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if device.type == "cuda":
+        kinds["float16"] = torch.float16
+    return {name: measured_peak_flops(device, kind) for name, kind in kinds.items()}
+
+
+def step_work(run_options: RunOptions, model_config: Any) -> float:
+    """Matrix operations of the forward and backward pass of one full micro-batch."""
+    with torch.device("meta"):
+        model = model_from_config(copy.deepcopy(model_config), run_options.qa_head)
+    by_token, by_pair = training_flops(model, model_config)
+    length = run_options.max_seq_length
+    return run_options.per_gpu_train_batch_size * (by_token * length + by_pair * length**2)
+
+
+def told_roofs(roofs: Mapping[str, float], work: float | None) -> list[str]:
+    """A line for each type: the roof, and how long `work` takes there at least."""
+    lines = []
+    for name, roof in roofs.items():
+        line = f"roof of this device in {name}: {roof / 1e9:,.0f} GFLOP/s"
+        if work is not None:
+            line += f"; a micro-batch of {work / 1e9:,.0f} GFLOP takes at least {work / roof:.3g} s"
+        lines.append(line)
+    return [*lines, ""] if lines else []
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes of "80GiB", "80GB", "1.5 TiB".
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = next((size for word, size in UNITS.items() if match and word.lower() == match[2].lower()), None)
+    if match is None or unit is None or float(match[1]) == 0:
+        raise UserError(f"{name} must be a size like 80GiB or 80GB, not '{text}'")
+    return int(float(match[1]) * unit)
+
+
+def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tuple[Footprint, list[Row]]:
+    """The model's footprint and one row for each shipped config that can be counted, and for the run's own.
+
+    Raises:
+        UserError: a config and the options disagree, or the model cannot be measured, or not have such adapters.
+    """
+    check_lora(run_options)
+    lora = LoraSettings.of(run_options.to_dict())
+    on_cpu = machines.gpu_memory is None
+    names = [name for name in ds_config.shipped() if countable(ds_config.load(name))]
+    if run_options.deepspeed_config and run_options.deepspeed_config.removesuffix(".json") not in names:
+        names.append(run_options.deepspeed_config)
+    rows, model = [], None
+    for name in names:
+        resolved = ds_config.resolve(
+            dataclasses.replace(run_options, deepspeed_config=name), machines.ranks, "cpu" if on_cpu else "cuda"
+        )
+        try:
+            ds_config.check_trainable(resolved)
+        except UserError:  # such a config is no choice
+            continue
+        element = 2 if resolved.precision in ("bf16", "fp16") else 4
+        if model is None:
+            kind = torch.bfloat16 if element == 2 else torch.float32
+            model = footprint(model_config, resolved.plan.micro_batch_size, run_options.max_seq_length, kind, lora)
+        zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
+        function = need_on_cpu if on_cpu else need
+        rows.append(
+            _row(
+                name,
+                zero.stage,
+                function(model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps),
+                machines,
+            )
+        )
+    assert model is not None, "there are shipped configs"
+    return model, rows
+
+
+def _row(name: str, stage: int, needed: MemoryEstimate, machines: Machines) -> Row:
+    host = needed.host_of(machines.ranks_per_node)
+    lacks = []
+    if machines.gpu_memory is not None:
+        room = int(USABLE_SHARE * machines.gpu_memory)
+        fits, checkpointed = needed.device() <= room, needed.device(checkpointing=True) <= room
+        if not checkpointed:
+            lacks.append(f"{(needed.device(checkpointing=True) - room) / GIB:.0f} GiB a GPU")
+    else:
+        fits = checkpointed = True
+    if host > USABLE_SHARE * machines.cpu_memory:
+        fits = checkpointed = False
+        lacks.append(f"{(host - USABLE_SHARE * machines.cpu_memory) / GIB:.0f} GiB of host memory a node")
+    return Row(name, stage, needed, fits, checkpointed, " and ".join(lacks))
+
+
+def recommend(rows: list[Row]) -> tuple[Row | None, str]:
+    """The config to take, or None, and why: the fastest among those that fit as they are, else among those that fit
+    with gradient checkpointing.
+
+    Fastest is what uses no host memory, then what is not stage 3 (whose layers wait for their parameters each time),
+    then what sends least.
+    """
+    for checkpointing in (False, True):
+        fitting = [row for row in rows if (row.fits_checkpointed if checkpointing else row.fits)]
+        if fitting:
+            best = min(fitting, key=lambda row: (row.need.bus, row.stage == 3, row.need.sent, row.stage))
+            others = [row.config for row in rows if row not in fitting]
+            why = f"take {best.config}: the fastest that fits"
+            why += " with --gradient_checkpointing" if checkpointing else ""
+            why += f", {_gib(best.need.sent)} GiB a step over the network"
+            why += f" and {_gib(best.need.bus)} GiB to and from the host" if best.need.bus else ""
+            why += f"; {', '.join(others)} {'does' if len(others) == 1 else 'do'} not fit" if others else ""
+            return best, why
+    least = min(rows, key=lambda row: row.need.device(checkpointing=True))
+    return None, (
+        f"none fits: {least.config} needs least on a device and lacks {least.lacks}; take more GPUs, "
+        "or a smaller per_gpu_train_batch_size or max_seq_length"
+    )
+
+
+def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: list[Row], why: str) -> list[str]:
+    """The plan as lines for people; GiB of one rank."""
+    on_cpu = machines.gpu_memory is None
+    where = f"{machines.cpu_memory / GIB:.0f} GiB a node"
+    if machines.gpu_memory is not None:
+        where = f"{machines.gpu_memory / GIB:.0f} GiB each, {where}"
+    lines = [
+        f"{run_options.model_name_or_path}: {told_parameters(model)}; {run_options.per_gpu_train_batch_size} "
+        f"rows of {run_options.max_seq_length} tokens on each of {machines.ranks} "
+        f"{'CPU ranks' if on_cpu else 'GPUs'} ({machines.nodes} x {machines.ranks_per_node}), {where}",
+        "GiB of one rank" + ("" if model.counted else "; activations estimated by formula, not counted"),
+        "",
+    ]
+    head = [
+        "config",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "buffers",
+        "activations",
+        "checkpointed",
+        *(("host", "loading") if on_cpu else ("device", "host")),
+        "sent/step",
+        "bus/step",
+        "fits",
+    ]
+    body = [head]
+    for row in rows:
+        n = row.need
+        first = n.host if on_cpu else n.device()
+        second = n.loading if on_cpu else n.host_of(1)
+        numbers = (
+            n.parameters,
+            n.gradients,
+            n.optimizer,
+            n.buffers,
+            n.activations,
+            n.checkpointed,
+            first,
+            second,
+            n.sent,
+            n.bus,
+        )
+        fits = "yes" if row.fits else "checkpointed" if row.fits_checkpointed else f"no, lacks {row.lacks}"
+        body.append([row.config, *map(_gib, numbers), fits])
+    widths = [max(len(line[column]) for line in body) for column in range(len(head))]
+    for line in body:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
+        lines.append(f"{line[0]:<{widths[0]}}  {'  '.join(cells)}  {line[-1]}")
+    return [*lines, "", why]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size < 9.995 * GIB else f"{size / GIB:.1f}"
+
+
+def _plain(model: Footprint, rows: list[Row], chosen: Row | None, why: str) -> dict[str, Any]:
+    return {
+        "model": dataclasses.asdict(model),
+        "configs": [dataclasses.asdict(row) for row in rows],
+        "recommended": chosen.config if chosen else None,
+        "why": why,
+    }

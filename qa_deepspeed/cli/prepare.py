@@ -1,0 +1,80 @@
+"""`qa-deepspeed prepare`: build the features of a run beforehand, on any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from typing import Any
+
+from qa_deepspeed.config import options
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.facts import ModelFacts, model_facts
+from qa_deepspeed.models.loading import quiet_transformers
+from qa_deepspeed.training.features import load_features, notes
+from qa_deepspeed.utils.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `prepare`: those of `train`, so that the command line of a run serves for both."""
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes that build at once (default 1)")
+    options.add_arguments(parser, RunOptions, "train")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build the features of the training file and of the file to predict, whichever is given.
+
+    Raises:
+        UserError: neither is given, or features cannot be built of one.
+    """
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "num_proc")}
+    run_options = options.build(RunOptions, "train", given, arguments.config)
+    purposes = [purpose for purpose in ("train", "evaluate") if run_options.data_file(purpose)]
+    if not purposes:
+        raise UserError("which data? pass --train_file, --predict_file or --data_dir")
+    if arguments.num_proc < 1:
+        raise UserError(f"num_proc must be at least 1, not {arguments.num_proc}")
+    if arguments.num_proc > 1:
+        # Each process gets its share of the cores: tokenizers read this when they start their threads.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // arguments.num_proc)))
+    spawn = multiprocessing.get_context("spawn")
+    helpers = [spawn.Process(target=_help, args=(run_options, purposes)) for _ in range(arguments.num_proc - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        for line in _build(run_options, purposes):
+            print(line, flush=True)
+    finally:
+        for helper in helpers:
+            helper.join()
+    return 0
+
+
+def _help(run_options: RunOptions, purposes: list[Any]) -> None:
+    """The same work in another process; what goes wrong there, the first process tells."""
+    try:
+        _build(run_options, purposes)
+    except UserError:
+        sys.exit(2)
+
+
+def _build(run_options: RunOptions, purposes: list[Any]) -> list[str]:
+    """Build what is missing; one line about each file."""
+    quiet_transformers(run_options.verbose_logging)
+    facts: ModelFacts = model_facts(run_options)
+    lines = []
+    for purpose in purposes:
+        began = time.perf_counter()
+        store = load_features(run_options, purpose, facts)
+        counts = store.counts
+        lines.append(
+            f"{run_options.data_file(purpose)}: {counts['examples']:,} questions, {counts['features']:,} features "
+            f"({'built' if store.built else 'found'} in {time.perf_counter() - began:.1f} s, "
+            f"{store.fingerprint[:12]}); {store.report.summary()}"
+        )
+        lines += [f"  {note}" for note in notes(store)]
+    return lines

@@ -1,0 +1,233 @@
+"""A checkpoint's folder: the loop's state, the manifest that proves it whole, which ones there are and which may go.
+
+Nothing here knows what the other files hold; engine/checkpoint.py writes and reads those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.progress import Progress, reading, sha256_of
+
+LOOP_FILE = "loop.json"
+MANIFEST_FILE = "manifest.json"
+MODEL_FOLDER = "model"
+"""Config and tokenizer of the model, inside a checkpoint."""
+
+HASH_THREADS = 8
+"""Files hashed or flushed at a time; hashing holds no interpreter lock."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where the loop is. Order is a function of the step, so this is all that resuming needs besides the shards."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    device: str
+    """Kind of device: cpu or cuda."""
+    identity: dict[str, Any]
+    rows: int
+    """Training rows of an epoch."""
+    optimized: list[str]
+    """Trained parameters in the order of the optimizer's groups."""
+    options: dict[str, Any]
+    config: dict[str, Any]
+    """What DeepSpeed was given."""
+    versions: dict[str, str]
+    best: dict[str, Any]
+    """What best_model.BestCheckpoint goes on from."""
+    place: int = 0
+    """Its place among the checkpoints of its folder by when they were written, which `write_loop_state` fills in. Steps
+    do not tell: a run that went back to an earlier checkpoint with changed settings leaves higher ones behind."""
+
+
+def write_loop_state(folder: Path, state: LoopState) -> None:
+    """Write the state into a checkpoint that is being made beside the others of its run."""
+    place = 1 + max((_place(other) for other in checkpoints(folder.parent)), default=0)
+    values = asdict(replace(state, place=place))
+    (folder / LOOP_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def read_loop_state(checkpoint: Path) -> LoopState:
+    """The loop's state of a checkpoint.
+
+    Raises:
+        UserError: `checkpoint` is not a complete checkpoint folder.
+    """
+    try:
+        return LoopState(**json.loads((checkpoint / LOOP_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint of this trainer ({error})") from None
+
+
+def checkpoint_name(step: int, rows: int, rows_now: int) -> str:
+    """The name of the checkpoint after `step` steps of `rows` rows, in the folder of a run whose steps have `rows_now`.
+
+    Steps of other rows are counted otherwise: their checkpoints get out of the way of this run's own.
+    """
+    return f"checkpoint-{step}" if rows == rows_now else f"checkpoint-{step}.batch{rows}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1].split(".")[0])
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, by step, damaged ones too; those being written have another name."""
+    pattern = re.compile(r"checkpoint-\d+(\.batch\d+)?")
+    return sorted((path for path in output_dir.glob("checkpoint-*") if pattern.fullmatch(path.name)), key=step_of)
+
+
+def newest_first(output_dir: Path, identity: Mapping[str, Any]) -> list[Path]:
+    """The checkpoints of a run in the order in which they are tried: those of the settings `identity` before those of
+    earlier ones, each the last written first. Of damaged ones that is not known: they come first, to be named.
+    """
+
+    def rank(path: Path) -> tuple[bool, bool, int, int]:
+        try:
+            state = read_loop_state(path)
+        except UserError:
+            return True, True, 0, step_of(path)
+        return False, state.identity == identity, state.place, state.step
+
+    return sorted(checkpoints(output_dir), key=rank, reverse=True)
+
+
+def rename_by_rows(output_dir: Path, rows_now: int) -> None:
+    """Give every checkpoint the name that `checkpoint_name` says. Interrupted, it is done again by the next start."""
+    moves = []
+    for path in checkpoints(output_dir):
+        try:
+            state = read_loop_state(path)
+        except UserError:
+            continue
+        name = checkpoint_name(state.step, state.identity["global_batch_size"], rows_now)
+        if name != path.name:
+            moves.append((path, output_dir / name))
+    for path, target in sorted(moves, key=lambda move: "." not in move[1].name):  # suffixes first: they make way
+        if not target.exists():
+            os.rename(path, target)
+
+
+def _place(checkpoint: Path) -> int:
+    try:
+        return read_loop_state(checkpoint).place
+    except UserError:
+        return 0
+
+
+def write_manifest(folder: Path) -> None:
+    """Flush every file of `folder` to the disk, then list them with size and SHA-256 in a last file.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    names = _file_names(folder)
+    shown = dist.is_rank_zero()
+    with reading(f"flushing {folder.name}", _paths(folder, names), shown) as told, _threads() as threads:
+        found = threads.map(lambda name: _flushed(folder / name, told), names)
+        entries = dict(zip(names, found, strict=True))
+    for inner in {(folder / name).parent for name in names}:
+        flush_folder(inner)
+    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+        json.dump({"files": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None: every file is there with its size and checksum."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        entries = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} is missing or cannot be read"
+    for name, (size, _) in listed.items():  # sizes first: they cost nothing
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
+    checking = reading(f"checking {folder.name}", _paths(folder, listed), dist.is_rank_zero())
+    with checking as told, _threads() as threads:
+        found = threads.map(lambda name: sha256_of(folder / name, told), listed)
+        for name, digest in zip(listed, found, strict=True):
+            if digest != listed[name][1]:
+                return f"{name} does not hold what was written (its checksum differs)"
+    return None
+
+
+def total_bytes(folder: Path) -> int:
+    """The size of everything in `folder`."""
+    return sum((folder / name).stat().st_size for name in _file_names(folder))
+
+
+def remove_old(output_dir: Path, limit: int, keep: Iterable[str]) -> list[Path]:
+    """Delete checkpoints down to `limit`, first damaged ones, then those written first; those whose names are in `keep`
+    stay."""
+    found, kept = sorted(checkpoints(output_dir), key=lambda path: (_place(path), step_of(path))), set(keep)
+    removable = [path for path in found if path.name not in kept]
+    removed = removable[: max(0, len(found) - max(1, limit))]
+    for path in removed:
+        remove(path)
+    return removed
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. Its name goes first: a deletion that is interrupted must not leave a damaged one."""
+    leftover = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    shutil.rmtree(leftover, ignore_errors=True)
+    os.rename(checkpoint, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what saves and deletions left that were interrupted."""
+    for path in output_dir.glob("checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in `folder` as lasting as the files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _file_names(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / name for name in names]
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(HASH_THREADS)
+
+
+def _flushed(path: Path, told: Progress) -> dict[str, Any]:
+    """The manifest's entry of a file, which is on the disk then."""
+    digest = sha256_of(path, told)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}

@@ -1,0 +1,5 @@
+"""Answers from a trained model in Python, without DeepSpeed and without ranks.
+
+Imports: models, config, qa, utils.
+Start reading: answerer.py.
+"""

@@ -1,0 +1,53 @@
+"""What is known of a model before its weights are loaded: config, tokenizer, family, longest row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.loading import load_config, load_tokenizer
+from qa_deepspeed.qa.features.batching import Layout
+from qa_deepspeed.qa.features.families import Family, family_of
+from qa_deepspeed.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are loaded."""
+
+    config: PretrainedConfig
+    tokenizer: Any
+    family: Family
+
+    def layout(self, columns: frozenset[str], lang_id: int) -> Layout:
+        """How rows are padded for a model that takes `columns`."""
+        return Layout(
+            pad_token_id=self.family.pad_token_id,
+            pad_type_id=getattr(self.tokenizer, "pad_token_type_id", 0) or 0,
+            padding_side=self.family.padding_side,
+            columns=columns,
+            lang_id=lang_id,
+        )
+
+
+def model_facts(options: RunOptions) -> ModelFacts:
+    """Config, tokenizer and family; no weights are read. Raises UserError as `models.loading` does."""
+    config = load_config(options)
+    tokenizer = load_tokenizer(options)
+    family = family_of(config, tokenizer)
+    longest = positions(config)
+    if longest is not None and longest < options.max_seq_length:
+        raise UserError(
+            f"max_seq_length {options.max_seq_length} is more than the {longest} positions of "
+            f"{options.model_name_or_path}; pass at most that"
+        )
+    return ModelFacts(config, tokenizer, family)
+
+
+def positions(config: Any) -> int | None:
+    """The longest row a model takes, in tokens; None where its config sets no limit."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None

@@ -1,0 +1,120 @@
+"""From files to validated examples: the one way in which questions enter the product."""
+
+from __future__ import annotations
+
+import glob
+import os
+import random
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from qa_deepspeed.qa.data.examples import Example
+from qa_deepspeed.qa.data.formats import Columns, read_passages
+from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
+from qa_deepspeed.qa.data.validation import Purpose, Validator
+from qa_deepspeed.utils.errors import UserError
+
+__all__ = ["Columns", "DataSource", "ReadReport", "Rejected", "read_examples", "resolve_files"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """What is read, and how.
+
+    `max_examples` for training: the usable questions in file order, shuffled by `random.Random(seed)`, the first N.
+    For evaluation: the first N that can be evaluated; the seed plays no part.
+    """
+
+    files: tuple[str, ...]
+    purpose: Purpose
+    version_2_with_negative: bool
+    max_examples: int | None = None
+    seed: int = 42
+    columns: Columns = Columns()
+
+    def __post_init__(self) -> None:
+        if self.max_examples is not None and self.max_examples < 1:
+            raise UserError(f"the number of examples to read must be at least 1, not {self.max_examples}")
+
+    @staticmethod
+    def resolve(patterns: str | Iterable[str]) -> tuple[str, ...]:
+        """The files that paths and glob patterns name: see `resolve_files`."""
+        return resolve_files([patterns] if isinstance(patterns, str) else patterns)
+
+
+def resolve_files(patterns: Iterable[str]) -> tuple[str, ...]:
+    """Files in the order of the patterns, those of one pattern sorted by name, each file once.
+
+    Raises:
+        UserError: a path does not exist, or a pattern matches nothing.
+    """
+    files: dict[str, None] = {}
+    for pattern in patterns:
+        path = os.path.expanduser(pattern)
+        if os.path.exists(path):
+            files[path] = None
+            continue
+        matches = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
+        if not matches:
+            raise UserError(f"{pattern}: no such file; check the path, or the pattern if it is one")
+        files.update(dict.fromkeys(matches))
+    return tuple(files)
+
+
+def read_examples(source: DataSource, report: ReadReport) -> Iterator[Example]:
+    """The examples of a source in file order; the report is complete when they have been read to the end.
+
+    For training: questions that are whole, with answers at their places in the context. For evaluation: every
+    question with an id, a question and a context, with all its gold texts; a blank context is yielded as "".
+    Consecutive questions about one context share its `str` object. With `max_examples`, a training file is read
+    twice (counted, then taken from) and the report covers all of it; reading for evaluation stops after the N-th.
+
+    Raises:
+        UserError: a file cannot be read, is SQuAD v2.0 without `version_2_with_negative`, or has nothing usable.
+    """
+    if source.max_examples is None:
+        yield from _usable(source, report)
+    elif source.purpose == "evaluate":
+        yield from _first(source, report, source.max_examples)
+    else:
+        count = sum(1 for _ in _usable(source, report))
+        chosen = _chosen(count, source.max_examples, source.seed)
+        for index, example in enumerate(_usable(replace(source, max_examples=None), ReadReport())):
+            if chosen[index]:
+                yield example
+
+
+def _first(source: DataSource, report: ReadReport, limit: int) -> Iterator[Example]:
+    for number, example in enumerate(_usable(source, report), start=1):
+        yield example
+        if number == limit:
+            return
+
+
+def _chosen(count: int, limit: int, seed: int) -> bytearray:
+    """One byte for each of `count` questions: 1 if it is among the first `limit` of the shuffled list."""
+    # An array of machine integers is shuffled as a list is, in a quarter of the memory.
+    order = array("q", range(count))
+    random.Random(seed).shuffle(order)  # type: ignore[arg-type]
+    chosen = bytearray(count)
+    for index in order[:limit]:
+        chosen[index] = 1
+    return chosen
+
+
+def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
+    validator = Validator(source.purpose, source.version_2_with_negative, report)
+    for path in source.files:
+        usable_before = report.usable
+        rejected_before = dict(report.rejected_by_reason)
+        for passage in read_passages(path, source.columns, source.version_2_with_negative):
+            yield from validator.examples(passage)
+        if report.usable == usable_before:
+            rejected = {
+                reason: count - rejected_before.get(reason, 0)
+                for reason, count in report.rejected_by_reason.items()
+                if count > rejected_before.get(reason, 0)
+            }
+            why = f"rejected {list_counts(rejected)}" if rejected else "it holds no questions"
+            raise UserError(f"{path}: no usable question: {why}")

@@ -1,0 +1,5 @@
+"""From logits to answers: candidate spans, n-best lists, null odds, and the decoding rules of other programs.
+
+Imports: qa.data, qa.features.
+Start reading: exact.py; spans.py has the loss and the best spans of a row.
+"""

@@ -1,0 +1,110 @@
+"""Texts to arrays of tokens by a fast tokenizer, without touching single tokens in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qa_deepspeed.qa.features.windows import splits_of
+
+BATCH_CHARACTERS = 250_000
+"""Texts are encoded this many characters at a time: enough to keep the threads busy, little enough to stay small."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenized texts, ragged: ids and character offsets `[tokens]`, splits `[texts + 1]`.
+
+    The offsets are empty if they were not asked for. word int32 `[tokens]`: the number of the word in its text that a
+    token is of, as the tokenizer's pre-tokenizer cuts them; -1 for none. None from an encoder that does not tell.
+    """
+
+    ids: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    splits: np.ndarray
+    word: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 `[texts]`."""
+        return np.diff(self.splits)
+
+
+class Encoder(Protocol):
+    """What turns texts into tokens."""
+
+    def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
+        """Encode texts without special tokens, each on its own."""
+
+
+class FastEncoder:
+    """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on."""
+
+    def __init__(self, serialized: str, split_special_tokens: bool, words: bool = False):
+        """words: whether texts that are encoded with offsets get word numbers too."""
+        self._tokenizer = Tokenizer.from_str(serialized)
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        self._words = words
+
+    def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
+        """Encode texts without special tokens; lone texts of any length are fine."""
+        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
+        ids, places, words, lengths = [], [], [], []
+        for batch in _batches(texts):
+            encodings = encode(batch, add_special_tokens=False)
+            counts = [len(encoding) for encoding in encodings]
+            lengths += counts
+            total = sum(counts)
+            ids.append(np.fromiter(chain.from_iterable(one.ids for one in encodings), np.int32, total))
+            if offsets:
+                pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))
+                places.append(np.fromiter(pairs, np.int32, 2 * total).reshape(-1, 2))
+                if self._words:
+                    numbers = chain.from_iterable(one.word_ids for one in encodings)
+                    words.append(np.fromiter((-1 if one is None else one for one in numbers), np.int32, total))
+        place = _joined(places, (0, 2))
+        return Tokens(
+            _joined(ids, (0,)),
+            np.ascontiguousarray(place[:, 0]),
+            np.ascontiguousarray(place[:, 1]),
+            splits_of(np.array(lengths, dtype=np.int64)),
+            _joined(words, (0,)) if self._words and offsets else None,
+        )
+
+
+def _joined(parts: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(empty, dtype=np.int32)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def serialize(tokenizer: Any) -> str:
+    """The whole state of a fast tokenizer as JSON, less truncation and padding, which calls leave behind in it."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)

@@ -1,0 +1,125 @@
+"""Examples as shards of Arrow columns, and the memory-mapped store that reads them back.
+
+Columns of a shard: contexts, questions (each distinct text once), example_ids, example_context and example_question
+(indexes of an example's texts), answer_splits `[examples + 1]`, answer_texts, answer_starts, answer_lengths (in
+characters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.features.arrow import Column, Columns, numbers
+
+FIRST_SHARDS, SMALL_SHARD, LARGE_SHARD = 32, 2048, 8192
+"""Examples of a shard: small ones first, so that a few processes share a usual set evenly; large ones later, so that
+millions of examples make few files."""
+
+SHARD_CHARACTERS = 1_000_000
+"""A shard is full sooner once its distinct contexts have this many characters: its tokens must fit in memory."""
+
+
+def shards_of(examples: Iterable[Example]) -> Iterator[dict[str, Column]]:
+    """Cut a stream of examples into shards; the cuts depend on the examples alone."""
+    shard: list[Example] = []
+    contexts: dict[str, int] = {}
+    characters = number = 0
+    for example in examples:
+        fresh = len(example.context) if example.context not in contexts else 0
+        limit = SMALL_SHARD if number < FIRST_SHARDS else LARGE_SHARD
+        if shard and (len(shard) >= limit or characters + fresh > SHARD_CHARACTERS):
+            yield _columns(shard, contexts)
+            shard, contexts, characters, number = [], {}, 0, number + 1
+            fresh = len(example.context)
+        contexts.setdefault(example.context, len(contexts))
+        characters += fresh
+        shard.append(example)
+    if shard:
+        yield _columns(shard, contexts)
+
+
+def _columns(shard: list[Example], contexts: dict[str, int]) -> dict[str, Column]:
+    questions: dict[str, int] = {}
+    answers = [answer for example in shard for answer in example.answers]
+    splits = np.zeros(len(shard) + 1, dtype=np.int64)
+    np.cumsum([len(example.answers) for example in shard], out=splits[1:])
+    return {
+        "example_question": np.array(
+            [questions.setdefault(example.question, len(questions)) for example in shard], dtype=np.int32
+        ),
+        "example_context": np.array([contexts[example.context] for example in shard], dtype=np.int32),
+        "answer_splits": splits,
+        "answer_starts": np.array([answer.start for answer in answers], dtype=np.int32),
+        "answer_lengths": np.array([len(answer.text) for answer in answers], dtype=np.int32),
+        "example_ids": [example.example_id for example in shard],
+        "contexts": list(contexts),
+        "questions": list(questions),
+        "answer_texts": [answer.text for answer in answers],
+    }
+
+
+class ExampleStore:
+    """The examples of a cache entry, in order, read from its files as they are asked for."""
+
+    def __init__(self, splits: np.ndarray, open_shard: Callable[[int], Columns]):
+        """splits int64 `[shards + 1]`: examples before each shard; open_shard gives the columns of one."""
+        self._splits = splits
+        self._open_shard = open_shard
+
+    def __len__(self) -> int:
+        return int(self._splits[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index = index % len(self)
+        shard = int(np.searchsorted(self._splits, index, side="right")) - 1
+        return _example(self._open_shard(shard), index - int(self._splits[shard]))
+
+    def __iter__(self) -> Iterator[Example]:
+        for shard in range(len(self._splits) - 1):
+            columns = self._open_shard(shard)
+            for index in range(int(self._splits[shard + 1] - self._splits[shard])):
+                yield _example(columns, index)
+
+    def ids_and_contexts(self, begin: int, end: int) -> tuple[list[str], list[str]]:
+        """Ids and contexts of the examples [begin, end): many times faster than making the whole examples."""
+        ids: list[str] = []
+        contexts: list[str] = []
+        for shard in range(len(self._splits) - 1):
+            first = max(begin - int(self._splits[shard]), 0)
+            last = min(end, int(self._splits[shard + 1])) - int(self._splits[shard])
+            if first < last:
+                columns = self._open_shard(shard)
+                ids += columns.strings("example_ids")[first:last].to_pylist()
+                distinct, place = np.unique(columns.array("example_context")[first:last], return_inverse=True)
+                texts = columns.strings("contexts").take(numbers(distinct)).to_pylist()
+                contexts += [texts[i] for i in place.tolist()]
+        return ids, contexts
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every example, in order."""
+        shards = range(len(self._splits) - 1)
+        return [one for shard in shards for one in self._open_shard(shard).strings("example_ids").to_pylist()]
+
+
+def _example(columns: Columns, index: int) -> Example:
+    def text(name: str, place: int) -> str:
+        strings: pa.LargeStringArray = columns.strings(name)
+        return strings[place].as_py()
+
+    splits, starts = columns.array("answer_splits"), columns.array("answer_starts")
+    return Example(
+        text("example_ids", index),
+        text("questions", int(columns.array("example_question")[index])),
+        text("contexts", int(columns.array("example_context")[index])),
+        tuple(
+            Answer(text("answer_texts", place), int(starts[place]))
+            for place in range(int(splits[index]), int(splits[index + 1]))
+        ),
+    )

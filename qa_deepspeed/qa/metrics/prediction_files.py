@@ -1,0 +1,142 @@
+"""Reading what is scored: gold files, predictions and null odds. Nothing is left out: every question counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS, NBestEntry
+from qa_deepspeed.qa.metrics.squad import Gold
+from qa_deepspeed.utils.errors import UserError
+
+
+class GoldFile(NamedTuple):
+    questions: list[Gold]
+    version_2: bool
+    contexts: dict[str, str]  # by question id
+    wording: dict[str, str]  # the question's text by question id
+
+
+def read_gold(path: str) -> GoldFile:
+    """All questions of nested SQuAD JSON, in file order, whatever else is wrong with them.
+
+    The rules are those of v2.0 if `version` says 2 or a question has `is_impossible`.
+
+    Raises:
+        UserError: the file cannot be read or is not SQuAD JSON; the message names the place.
+    """
+    document = _read_json(path)
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        raise UserError(f"{path}: not SQuAD JSON: an object with a list of articles under 'data' is expected")
+    gold = GoldFile([], _says_version_2(document.get("version")), {}, {})
+    impossible_seen = False
+    for i, article in enumerate(document["data"]):
+        for j, paragraph in enumerate(_list(article, "paragraphs", f"{path}: data[{i}]")):
+            where = f"{path}: data[{i}].paragraphs[{j}]"
+            for k, question in enumerate(_list(paragraph, "qas", where)):
+                one = _gold(question, f"{where}.qas[{k}]")
+                gold.questions.append(one)
+                gold.contexts[one.example_id] = str(paragraph.get("context", ""))
+                gold.wording[one.example_id] = str(question.get("question", ""))
+                impossible_seen = impossible_seen or "is_impossible" in question
+    return gold._replace(version_2=gold.version_2 or impossible_seen)
+
+
+def read_predictions(path: str) -> dict[str, str]:
+    """{question id: answer text}. Raises UserError if the file holds anything else."""
+    values = _read_object(path, "answer texts by question id")
+    for example_id, text in values.items():
+        if not isinstance(text, str):
+            hint = "; is this an n-best file? give predictions.json" if isinstance(text, list) else ""
+            raise UserError(f"{path}: the prediction of {example_id!r} is {_kind(text)}, not a text{hint}")
+    return values
+
+
+def read_null_odds(path: str) -> dict[str, float]:
+    """{question id: number}. Raises UserError if the file holds anything else."""
+    values = _read_object(path, "numbers by question id")
+    for example_id, odds in values.items():
+        if isinstance(odds, bool) or not isinstance(odds, int | float) or math.isnan(odds):
+            raise UserError(f"{path}: the null odds of {example_id!r} are {_kind(odds)}, not a number")
+    return values
+
+
+def read_nbest(path: str) -> dict[str, list[NBestEntry]]:
+    """{question id: entries}; an entry without a start gets -1. Raises UserError if the file holds anything else."""
+    values = _read_object(path, "n-best lists by question id")
+    for example_id, entries in values.items():
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path}: {example_id!r} has {_kind(entries)} where an n-best list is expected")
+        for entry in entries:
+            numbers = (
+                [entry.get(name) for name in ("probability", "start_logit", "end_logit")] if _is_entry(entry) else []
+            )
+            if not numbers or not all(isinstance(number, int | float) for number in numbers):
+                raise UserError(
+                    f"{path}: an entry of {example_id!r} lacks text, probability, start_logit or end_logit; "
+                    "give an nbest_predictions.json"
+                )
+    fields = NBEST_FIELDS[:-1]
+    return {
+        example_id: [(*(entry[name] for name in fields), entry.get("start", -1)) for entry in entries]
+        for example_id, entries in values.items()
+    }
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("text"), str)
+
+
+def _says_version_2(version: Any) -> bool:
+    return str(version or "").strip().lower().removeprefix("v").split(".")[0] == "2"
+
+
+def _list(holder: Any, key: str, where: str) -> list[Any]:
+    if not isinstance(holder, dict) or not isinstance(holder.get(key), list):
+        raise UserError(f"{where}: not SQuAD JSON: a list under '{key}' is expected")
+    return holder[key]
+
+
+def _gold(question: Any, where: str) -> Gold:
+    if not isinstance(question, dict) or question.get("id") is None:
+        raise UserError(f"{where}: a question without an id cannot be scored; give it one or take it out")
+    answers = question.get("answers") or []
+    if isinstance(answers, dict):  # the columns that `datasets` makes of the list
+        texts = answers.get("text") or []
+    elif isinstance(answers, list):
+        texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
+    else:
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: the answers of question {question['id']} are not a list of texts")
+    return Gold(str(question["id"]), tuple(texts))
+
+
+def _read_object(path: str, of_what: str) -> dict[str, Any]:
+    values = _read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {_kind(values)}; a JSON object of {of_what} is expected")
+    return values
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: str(value).lower()}
+    return names.get(type(value), str(value))
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it a JSON file?") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = " (the file ends there: truncated?)" if not text[error.pos :].strip() else ""
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}{cut}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not JSON that can be read: {error}") from error

@@ -1,0 +1,186 @@
+"""Evaluation: forward on every rank (`evaluation_pass`), answer and score on rank 0 (`answers`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qa_deepspeed.config.run_options import AUTO, RunOptions, check_counts
+from qa_deepspeed.engine import checkpoint, ds_config, zero3_loading
+from qa_deepspeed.engine.checkpoint_files import checkpoints, read_loop_state
+from qa_deepspeed.engine.device import bf16_supported, choose_device
+from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.engine.engine import EvalModel, evaluation_model
+from qa_deepspeed.models.facts import ModelFacts, model_facts
+from qa_deepspeed.models.heads import Head, head_of
+from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_head
+from qa_deepspeed.models.lora import LoraSettings, add_adapters
+from qa_deepspeed.models.null_threshold import keep_threshold, kept_threshold
+from qa_deepspeed.qa.features.batching import Layout
+from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
+from qa_deepspeed.runs.folder import writable_folder
+from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
+from qa_deepspeed.training.features import load_features, notes
+from qa_deepspeed.training.scoring import answer_and_score, decoder, evaluation_options, save_logits
+from qa_deepspeed.training.tensorboard import write_board
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is evaluated: the features, how the model wants them padded, and the tokenizer that made them."""
+
+    store: FeatureStore
+    layout: Layout
+    tokenizer: Any
+
+
+def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
+    """The head that answers.
+
+    Raises:
+        UserError: a head without logits of whole rows, or without a loss beside its answers, is asked for them.
+    """
+    head = head_of(model, options.version_2_with_negative)
+    if options.gather == "full" and head.null_score_is_odds:
+        raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
+    if options.metric_for_best_model == LOSS and head.null_score_is_odds:
+        raise UserError("a beam head answers or tells its loss, not both at once: take --metric_for_best_model f1")
+    return head
+
+
+def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, output_dir: Path) -> dict[str, Any]:
+    """Answer every question and score the answers. Collective; every rank returns the same metrics.
+
+    Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative), metrics.json
+    and, with `--gather full`, logits.npz into `output_dir`, which must exist. A threshold that was tuned goes into the
+    config of the model in `output_dir`, if one is there.
+
+    Raises:
+        UserError: as `evaluation_head`.
+    """
+    head = evaluation_head(reader.module, options)
+    with reader.evaluating(), dist.explain_collective_errors("evaluation"):
+        gathered = gather_evaluation(
+            reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
+        )
+    metrics: dict[str, Any] = {}
+    if gathered is not None:
+        if gathered.logits is not None:
+            save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
+        predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
+        further = {} if gathered.loss is None else {LOSS: gathered.loss}
+        metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
+        if options.null_score_diff_threshold == AUTO:
+            keep_threshold(output_dir, metrics["null_score_diff_threshold"])
+    with dist.explain_collective_errors("evaluation"):
+        return dist.broadcast_json(metrics)
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """The metrics as one line for the log."""
+    names = (
+        "exact",
+        "f1",
+        "HasAns_exact",
+        "HasAns_f1",
+        "NoAns_exact",
+        "NoAns_f1",
+        "untuned_exact",
+        "untuned_f1",
+        "crossfit_f1",
+        "best_exact",
+        "best_f1",
+    )
+    line = "  ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
+    threshold = f"  (at null odds {metrics['best_f1_thresh']:.3f})" if "best_f1_thresh" in metrics else ""
+    return f"{line}{threshold}  questions {metrics['total']}"
+
+
+def evaluate_checkpoints(
+    options: RunOptions,
+    resolved: ResolvedConfig,
+    facts: ModelFacts,
+    data: EvaluationData,
+    run_dir: Path,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate every checkpoint of the run in `run_dir`, each into run_dir/evaluations/checkpoint-N. Collective.
+
+    The weights are put together from the shards on every rank, so the model must fit on one.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for folder in checkpoints(run_dir):
+        target = run_dir / "evaluations" / folder.name
+        target.mkdir(parents=True, exist_ok=True)
+        reader = model_of_checkpoint(folder, facts, resolved, device)
+        results[folder.name] = evaluate(reader, data, options, target)
+        dist.log0(f"{folder.name}: {describe(results[folder.name])}")
+    return results
+
+
+def model_of_checkpoint(folder: Path, facts: ModelFacts, resolved: ResolvedConfig, device: torch.device) -> EvalModel:
+    """The model of a checkpoint, whole on every rank.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    model = model_from_config(facts.config, resolved.options.qa_head)
+    adapters = LoraSettings.of(read_loop_state(folder).options)
+    if adapters is not None:
+        add_adapters(model, adapters, str(resolved.options.model_name_or_path), resolved.options.seed)
+    model.load_state_dict(checkpoint.whole_weights(folder))
+    whole = dataclasses.replace(resolved, config={**resolved.config, "zero_optimization": {"stage": 0}})
+    return evaluation_model(model, {}, whole, device)
+
+
+def evaluate_run(options: RunOptions) -> dict[str, Any]:
+    """What `qa-deepspeed evaluate` does: the model of `model_name_or_path` on `predict_file`. Collective.
+
+    Raises:
+        UserError: options, data or device do not allow it.
+    """
+    device = choose_device(options.no_cuda)
+    resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
+    options = evaluation_options(resolved.options)
+    check_counts(options)
+    quiet_transformers(options.verbose_logging)
+    output_dir = writable_folder(options.output_dir)
+    facts = model_facts(options)
+    if "null_score_diff_threshold" not in options.given:
+        options = dataclasses.replace(options, null_score_diff_threshold=kept_threshold(facts.config))
+    store = load_features(options, "evaluate", facts)
+    log_features(store, "evaluate", output_dir)
+    dist.init(device, options.timeout)
+    config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
+    model, fresh = zero3_loading.load(options, facts.config, config)
+    require_trained_head(options.model_name_or_path, fresh)
+    layout = facts.layout(model_columns(model, facts.config), options.lang_id)
+    data = EvaluationData(store, layout, facts.tokenizer)
+    if options.eval_all_checkpoints:
+        evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
+    metrics = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
+    dist.log0(describe(metrics))
+    if dist.is_rank_zero():
+        write_board(output_dir)
+        dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
+    return metrics
+
+
+def log_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:
+    """One line on what was read and made of it; what was rejected goes into a file of the output folder."""
+    how = "built" if store.built else "from the cache"
+    taken = f", {len(store.examples):,} of them drawn" if len(store.examples) < store.report.usable else ""
+    dist.log0(f"{purpose}: {store.report.summary()}{taken}; {len(store):,} features ({how})")
+    for note in notes(store):
+        dist.log0(f"  {note}")
+    if dist.is_rank_zero() and store.report.rejected:
+        store.report.write_rejected(output_dir / f"rejected_{purpose}.jsonl")

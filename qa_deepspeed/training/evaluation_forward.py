@@ -1,0 +1,170 @@
+"""The evaluation's forward passes on every rank: each feature is reduced to what decoding needs and sent to rank 0.
+
+Everything is keyed by feature id. Micro-batches are cut from the whole set, so no digit depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.heads import Head
+from qa_deepspeed.qa.decoding.candidates import candidate_columns, real_rows
+from qa_deepspeed.qa.decoding.exact import Candidates
+from qa_deepspeed.qa.decoding.full_logits import FullLogits
+from qa_deepspeed.qa.decoding.max_context import best_window_ranges
+from qa_deepspeed.qa.features.batching import Batch, Layout, evaluation_batches, make_batch
+from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.progress import Progress
+
+
+class RowTable:
+    """Named columns `[rows, ...]`, filled by row number. The file goes away with the object, also when killed."""
+
+    def __init__(self, rows: int, columns: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path):
+        """columns: dtype and shape of one row's value, by name. folder: on whose disk the file lies."""
+        dtype = np.dtype([(name, *column) for name, column in columns.items()])
+        self._there = np.zeros(rows, bool)
+        self._records = np.zeros(0, dtype)
+        if rows:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._records = np.memmap(file, dtype, "w+", shape=(rows,))
+
+    def put(self, numbers: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Write these rows. Each may come once."""
+        assert not self._there[numbers].any() and len(np.unique(numbers)) == len(numbers), "a row came twice"
+        self._there[numbers] = True
+        for name, column in values.items():
+            self._records[name][numbers] = column
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All columns, mapped. Every row must have come."""
+        missing = np.flatnonzero(~self._there)
+        assert not len(missing), f"{len(missing)} rows never came (first: {missing[:1]})"
+        return {name: self._records[name] for name in self._records.dtype.names or ()}
+
+
+BATCHES_PER_EXCHANGE = 64
+"""Micro-batches of a rank whose rows are sent to rank 0 together; until then they stay on the device."""
+
+LOSS = "loss"
+"""Name of the metric, and of the column, that is the mean loss of the rows."""
+
+Forward = Callable[[dict[str, Tensor]], Any]
+
+
+@dataclass
+class GatheredOutputs:
+    """What rank 0 has of all features, in the order of feature ids, in mapped files."""
+
+    candidates: Candidates
+    logits: FullLogits | None
+    loss: float | None
+    """Mean of the rows' losses, where it was asked for."""
+
+
+def gather_evaluation(
+    forward: Forward,
+    head: Head,
+    device: torch.device,
+    store: FeatureStore,
+    layout: Layout,
+    options: RunOptions,
+    folder: Path,
+) -> GatheredOutputs | None:
+    """Forward every feature once; what is kept of them on rank 0, None elsewhere. Collective.
+
+    Every rank makes the same number of forwards and exchanges. `folder` is where rank 0 spills (unnamed files).
+    """
+    reduce = _Reduction(head, store, options)
+    batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
+    table = RowTable(len(store), reduce.columns, folder) if dist.is_rank_zero() else None
+    waiting: list[dict[str, Tensor]] = []
+    with Progress("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as told:
+        for number, rows in enumerate(batches, 1):
+            batch = make_batch(store.take, rows, layout).to(device)
+            waiting.append(reduce(forward(head.inputs(batch)), batch))
+            told.advance()
+            if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
+                arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
+                waiting.clear()
+                arrived = dist.gather_rows(arrays)
+                if table is not None and arrived is not None:
+                    table.put(arrived["feature_id"], arrived)
+    return None if table is None else reduce.gathered(table)
+
+
+class _Reduction:
+    """From a model's outputs to the columns that are kept of each row."""
+
+    def __init__(self, head: Head, store: FeatureStore, options: RunOptions):
+        self._head = head
+        self._count, self._max_length = options.n_best_size, options.max_answer_length
+        self._whole = options.gather == "full"
+        self._loss = options.metric_for_best_model == LOSS
+        self._length = int(store.lengths.max(initial=0))
+        self._best_window: tuple[np.ndarray, np.ndarray] | None = None
+        if options.best_window_only:
+            self._best_window = best_window_ranges(store.example_index, *store.windows(np.arange(len(store))))
+        spans = (self._count,)
+        self.columns: dict[str, tuple[str, tuple[int, ...]]] = {
+            "feature_id": ("i8", ()),
+            "start": ("i4", spans),
+            "end": ("i4", spans),
+            "start_logit": ("f4", spans),
+            "end_logit": ("f4", spans),
+            "null_score": ("f4", ()),
+        }
+        if self._whole:
+            self.columns |= dict.fromkeys(("start_logits", "end_logits"), ("f4", (self._length,)))
+        if self._loss:
+            self.columns[LOSS] = ("f4", ())
+
+    def __call__(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The columns of the micro-batch's real rows, on its device; filler is dropped."""
+        starts = self._starts(batch)
+        found = self._head.best(outputs, batch, starts, self._count, self._max_length)
+        kept = candidate_columns(batch, found, self._count)
+        real = real_rows(batch)
+        if self._loss:
+            kept[LOSS] = self._head.losses(outputs, batch)[:real]
+        if self._whole:
+            kept["start_logits"] = self._whole_rows(outputs.start_logits, batch)[:real]
+            kept["end_logits"] = self._whole_rows(outputs.end_logits, batch)[:real]
+        return kept
+
+    def _starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where an answer may start, as positions of the padded row."""
+        if self._best_window is None:
+            return batch.context_begin, batch.context_end
+        first, stop = (
+            torch.from_numpy(limit[batch.feature_id]).to(batch.context_begin.device) for limit in self._best_window
+        )
+        return batch.context_begin + first, batch.context_begin + stop
+
+    def _whole_rows(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`[rows, longest row of all]`, each row's first token in the first place, as low as can be after its last."""
+        length = logits.shape[1]
+        token = torch.arange(length, device=logits.device)
+        real = batch.inputs["attention_mask"].sum(dim=1, keepdim=True)
+        place = (token + batch.shift.unsqueeze(1)).clamp(max=length - 1)
+        unpadded = logits.float().gather(1, place).masked_fill(token >= real, float("-inf"))
+        return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))
+
+    def gathered(self, table: RowTable) -> GatheredOutputs:
+        """The table's columns under their names."""
+        columns = table.columns()
+        whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
+        logits = FullLogits(columns["feature_id"], **whole) if whole else None
+        loss = float(columns.pop(LOSS).mean(dtype=np.float64)) if self._loss else None
+        return GatheredOutputs(Candidates(**columns), logits, loss)

@@ -1,0 +1,127 @@
+"""From options to features: which files, which tokenizer, which cache folder, and how the model wants its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from qa_deepspeed.config.batch_plan import BatchPlan
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.facts import ModelFacts
+from qa_deepspeed.qa.cache.prepare import look_up, prepare_features
+from qa_deepspeed.qa.data.hub import hub_file
+from qa_deepspeed.qa.data.reading import Columns, DataSource
+from qa_deepspeed.qa.features.batching import padded_length
+from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.progress import Progress
+
+Purpose = Literal["train", "evaluate"]
+
+
+def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> FeatureStore:
+    """The features of the run's training or evaluation file, from the cache or built now.
+
+    Every rank calls this, in no particular order and with no collective open.
+    """
+    folder, files = _cache_folder_and_files(options, purpose)
+    source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
+    with Progress(f"features of the {purpose} file", None, "question", shown=dist.is_rank_zero()) as told:
+        return prepare_features(
+            source,
+            facts.tokenizer,
+            facts.family,
+            settings,
+            folder,
+            overwrite=options.overwrite_cache,
+            progress=told.reach,
+        )
+
+
+def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> tuple[str, dict[str, int] | None]:
+    """The fingerprint of the features that `load_features` would give, and their counts if they are built already."""
+    folder, files = _cache_folder_and_files(options, purpose)
+    source = data_source(options, purpose, files)
+    return look_up(source, facts.tokenizer, facts.family, _settings_for(options, purpose), folder)
+
+
+def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
+    """Evaluation does not look at labels: runs that learn from other answers share its features."""
+    settings = feature_settings(options)
+    return settings if purpose == "train" else dataclasses.replace(settings, answers="first")
+
+
+def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
+    """Rows of one rank's micro-batch where they are all of max_seq_length, which takes the most memory."""
+    if not options.max_tokens_per_batch:
+        return plan.micro_batch_size
+    together = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
+    return min(together, -(-plan.global_batch_size // plan.world_size))
+
+
+def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:
+    """What is read of `files`, and how."""
+    return DataSource(
+        files=files,
+        purpose=purpose,
+        version_2_with_negative=options.version_2_with_negative,
+        max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
+        seed=options.seed,
+        columns=Columns(**{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(Columns)}),
+    )
+
+
+def feature_settings(options: RunOptions) -> FeatureSettings:
+    """What shapes the features."""
+    return FeatureSettings(
+        max_seq_length=options.max_seq_length,
+        doc_stride=options.doc_stride,
+        doc_stride_is=cast(Any, options.doc_stride_is),
+        max_query_length=options.max_query_length,
+        answers=cast(Any, options.answers),
+        windows_without_answer=cast(Any, options.windows_without_answer),
+    )
+
+
+def notes(store: FeatureStore) -> list[str]:
+    """What a user should know of how questions became features, one line a matter; none if all is as usual."""
+    matters = (
+        ("truncated_questions", "questions cut to max_query_length"),
+        ("windows_without_answer", "windows that miss the answer of their question"),
+        ("answers_in_no_window", "questions whose answers no window holds"),
+        ("examples_without_tokens", "questions whose context has no tokens"),
+    )
+    return [f"{store.counts[name]:,} {what}" for name, what in matters if store.counts[name]]
+
+
+def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:
+    """The files that the options name for `purpose`; a hub data set becomes a file in the cache folder."""
+    named = options.data_file(purpose)
+    if named:
+        files = DataSource.resolve([named] if Path(named).exists() else named.split(","))
+        return cache_folder(options.cache_dir, Path(files[0])), files
+    if options.dataset_name:
+        folder = cache_folder(options.cache_dir or str(_user_cache()), Path())
+        split = options.train_split if purpose == "train" else options.predict_split
+        hub_cache = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
+        return folder, (hub_file(options.dataset_name, options.dataset_config, split, folder, hub_cache),)
+    flag = "train_file" if purpose == "train" else "predict_file"
+    raise UserError(f"which data? pass --{flag}, --dataset_name, or --data_dir with the classic file names")
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qa_deepspeed"
+
+
+def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
+    """Where features are kept: in cache_dir, else beside the data, else (read-only data) in the user's cache folder."""
+    if cache_dir:
+        return Path(cache_dir) / "features"
+    beside = data_file.resolve().parent
+    if os.access(beside, os.W_OK):
+        return beside / ".qa_deepspeed_features"
+    return _user_cache() / "features"

@@ -1,0 +1,146 @@
+"""When to save and when to stop: by counting steps, by the clock, by a signal; agreed by all ranks after each step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.runs.requeue import REQUEUE_FILE, REQUEUE_STATUS
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import write_json
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEAT_SECONDS = 10.0
+"""Signals that follow so soon are the same one: launchers deliver several."""
+
+
+class Preempted(Exception):
+    """The run ends here in good order, with work left."""
+
+
+def duration(text: str | None, name: str) -> float:
+    """Seconds of a text like `90s`, `15m`, `2h` or `1h30m`; infinity for None.
+
+    Raises:
+        UserError: it is none of these; `name` is the option it came from.
+    """
+    if text is None:
+        return float("inf")
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if hours + minutes + seconds == 0:
+        raise UserError(f"{name} '{text}' is not a time: write it like 90s, 15m, 2h or 1h30m")
+    return float(3600 * hours + 60 * minutes + seconds)
+
+
+def save_interval(save_steps: float, steps: int) -> int:
+    """Optimizer steps between checkpoints: `save_steps` itself, or that share of the run below 1; 0 for none.
+
+    Raises:
+        UserError: neither a share nor a whole number of steps.
+    """
+    if not 0 <= save_steps < float("inf") or (save_steps >= 1 and save_steps != int(save_steps)):
+        raise UserError(f"save_steps {save_steps:g} is neither a number of steps nor a share of the run below 1")
+    return max(1, round(save_steps * steps)) if 0 < save_steps < 1 else int(save_steps)
+
+
+@dataclass(frozen=True)
+class StepDecision:
+    """What all ranks do after a step."""
+
+    save: bool
+    stop: str | None
+    """Why the run stops here, or None."""
+
+
+class StopController:
+    """Counts steps, reads rank 0's clock and collects this rank's signals, from the start of a run to its end.
+
+    Inside `looping()` a signal is noted, and acted on after the step by all ranks together; a later one ends this
+    process at once. Outside there is nothing to save: the process ends as it does without us, except that Slurm's
+    warning (SIGUSR1, which no launcher sends) asks for a requeue.
+    """
+
+    def __init__(self, options: RunOptions, output_dir: Path) -> None:
+        self._save_steps = options.save_steps
+        self._save_seconds = duration(options.save_on_time, "save_on_time")
+        self._max_seconds = duration(options.max_time, "max_time")
+        self._output_dir = output_dir
+        self._began = self._saved = time.monotonic()
+        self._process = os.getpid()
+        self._in_loop = False
+        self._signal: int | None = None
+        self._noted = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopController:
+        if threading.current_thread() is threading.main_thread():  # others may not
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._signal is None:  # else launchers send more while the ranks leave together: they stay caught
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def looping(self) -> Iterator[None]:
+        """Around the training loop, which looks after each step whether a signal has come."""
+        self._saved = time.monotonic()
+        self._in_loop = True
+        try:
+            yield
+        finally:
+            self._in_loop = self._signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._in_loop and os.getpid() == self._process:
+            now = time.monotonic()
+            if self._signal is None:
+                self._signal, self._noted = number, now
+            elif now - self._noted > REPEAT_SECONDS:
+                os._exit(128 + number)
+            return
+        if number == signal.SIGUSR1 and os.getpid() == self._process:
+            self.ask_for_requeue("SIGUSR1 outside the training loop")
+            os._exit(REQUEUE_STATUS)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def after_step(self, number: int, steps: int) -> StepDecision:
+        """Decide together, after optimizer step `number` (counted from 1) of `steps`. Collective."""
+        now = time.monotonic()
+        clock = [now - self._saved >= self._save_seconds, now - self._began >= self._max_seconds]
+        ours = [self._signal or 0, *(clock if dist.is_rank_zero() else (0, 0))]
+        signals, on_time, out_of_time = dist.all_reduce_max(ours)
+        stop = None
+        if number < steps and (signals or out_of_time):
+            stop = signal.Signals(int(signals)).name if signals else "max_time"
+        interval = save_interval(self._save_steps, steps)
+        save = bool((interval and number % interval == 0) or on_time or stop)
+        if save:
+            self._saved = now
+        return StepDecision(save, stop)
+
+    def ask_for_requeue(self, reason: str) -> None:
+        """Leave word, on rank 0, that the run is to be started again."""
+        if dist.is_rank_zero():
+            write_json(self._output_dir / REQUEUE_FILE, {"reason": reason, "status": REQUEUE_STATUS})
+
+    def begin(self) -> None:
+        """This start answers whatever word was left, on rank 0."""
+        if dist.is_rank_zero():
+            (self._output_dir / REQUEUE_FILE).unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""What must be right before a run starts, and can be known without its data: for `train`, and `check` beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qa_deepspeed.config.run_options import RunOptions, check_counts, check_objective
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.models.lora import check_lora
+from qa_deepspeed.runs.hub_upload import check_upload
+from qa_deepspeed.training.best_checkpoint import BestCheckpoint
+from qa_deepspeed.training.scoring import evaluation_options
+from qa_deepspeed.training.stopping import duration, save_interval
+
+
+def validate_options(options: RunOptions, world_size: int, device_type: str, bf16_supported: bool) -> ResolvedConfig:
+    """The DeepSpeed config and the options of a training run, agreed and checked.
+
+    Raises:
+        UserError: they disagree, or ask for what cannot be had.
+    """
+    resolved = ds_config.resolve(options, world_size, device_type, bf16_supported)
+    ds_config.check_trainable(resolved)
+    options = evaluation_options(resolved.options)
+    check_counts(options)
+    check_objective(options)
+    check_lora(options)
+    save_interval(options.save_steps, steps=1)
+    duration(options.save_on_time, "save_on_time")
+    duration(options.max_time, "max_time")
+    BestCheckpoint(options)
+    if options.push_to_hub:
+        check_upload(options.push_to_hub)
+    return dataclasses.replace(resolved, options=options)

@@ -1,0 +1,380 @@
+"""Ranks and the few collectives this project needs.
+
+The only file that names `torch.distributed`. Everything here works with one process and no process group. Rank and
+world size are read from the variables that every launcher sets (`deepspeed`, `torchrun`, Slurm scripts); what is
+exchanged between ranks travels over a host-side (gloo) group, as plain bytes: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_distributed
+from tqdm import tqdm
+
+from qa_deepspeed.utils.errors import UserError
+
+GATHER_ROWS = 8192
+"""Rows of one exchange in `gather_rows`, so that its buffers stay small however many rows there are."""
+
+LOST_RANK = r"closed by peer|connection reset|broken pipe|timed out|timeout|remote process exited|socket error"
+"""How gloo and NCCL speak of a rank that is gone or does not come."""
+
+_host_group: Any = None
+_stage = "the start"
+_handed_on = 0
+"""How often the store was used to hand something on; the same on all ranks."""
+
+
+def rank() -> int:
+    """This process's number among all processes of the run."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among those on its node; also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this node (torchrun and deepspeed name the variable differently)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def is_rank_zero() -> bool:
+    """Whether this is rank 0, which prints, decodes and writes."""
+    return rank() == 0
+
+
+def log0(message: str) -> None:
+    """Print one line on rank 0, at once, whatever stdout is."""
+    if is_rank_zero():
+        _print(message)
+
+
+def log_rank(message: str) -> None:
+    """Print one line on this rank, whichever it is, with its number where there are several."""
+    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
+    _print(prefix + message)
+
+
+def _print(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)  # a progress bar on the screen makes way for it
+    sys.stdout.flush()
+
+
+OPENMPI_NAMES = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+"""What OpenMPI's mpirun calls the variables of a rank."""
+
+
+def ensure_rank_env() -> None:
+    """Give a process that no launcher of torch's or DeepSpeed's started their variables, so that nothing looks for
+    mpi4py: those of a run of one rank, or where OpenMPI's mpirun started it, those of this rank.
+
+    Raises:
+        UserError: mpirun was not told to pass on where rank 0 is.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError(
+                "mpirun did not say where rank 0 is: pass it -x MASTER_ADDR=HOST -x MASTER_PORT=29500, or "
+                "start by LAUNCHER=openmpi launch/multinode.sh, which does"
+            )
+        os.environ.update({name: os.environ[theirs] for name, theirs in OPENMPI_NAMES.items()})
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def init(device: torch.device, timeout_seconds: int) -> None:
+    """Join the process group; returns when all ranks have. Called after the features are built, never before."""
+    global _host_group
+    if torch_distributed.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    # The groups that ZeRO makes for itself name no timeout: they take these.
+    torch_distributed.distributed_c10d.default_pg_timeout = timeout
+    torch_distributed.distributed_c10d.default_pg_nccl_timeout = timeout
+    if device.type == "cuda":
+        torch_distributed.init_process_group("nccl", timeout=timeout, device_id=device)
+        _host_group = torch_distributed.new_group(backend="gloo", timeout=timeout)
+    else:
+        torch_distributed.init_process_group("gloo", timeout=timeout)
+        _host_group = torch_distributed.group.WORLD
+
+
+def set_stage(stage: str) -> None:
+    """Note what this rank is about to do, for `explain_lost_rank`."""
+    global _stage
+    _stage = stage
+
+
+def explain_lost_rank(error: RuntimeError) -> str | None:
+    """If a collective failed since another rank died or hangs: that, with this rank and where it waited; else None."""
+    text = str(error)
+    if not any(words in text for words in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")):
+        return None
+    return (
+        f"rank {rank()} waited in {_stage} for a rank that died or hangs ({text.splitlines()[0][:200]}); the rank "
+        "that does not say this is the one to look at"
+    )
+
+
+def destroy() -> None:
+    """Leave the process group after everyone has arrived here, so that no rank is ended in mid-work."""
+    global _host_group
+    if torch_distributed.is_initialized():
+        barrier()
+        torch_distributed.destroy_process_group()
+        _host_group = None
+
+
+def _alone() -> bool:
+    return world_size() == 1 or not torch_distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def explain_collective_errors(stage: str) -> Iterator[None]:
+    """Inside, a collective that fails since another rank has ended, or does not come within the timeout, says so.
+
+    Raises:
+        UserError: in place of the communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _alone() or not re.search(LOST_RANK, str(error), re.IGNORECASE):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"rank {rank()} ends in the {stage}: another rank has ended or hangs, see what it said before ({reason})"
+        ) from None
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if not _alone():
+        torch_distributed.barrier(group=_host_group)
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Each value summed over the ranks, in float64; every rank gets the same."""
+    if _alone():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    torch_distributed.all_reduce(total, group=_host_group)
+    return total.tolist()
+
+
+def all_reduce_max(values: Sequence[float]) -> list[float]:
+    """The greatest of each value over the ranks; every rank gets the same."""
+    if _alone():
+        return [float(value) for value in values]
+    greatest = torch.tensor(values, dtype=torch.float64)
+    torch_distributed.all_reduce(greatest, torch_distributed.ReduceOp.MAX, group=_host_group)
+    return greatest.tolist()
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's JSON-able value on every rank; the others' argument is not looked at."""
+    if _alone():
+        return value
+    payload = json.dumps(value).encode() if is_rank_zero() else b""
+    length = torch.tensor([len(payload)])
+    torch_distributed.broadcast(length, 0, group=_host_group)
+    buffer = torch.zeros(int(length), dtype=torch.uint8)
+    if is_rank_zero():
+        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    torch_distributed.broadcast(buffer, 0, group=_host_group)
+    return json.loads(buffer.numpy().tobytes())
+
+
+def run_on_rank_zero(act: Callable[[], Any], however_long: bool = False) -> Any:
+    """What `act` returns on rank 0 (JSON-able), on every rank. Collective.
+
+    The others wait for it until the timeout; with `however_long`, as long as rank 0 lives.
+
+    Raises:
+        UserError: on every rank, what `act` raised on rank 0.
+    """
+    answer: dict[str, Any] = {}
+    if is_rank_zero():
+        try:
+            answer = {"value": act()}
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = _hand_on_at_last(answer) if however_long and not _alone() else broadcast_json(answer)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def _hand_on_at_last(value: Any) -> Any:
+    """`broadcast_json` through the store in which the ranks met: no collective is open that could run out of time."""
+    global _handed_on
+    _handed_on += 1
+    store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/{_handed_on}"
+    if is_rank_zero():
+        store.set(key, json.dumps(value))
+    else:
+        store.wait([key], timedelta(days=365))
+    value = json.loads(store.get(key))
+    barrier()  # the store may be rank 0's, which must not end before the others have read
+    return value
+
+
+class _Works:
+    """Several collectives that are under way, waited for as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def gather_by_broadcasts(
+    output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> _Works | None:
+    """`torch.distributed.all_gather_into_tensor`, each rank broadcasting its part, straight into place.
+
+    gloo's own copies everything twice on its way, which makes it two to five times slower between the ranks of one
+    host. Over a network its ring sends less when there are many ranks.
+    """
+    parts = output_tensor.view(-1).chunk(torch_distributed.get_world_size(group))
+    mine = parts[torch_distributed.get_rank(group)]
+    if mine.data_ptr() != input_tensor.data_ptr():
+        mine.copy_(input_tensor.view(-1))
+    works = _Works(
+        [
+            torch_distributed.broadcast(part, group=group, group_src=sender, async_op=True)
+            for sender, part in enumerate(parts)
+        ]
+    )
+    if async_op:
+        return works
+    works.wait()
+    return None
+
+
+def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """All ranks' rows of the named arrays `[rows, ...]`, in rank order, on rank 0; None on the other ranks.
+
+    The number of rows may differ from rank to rank (0 included); names, dtypes and trailing shapes must not. Rows
+    travel as bytes, `GATHER_ROWS` at a time.
+    """
+    if _alone():
+        return dict(arrays)
+    rows = len(next(iter(arrays.values())))
+    assert all(len(array) == rows for array in arrays.values()), "arrays of one gather have the same rows"
+    as_bytes = [np.frombuffer(array.tobytes(), np.uint8).reshape(rows, _row_bytes(array)) for array in arrays.values()]
+    records = np.concatenate(as_bytes, axis=1)
+    rows_of_rank = _all_gather_counts(rows)
+    chunks: list[list[np.ndarray]] = [[] for _ in rows_of_rank]
+    for begin in range(0, max(rows_of_rank), GATHER_ROWS):
+        height = min(GATHER_ROWS, max(rows_of_rank) - begin)
+        mine = np.zeros((height, records.shape[1]), np.uint8)
+        part = records[begin : begin + height]
+        mine[: len(part)] = part
+        received = [torch.empty(mine.shape, dtype=torch.uint8) for _ in rows_of_rank] if is_rank_zero() else None
+        torch_distributed.gather(torch.from_numpy(mine), received, 0, group=_host_group)
+        for sender, block in enumerate(received or []):
+            chunks[sender].append(block.numpy()[: max(0, rows_of_rank[sender] - begin)])
+    if not is_rank_zero():
+        return None
+    gathered = np.concatenate([records[:0], *(block for blocks in chunks for block in blocks)])
+    result, column = {}, 0
+    for name, array in arrays.items():
+        width = _row_bytes(array)
+        columns = np.ascontiguousarray(gathered[:, column : column + width])
+        result[name] = columns.view(array.dtype).reshape(len(gathered), *array.shape[1:])
+        column += width
+    return result
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize
+
+
+def _all_gather_counts(count: int) -> list[int]:
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    torch_distributed.all_gather(counts, torch.tensor([count]), group=_host_group)
+    return [int(value) for value in counts]
+
+
+def is_first_on_filesystem(folder: Path) -> bool:
+    """Whether this rank is the one that acts for its filesystem: one rank on a shared disk, one a node on local disks.
+
+    Rank 0 acts for its own. Found out, not configured: all ranks try to create the same new file in `folder` (which
+    must exist), rank 0 before the others know its name; who succeeds is first. Collective: every rank must call it.
+    """
+    if _alone():
+        return True
+    token = secrets.token_hex(8)
+    first = is_rank_zero() and _create(folder / f".claim-{token}")
+    claim = folder / f".claim-{broadcast_json(token)}"
+    first = first or _create(claim)
+    barrier()
+    if first:
+        claim.unlink()
+    return first
+
+
+def _create(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def torchrun(arguments: Sequence[str]) -> int:
+    """Run torchrun; 0, or the exit status of the rank that failed first, or 128 + the number of the signal that ended
+    that rank or torchrun itself.
+
+    Nodes that meet again after a loss get a new store: by default torch 2.13 hands them the old one, in which they find
+    each other's ports of before, whoever comes first (pytorch/pytorch issue 135712).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(list(arguments))
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        status = -error.sigval.value
+    else:
+        return 0
+    return status if status > 0 else 128 - status

@@ -1,0 +1,143 @@
+"""The audit's numbers against the tokenizer's own, and its command line on real and broken files."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qa_deepspeed.cli.main import main
+from qa_deepspeed.qa.features.build import FeatureSettings, check_settings
+from qa_deepspeed.qa.features.length_stats import Sizes, histogram, padding_share, quantiles, suggest
+from qa_deepspeed.qa.features.windows import cut_windows
+from tests.paths import DATA, MINILM, REPOSITORY, needs_real_data, needs_real_model
+
+BROKEN = REPOSITORY / "tests" / "data" / "broken"
+
+
+def audit(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", *map(str, arguments), "--model_name_or_path", str(MINILM)])
+    shown = capsys.readouterr()
+    return ended.value.code, shown.out, shown.err
+
+
+def whole_row_lengths(path, tokenizer, max_query_length):
+    """By the tokenizer, one question at a time."""
+    lengths = []
+    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+        for paragraph in article["paragraphs"]:
+            context = len(tokenizer(paragraph["context"], add_special_tokens=False)["input_ids"])
+            for asked in paragraph["qas"]:
+                question = len(tokenizer(asked["question"], add_special_tokens=False)["input_ids"])
+                lengths.append(context + min(question, max_query_length) + 3)
+    return np.array(lengths)
+
+
+@needs_real_data
+@needs_real_model
+@pytest.mark.real
+@pytest.mark.parametrize("stride", [("96", "step"), ("32", "overlap")], ids=" ".join)
+def test_lengths_and_windows_are_those_of_the_tokenizer(capsys, stride):
+    import transformers
+
+    path = DATA / "en-v1-dev.json"
+    flags = ("--max_seq_length", 160, "--max_query_length", 12, "--doc_stride", stride[0], "--doc_stride_is", stride[1])
+    code, out, _ = audit(capsys, path, "--json", *flags)
+    found = json.loads(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    lengths = whole_row_lengths(path, tokenizer, 12)
+    assert code == 0
+    assert found["lengths"] == {**quantiles(lengths), "histogram": histogram(lengths)}
+    assert found["questions"]["usable"] == len(lengths) == 807
+    assert found["questions"]["cut"] > 0
+    assert found["windows"]["questions_with_one"] == (lengths <= 160).sum()
+    # The same suggestion must come out whatever settings the audit was made with, up to the labelled answers' length.
+    assert found["suggestion"]["max_seq_length"] == int(np.ceil(np.sort(lengths)[int(0.95 * 807)] / 32) * 32)
+
+
+@needs_real_model
+@pytest.mark.real
+def test_verdicts_are_shown_and_strict_fails_on_a_rejected_question(capsys):
+    path = BROKEN / "text_absent.json"
+    code, out, _ = audit(capsys, path)
+    assert code == 0
+    assert "answer text not in the context" in out
+    assert f"{path}: data[0].paragraphs[0].qas[1]" in out
+    assert audit(capsys, path, "--strict")[0] == 1
+    code, out, _ = audit(capsys, path, "--strict", "--json")
+    assert code == 1
+    assert json.loads(out)["questions"]["rejected_by_reason"] == {"answer text not in the context": 1}
+    assert audit(capsys, REPOSITORY / "tests/data/mendable/start_one_late.json", "--strict")[0] == 0
+
+
+@needs_real_model
+@pytest.mark.real
+def test_findings_of_a_small_file_with_mapped_columns(capsys, tmp_path):
+    long = " ".join(f"word{number}" for number in range(300))
+    rows = [
+        {"key": 1, "question": "What?", "context": "It is blue.", "answers": {"text": ["blue"], "answer_start": [6]}},
+        {"key": 2, "question": "What?", "context": "It is blue.", "answers": {"text": ["blue"], "answer_start": [6]}},
+        {"key": 3, "question": "What?", "context": "It is blue.", "answers": {"text": [], "answer_start": []}},
+        {"key": 4, "question": "All?", "context": long, "answers": {"text": [long], "answer_start": [0]}},
+        {"key": 4, "question": "Who?", "context": "It is blue.", "answers": {"text": ["blue"], "answer_start": [6]}},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--id_column", "key", "--version_2_with_negative", "--max_answer_length", 3)
+    found = json.loads(audit(capsys, str(path).replace("rows", "r*"), "--json", *flags)[1])
+    expected = {"usable": 4, "unanswerable": 1, "repeated": 2, "rejected": 1, "mended": 0}
+    assert {name: found["questions"][name] for name in expected} == expected
+    assert found["answers"] == {"longest": 1, "longer_than_max_answer_length": 0, "in_no_window": 1}
+    assert found["windows"]["questions_with_one"] == 3
+    assert found["rejected"] == [{"example_id": "4", "where": f"{path}: line 5", "reason": "duplicate id"}]
+
+
+def test_what_cannot_be_read_is_an_error_of_one_line(capsys, tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text('{"data": [')
+    code, out, err = audit(capsys, path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"qa-deepspeed: error: {path}: line 1, column") and err.count("\n") == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(4, 67), st.integers(0, 40)), min_size=1, max_size=30),
+    st.sampled_from([128, 512, 514, None]),
+)
+def test_suggested_settings_are_accepted_and_every_answer_stands_whole_in_a_window(examples, longest_row):
+    context, beside, answer = (np.array(column) for column in zip(*examples, strict=True))
+    answer = np.minimum(answer, context)
+    found = suggest(Sizes(np.ones_like(context), context, beside, answer), 3, 64, longest_row)
+    length, stride = found["max_seq_length"], found["doc_stride"]
+    check_settings(FeatureSettings(max_seq_length=length, doc_stride=stride), 3)
+    assert longest_row is None or length <= longest_row
+    assert length == longest_row or (context + beside <= length).mean() >= 0.95
+    example, begin, tokens = cut_windows(context, length - beside, np.full_like(context, stride))
+    assert (found["windows"], found["tokens"]) == (len(example), (tokens + beside[example]).sum())
+    for one in range(len(context)):
+        windows = [(b, b + n) for e, b, n in zip(example, begin, tokens, strict=True) if e == one]
+        last_places = range(context[one] - answer[one] + 1)
+        assert all(any(b <= at and at + answer[one] <= end for b, end in windows) for at in last_places)
+
+
+def test_a_model_too_short_for_the_questions_has_no_suggestion():
+    one = np.array([9])
+    assert suggest(Sizes(one, one, one, one), 3, 64, 60) == {}
+
+
+@given(st.lists(st.integers(0, 20000), max_size=50))
+def test_every_length_is_in_one_bin(lengths):
+    bins = histogram(np.array(lengths, dtype=np.int64))
+    for one in bins:
+        count = sum(one["above"] < length <= (one["to"] or 10**9) for length in lengths if length)
+        zeros = lengths.count(0) if one["above"] == 0 else 0
+        assert one["questions"] == count + zeros
+    assert sum(one["questions"] for one in bins) == len(lengths)
+
+
+def test_padding_by_hand():
+    lengths = np.array([10, 8, 3, 3])
+    assert padding_share(lengths, [np.array([0, 1]), np.array([2, 3])], 1) == pytest.approx(1 - 24 / 26)
+    assert padding_share(lengths, [np.array([0, 1]), np.array([2, 3])], 8) == pytest.approx(1 - 24 / 48)

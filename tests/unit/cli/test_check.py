@@ -1,0 +1,268 @@
+"""The preflight: a good run is told what it would do; every cause of a failing start is one line with its mend."""
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qa_deepspeed.cli import check as preflight
+from qa_deepspeed.cli.check import check
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine import hosts
+from qa_deepspeed.engine.hosts import versions
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.runs.lock import RunLock
+from qa_deepspeed.training.features import load_features
+from tests.unit import small_tokenizers
+from tests.unit.reference_features import write_squad
+
+ROWS = [Example(f"q{n}", "who?", f"The Rhine rises in {n}.", (Answer("Rhine", 4),)) for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No launcher, no file of the user's, no cache of compiled operators."""
+    for name in ("WORLD_SIZE", "DS_ENV_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(hosts, "CONNECT_SECONDS", 1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunOptions:
+    """A run that would start, its training features built."""
+    small_tokenizers.tokenizer("bert").save_pretrained(tmp_path / "model")
+    config = small_tokenizers.config("bert")
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size = 32, 2, 2, 64
+    config.save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = dict(
+        model_name_or_path=str(tmp_path / "model"),
+        train_file=write_squad(tmp_path / "train.json", ROWS),
+        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "out"),
+        no_cuda=True,
+        learning_rate=1e-4,
+        warmup_steps=2,
+        per_gpu_train_batch_size=4,
+        max_seq_length=64,
+        max_query_length=16,
+        doc_stride=16,
+    )
+    options = RunOptions(**given, given=frozenset(given))
+    load_features(options, "train", model_facts(options))
+    return options
+
+
+def changed(run: RunOptions, **changes: Any) -> RunOptions:
+    return dataclasses.replace(run, **changes, given=run.given | changes.keys())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def faults(capsys: pytest.CaptureFixture[str], *arguments: Any, **named: Any) -> list[str]:
+    """The lines of faults of a check that must fail."""
+    assert check(*arguments, **{"port": free_port(), **named}) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("the run would not start")
+    return [line for line in out.splitlines() if " FAULT " in line]
+
+
+def test_a_good_run_is_told_what_it_would_do(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(run, ranks=2, port=free_port()) == 0
+    out = capsys.readouterr().out
+    assert "zero2: ZeRO stage 2, fp32, on CPUs" in out
+    assert "8 rows a step = micro-batches of 4 x 1 accumulation steps x 2 ranks" in out
+    assert "learning_rate 0.0001   (the command line)" in out and "seed 42   (default)" in out
+    assert "20 questions, 20 features in the cache" in out
+    assert "9 optimizer steps" in out
+    assert "learning rate 0 at the first step, 0.0001 at its peak (step 3), 1.43e-05 at the last" in out
+    assert out.splitlines()[-1] == "the run would start"
+    assert not Path(str(run.output_dir)).exists()
+
+
+def test_features_that_are_not_built_are_said_to_miss(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(changed(run, max_seq_length=63), port=free_port()) == 0
+    out = capsys.readouterr().out
+    assert "not in the cache: features are built first" in out and "steps are known once" in out
+
+
+def test_batch_arithmetic(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    (fault,) = faults(capsys, changed(run, global_batch_size=33))
+    assert "33 does not divide" in fault and "take global_batch_size 32 or 36" in fault
+
+
+def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """The longest rows that fit together are what memory is reckoned with, not per_gpu_train_batch_size."""
+    told, reckoned, footprint = [], [], preflight.footprint
+    monkeypatch.setattr(preflight, "footprint", lambda *given: reckoned.append(given[1]) or footprint(*given))
+    for tokens in (None, 130, 100_000):
+        assert check(changed(run, max_tokens_per_batch=tokens, global_batch_size=32), ranks=2, port=free_port()) == 0
+        told.append(capsys.readouterr().out)
+    assert "micro-batches" not in told[0]
+    assert "at most 130 padded tokens on a rank: 2 of the longest rows" in told[1]
+    assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in told[2]
+    assert reckoned == [4, 2, 16]
+
+
+def test_lora_is_counted_as_what_it_trains(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for options in (run, changed(run, lora_rank=2)):
+        assert check(options, port=free_port()) == 0
+        told.append(capsys.readouterr().out)
+    assert "of them trained" not in told[0] and re.search(r"[\d,]+ parameters, [\d,]+ of them trained", told[1])
+
+
+def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    (fault,) = faults(capsys, changed(run, train_file="gone.json"))
+    assert "gone.json: no such file; check the path" in fault
+
+
+def test_too_little_memory(run: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 2**28)
+    (fault,) = faults(capsys, run)
+    assert "0.25 GiB free" in fault and "take fewer ranks" in fault
+
+
+def test_an_output_folder_in_use(run: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = Path(str(run.output_dir))
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (fault,) = faults(capsys, run)
+    assert "is not empty" in fault and "--overwrite_output_dir" in fault
+    (folder / "notes.txt").unlink()
+    # A record lock does not stop its own process: the holder is another one.
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        lock = RunLock(folder)
+        os.write(writing, b"held")
+        time.sleep(60)
+        lock.release()
+        os._exit(0)
+    try:
+        os.read(reading, 4)
+        monkeypatch.setattr("qa_deepspeed.runs.lock.RunLock.__init__.__defaults__", (0.0,))
+        (fault,) = faults(capsys, run)
+        assert "another run is at work" in fault and f"process {holder}" in fault
+    finally:
+        os.kill(holder, 9)
+        os.waitpid(holder, 0)
+
+
+def test_a_port_that_is_taken(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        (fault,) = faults(capsys, run, port=taken.getsockname()[1])
+    assert "is taken here" in fault and "--master_port" in fault
+
+
+def with_optimizer(tmp_path: Path) -> str:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}))
+    return str(path)
+
+
+def test_no_compiler_for_an_operator_that_needs_one(
+    run: RunOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (fault,) = faults(capsys, changed(run, deepspeed_config=with_optimizer(tmp_path)))
+    assert "fused_adam compiled, and there is no no-such-compiler; install it" in fault
+
+
+def test_a_stale_lock_of_an_interrupted_build(
+    run: RunOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("CXX", "sh")
+    lock = tmp_path / "extensions" / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert check(changed(run, deepspeed_config=with_optimizer(tmp_path)), port=free_port()) == 0  # it may be at work
+    os.utime(lock, (time.time() - 7200,) * 2)
+    (fault,) = faults(capsys, changed(run, deepspeed_config=with_optimizer(tmp_path)))
+    assert "has stood for 120 minutes" in fault and f"rm {lock}" in fault
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("node1 slots=2\nnode2 slot=2\n", "line 2: 'node2 slot=2' is not like 'node1 slots=8'"),
+        ("node1\n", "line 1: 'node1' is not like"),
+        ("# nothing\n\n", "names no host"),
+        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands there already"),
+        ("node1 slots=0\n", "line 1"),
+    ],
+)
+def test_wrong_hostfile_lines(
+    run: RunOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, message: str
+) -> None:
+    (tmp_path / "hostfile").write_text(lines)
+    assert any(message in fault for fault in faults(capsys, run, hostfile=str(tmp_path / "hostfile")))
+
+
+def fake_ssh(tmp_path: Path, monkeypatch: Any, answer: str) -> Path:
+    """An `ssh` first on PATH: node1 answers as this host, node2 does what `answer` says."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "ssh"
+    alike = f"echo '{json.dumps(versions())}'"
+    script.write_text(f"#!/bin/sh\ncase \" $* \" in\n*' node1 '*) {alike} ;;\n*) {answer} ;;\nesac\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    return hostfile
+
+
+def test_hosts_that_answer_alike(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    (tmp_path / ".deepspeed_env").write_text("PATH=/usr/bin\nGLOO_SOCKET_IFNAME=eth0\n")
+    hostfile = fake_ssh(tmp_path, monkeypatch, f"echo '{json.dumps(versions())}'")
+    assert check(run, hostfile=str(hostfile), port=free_port()) == 0
+    out = capsys.readouterr().out
+    assert "2 hosts, 2 ranks" in out and "2 answer, with the versions of this one" in out
+    assert "from .deepspeed_env PATH, GLOO_SOCKET_IFNAME" in out
+
+
+def test_a_host_that_cannot_be_reached(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    hostfile = fake_ssh(tmp_path, monkeypatch, "echo 'connect to host node2: No route' >&2; exit 255")
+    (fault,) = faults(capsys, run, hostfile=str(hostfile))
+    assert "node2 cannot be reached: connect to host node2: No route; try 'ssh node2 true'" in fault
+
+
+def test_a_version_that_differs_on_one_host(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    other = json.dumps({**versions(), "transformers": "4.9"})
+    hostfile = fake_ssh(tmp_path, monkeypatch, f"echo '{other}'")
+    (fault,) = faults(capsys, run, hostfile=str(hostfile))
+    assert f"node2 has transformers 4.9, here is {versions()['transformers']}; make them the same" in fault
+
+
+def test_a_host_without_the_program(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    hostfile = fake_ssh(tmp_path, monkeypatch, "echo 'No such file or directory' >&2; exit 1")
+    (fault,) = faults(capsys, run, hostfile=str(hostfile))
+    assert "node2 has not this program" in fault and "No such file" in fault
+
+
+def test_a_bad_line_of_the_environment_file(run: RunOptions, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / ".deepspeed_env").write_text("PATH=/usr/bin\nexport\n")
+    (fault,) = faults(capsys, run)
+    assert ".deepspeed_env, line 2: 'export' is not NAME=VALUE" in fault
+
+
+def test_a_disk_that_is_too_small(run: RunOptions, capsys: Any, monkeypatch: Any) -> None:
+    usage = preflight.shutil.disk_usage("/")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    (fault,) = faults(capsys, run)
+    assert "make room" in fault

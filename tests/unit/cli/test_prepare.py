@@ -1,0 +1,63 @@
+"""The sub-command `prepare`, by several processes and from the command line of a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qa_deepspeed.qa.data.examples import Answer, Example
+from tests.paths import REPOSITORY
+from tests.unit import small_tokenizers
+from tests.unit.reference_features import write_squad
+
+ROWS = [Example(f"q{n}", "who?", f"The Rhine rises in {n}.", (Answer("Rhine", 4),)) for n in range(9)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    small_tokenizers.tokenizer("bert").save_pretrained(tmp_path / "model")
+    small_tokenizers.config("bert").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qa_deepspeed", "prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
+
+
+@pytest.mark.distributed
+def test_features_are_built_once_by_all_and_found_by_the_next(tmp_path: Path, model: Path) -> None:
+    train, predict = write_squad(tmp_path / "train.json", ROWS), write_squad(tmp_path / "predict.json", ROWS[:4])
+    run = (
+        "--model_name_or_path",
+        model,
+        "--train_file",
+        train,
+        "--predict_file",
+        predict,
+        "--cache_dir",
+        tmp_path / "c",
+    )
+    first = prepare(*run, "--num_proc", 2)
+    assert first.returncode == 0, first.stderr
+    assert "9 questions, 9 features" in first.stdout and "4 questions, 4 features" in first.stdout
+    second = prepare(*run, "--learning_rate", "1e-5")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("(found in") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "which data?"),
+        (("--train_file", "gone.json"), "gone.json"),
+        (("--train_file", "x", "--num_proc", 0), "num_proc"),
+    ],
+)
+def test_mistakes_are_one_line(model: Path, arguments: tuple[object, ...], message: str) -> None:
+    done = prepare("--model_name_or_path", model, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,192 @@
+"""The `score` sub-command on real and on broken files."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qa_deepspeed.cli.main import main
+from tests.paths import DATA, REPOSITORY, needs_real_data
+
+
+def article(*questions, context="The Rhine is long.", **more):
+    return {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": list(questions)}]}], **more}
+
+
+def question(example_id, *answers, **more):
+    return {"id": example_id, "question": "?", "answers": [{"text": a, "answer_start": 0} for a in answers], **more}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write values as JSON files (text as it is) and give their paths."""
+
+    def write(**values):
+        paths = []
+        for name, value in values.items():
+            path = tmp_path / f"{name}.json"
+            path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+            paths.append(str(path))
+        return paths
+
+    return write
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(["score", *arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def metrics_of(capsys, *arguments):
+    code, out, err = call(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out), err
+
+
+V2 = article(question("a", "Rhine"), question("b", is_impossible=True), version="v2.0")
+
+
+def test_v1_or_v2_by_what_the_file_says(capsys, files):
+    for gold, second in (
+        (article(question("a", "Rhine", "the Rhine"), question("b", "long"), version="1.1"), False),
+        (V2, True),
+        (article(question("a", "Rhine"), question("b", is_impossible=True)), True),
+        (article(question("a", "Rhine"), question("b"), version="2.0"), True),
+    ):
+        metrics, err = metrics_of(capsys, *files(gold=gold, predictions={"a": "Rhine"}))
+        assert metrics["missing_ids"] == ["b"]
+        assert ("NoAns_total" in metrics, "HasAns_total" in metrics) == (False, second)
+        assert metrics["exact"] == (100.0 if second else 50.0)
+        assert ("left out of the totals" if second else "count as 0") in err and "b" in err
+
+
+def test_missing_and_extra_ids_are_named(capsys, files):
+    code, out, err = call(capsys, *files(gold=V2, predictions={"a": "The Rhine!", "x1": "", "x2": ""}))
+    assert code == 0
+    assert "1 questions have no prediction and are left out" in err and "exact 50.0000" in err
+    assert "2 predictions are of no question in the gold file: x1, x2" in err
+    assert out.startswith("rules of SQuAD v2.0\n")
+    assert [line.split() for line in out.splitlines() if line.startswith("exact")] == [["exact", "100.0000"]]
+
+
+def test_null_odds_and_their_threshold(capsys, files):
+    paths = files(gold=V2, predictions={"a": "Rhine", "b": "long"}, odds={"b": 3.0, "a": 2.0})
+    metrics, err = metrics_of(capsys, *paths[:2], "--null_odds", paths[2])
+    assert (metrics["exact"], metrics["HasAns_exact"], metrics["NoAns_exact"]) == (50.0, 0.0, 100.0)
+    assert "2 answers count as none because their null odds exceed 1" in err
+    assert (metrics["best_exact"], metrics["best_exact_thresh"]) == (100.0, 2.0)
+    metrics, err = metrics_of(capsys, *paths[:2], "--null_odds", paths[2], "--null_odds_threshold", "none")
+    assert (metrics["exact"], metrics["HasAns_exact"], err) == (50.0, 100.0, "")
+    metrics, _ = metrics_of(capsys, *paths[:2], "--null_odds", paths[2], "--null_odds_threshold", "2.5")
+    assert metrics["exact"] == 100.0
+    assert "a number" in call(capsys, *paths[:2], "--null_odds_threshold", "nan")[2]
+
+
+def test_intervals_hold_the_score(capsys, files):
+    questions = [question(f"q{i}", "yes") for i in range(50)]
+    gold = article(version="1.1")
+    gold["data"][0]["paragraphs"] = [{"context": f"c{i}", "qas": [q]} for i, q in enumerate(questions)]
+    predictions = {f"q{i}": "yes" if i % 5 else "no" for i in range(50)}
+    metrics, _ = metrics_of(capsys, *files(gold=gold, predictions=predictions), "--confidence")
+    assert metrics["exact"] == 80.0
+    assert 65 < metrics["exact_low"] < 72 and 88 < metrics["exact_high"] < 95
+
+
+def test_explain_lists_the_differences_and_what_they_cost(capsys, files):
+    a, b, gold = files(a={"a": "the Rhine", "b": ""}, b={"a": "Rhine is", "b": "long", "z": "?"}, gold=V2)
+    code, out, _ = call(capsys, "--explain", a, b, gold)
+    assert code == 0
+    assert "2 of 2 questions answered differently: better in B 0, worse in B 2" in out
+    lines = out.splitlines()
+    assert lines[-2].startswith("b  F1 1.00 -> 0.00 (-50.0000 points)")
+    assert lines[-1].startswith("a  F1 1.00 -> 0.67 (-16.6667 points)  A 'the Rhine'  B 'Rhine is'")
+    report = json.loads(call(capsys, "--explain", a, b, gold, "--json")[1])
+    assert (report["exact_a"], report["exact_b"], report["different"]) == (100.0, 0.0, 2)
+    same = json.loads(call(capsys, "--explain", a, a, gold, "--json")[1])
+    assert (same["differences"], same["f1_p_value"], same["f1_difference_interval"]) == ([], 1.0, [0.0, 0.0])
+
+
+def test_gold_in_the_form_that_datasets_gives(capsys, files):
+    gold = article({"id": 7, "question": "?", "answers": {"text": ["Rhine"], "answer_start": [4]}}, version="1.1")
+    assert metrics_of(capsys, *files(gold=gold, predictions={"7": "Rhine"}))[0]["exact"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "predictions", "odds", "message"),
+    [
+        (None, {}, None, "gold.json: cannot be read: No such file or directory"),
+        ('{"data": [', {}, None, "gold.json: line 1, column 11: not JSON: Expecting value (the file ends there"),
+        ("[" * 100000, {}, None, "gold.json: not JSON that can be read"),
+        ([], {}, None, "gold.json: not SQuAD JSON: an object with a list of articles under 'data'"),
+        ({"data": [{"paragraphs": [{"qas": 3}]}]}, {}, None, "gold.json: data[0].paragraphs[0]: not SQuAD JSON"),
+        (article({"question": "?"}), {}, None, "data[0].paragraphs[0].qas[0]: a question without an id"),
+        (article({"id": "a", "answers": [{"text": 3}]}), {}, None, "answers of question a are not a list of texts"),
+        (article({"id": "a", "answers": 3}), {}, None, "answers of question a are not a list of texts"),
+        (article(), {}, None, "has no questions"),
+        (V2, [], None, "predictions.json: holds a list; a JSON object of answer texts by question id is expected"),
+        (V2, {"a": None}, None, "the prediction of 'a' is null, not a text"),
+        (V2, {"a": [{"text": "x"}]}, None, "is this an n-best file? give predictions.json"),
+        (V2, {"z": ""}, None, "none of the 2 gold questions has a prediction"),
+        (V2, {"a": ""}, {}, "the null odds lack 1 questions that have a prediction (first: a)"),
+        (V2, {"a": ""}, {"a": "1"}, "the null odds of 'a' are a text, not a number"),
+        (V2, {"a": ""}, '{"a": NaN}', "the null odds of 'a' are nan, not a number"),
+        (article(question("a", "x"), version="1.1"), {"a": ""}, {"a": 1}, "is SQuAD v1.1 data"),
+    ],
+)
+def test_broken_files_are_one_line(capsys, files, tmp_path, gold, predictions, odds, message):
+    given = {k: v for k, v in {"gold": gold, "predictions": predictions, "odds": odds}.items() if v is not None}
+    files(**given)
+    arguments = [str(tmp_path / "gold.json"), str(tmp_path / "predictions.json")]
+    code, out, err = call(
+        capsys, *arguments, *(["--null_odds", str(tmp_path / "odds.json")] if odds is not None else [])
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_bytes_that_are_not_text(capsys, files, tmp_path):
+    (path,) = files(predictions={})
+    (tmp_path / "gold.json").write_bytes(b'{"data": "\xff"}')
+    assert "gold.json: not UTF-8 text (byte 10)" in call(capsys, str(tmp_path / "gold.json"), path)[2]
+
+
+def test_wrong_calls(capsys, files):
+    a, b, gold = files(a={"a": ""}, b={"q": ""}, gold=V2)
+    assert "takes a gold file and a predictions file" in call(capsys, gold)[2]
+    assert "takes all its three files itself" in call(capsys, gold, "--explain", a, b, gold)[2]
+    assert "answers no question of the gold file" in call(capsys, "--explain", a, b, gold)[2]
+
+
+def process(*arguments):
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "qa_deepspeed", "score", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    return done, time.perf_counter() - began
+
+
+def test_a_real_process_prints_one_line_and_brings_no_torch(files):
+    gold, predictions = files(gold=V2, predictions={"a": "Rhine", "b": ""})
+    done, _ = process(gold, predictions, "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert (metrics["exact"], metrics["f1"], metrics["total"]) == (100.0, 100.0, 2)
+    code = "import sys; import qa_deepspeed.cli.score, qa_deepspeed.qa.decoding.exact; print([m for m in sys.modules])"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY).stdout
+    heavy = {"torch", "transformers", "pandas", "pyarrow", "datasets", "deepspeed"}
+    assert not heavy & set(modules.replace("'", "").strip("[]\n").split(", "))
+
+
+@needs_real_data
+def test_starts_and_scores_real_gold_in_about_a_second(tmp_path):
+    gold = json.loads((DATA / "en-v2-dev.json").read_text(encoding="utf-8"))
+    questions = [q for a in gold["data"] for p in a["paragraphs"] for q in p["qas"]]
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text(json.dumps({q["id"]: q["answers"][0]["text"] if q["answers"] else "" for q in questions}))
+    runs = [process(DATA / "en-v2-dev.json", predictions, "--json") for _ in range(3)]
+    assert all(json.loads(done.stdout)["exact"] == 100.0 for done, _ in runs)
+    assert min(seconds for _, seconds in runs) < 2  # 0.5 s when nothing else runs

@@ -1,0 +1,100 @@
+"""One save after another by a stand-in for the engine: what fails leaves the run going, the best and the last stay."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from qa_deepspeed.engine.checkpoint import Checkpoints
+from qa_deepspeed.engine.checkpoint_files import LoopState, checkpoints, damage
+from tests.unit.small_disk import mounted
+
+
+class StandIn:
+    """Writes `size` random bytes where an engine writes its shards."""
+
+    parameters = trained_parameters = 10
+
+    def __init__(self, size: int = 1000) -> None:
+        self.size = size
+
+    def write_common_states(self) -> None:
+        """Nothing to set: its one file is every rank's."""
+
+    def save_shards(self, folder: Path, tag: str) -> None:
+        (folder / tag / "shard.pt").write_bytes(os.urandom(self.size))
+
+
+def state(step: int) -> LoopState:
+    return LoopState(step, 1, 0, "fp32", "cpu", {"global_batch_size": 8}, 100, [], {}, {}, {}, {})
+
+
+def failing(error: Exception) -> Callable[[Path], None]:
+    def add_files(folder: Path) -> None:
+        raise error
+
+    return add_files
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: No space left on device"),
+        Exception("No space left on device (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed: No space left"),
+    ],
+)
+def test_whatever_a_full_disk_raises_the_run_goes_on(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = Checkpoints(StandIn(), tmp_path, None)  # type: ignore[arg-type]
+    assert writer.save(state(2)) is not None
+    assert writer.save(state(4), failing(error)) is None
+    printed = capsys.readouterr().out
+    assert "cannot save a checkpoint: " in printed and "No space left" in printed
+    assert "checkpoint-4 was NOT saved; training goes on, earlier checkpoints are untouched" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
+    assert writer.save(state(6)) is not None
+
+
+def test_the_best_and_the_last_outlive_the_limit(tmp_path: Path) -> None:
+    """Also where checkpoints with higher steps lie in the folder, of settings that were left behind."""
+    writer = Checkpoints(StandIn(), tmp_path, 1)  # type: ignore[arg-type]
+    for step in (20, 40):
+        Checkpoints(StandIn(), tmp_path, None).save(state(step))  # type: ignore[arg-type]
+    for step in (12, 14, 40):
+        writer.save(state(step), keep=["checkpoint-12"])
+        assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-12", f"checkpoint-{step}"}
+    assert damage(tmp_path / "checkpoint-40") is None
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in ("checkpoint-3.partial", "checkpoint-2.old.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.pt").touch()
+    Checkpoints(StandIn(), tmp_path, None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one MiB."""
+    with mounted(tmp_path / "disk", "size=1m") as folder:
+        yield folder
+
+
+def test_a_full_disk_is_told_before_and_in_the_save(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = StandIn(600_000)
+    writer = Checkpoints(engine, small_disk, None)  # type: ignore[arg-type]
+    assert writer.save(state(2)) is not None
+    assert writer.save(state(4)) is None
+    assert "0.00 GB free at" in capsys.readouterr().out  # the first one says how much is needed
+    engine.parameters = 1
+    again = Checkpoints(engine, small_disk, None)  # type: ignore[arg-type]
+    assert again.save(state(4)) is None
+    assert "No space left on device" in capsys.readouterr().out
+    assert [path.name for path in small_disk.iterdir()] == ["checkpoint-2"]
+    assert damage(small_disk / "checkpoint-2") is None

@@ -1,0 +1,105 @@
+"""The best spans against brute force, and the loss against its definition."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qa_deepspeed.qa.decoding.spans import best_spans, marginal_loss, span_loss
+
+
+def brute_force(start: list[float], end: list[float], begin: int, stop: int, count: int, max_length: int) -> list:
+    """All valid spans of a row, sorted by score, then start, then end; float32 sums as the device makes them."""
+    spans = [
+        (float(np.float32(start[s]) + np.float32(end[e])), s, e)
+        for s in range(begin, stop)
+        for e in range(s, min(stop, s + max_length))
+    ]
+    return sorted(spans, key=lambda span: (-span[0], span[1], span[2]))[:count]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_best_spans_are_those_of_brute_force(data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 24))
+    begin = data.draw(st.integers(0, length - 1))
+    stop = data.draw(st.integers(begin, length))
+    count, max_length = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 30))
+    # Few values make many ties; 0.0 and -0.0 must tie too.
+    values = st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.5, 1.0, 3.25]), min_size=length, max_size=length)
+    start, end = data.draw(values), data.draw(values)
+    first = data.draw(st.integers(begin, stop))
+    last = data.draw(st.integers(first, stop))
+    places = (torch.tensor([position]) for position in (first, last, stop))
+    result = best_spans(torch.tensor([start]), torch.tensor([end]), *places, count, max_length)
+    found = [(s, e) for s, e in zip(result[0][0].tolist(), result[1][0].tolist(), strict=True) if s >= 0]
+    everything = brute_force(start, end, begin, stop, 999, max_length)
+    expected = [span for span in everything if first <= span[1] < last][:count]
+    assert found == [(s, e) for _, s, e in expected]
+    scores = (result[2] + result[3])[0][: len(found)].tolist()
+    assert scores == [score for score, _, _ in expected]
+
+
+def test_best_spans_of_a_real_size_in_every_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for kind in (torch.float32, torch.bfloat16):
+        start = torch.randn(3, 384, generator=generator).mul(5).to(kind)
+        end = torch.randn(3, 384, generator=generator).mul(5).to(kind)
+        begin, stop = torch.tensor([12, 40, 0]), torch.tensor([383, 41, 384])
+        result = best_spans(start, end, begin, stop, stop, 20, 30)
+        for row in range(3):
+            expected = brute_force(
+                start[row].float().tolist(), end[row].float().tolist(), int(begin[row]), int(stop[row]), 20, 30
+            )
+            found = list(zip(result[0][row].tolist(), result[1][row].tolist(), strict=True))
+            assert [pair for pair in found if pair[0] >= 0] == [(s, e) for _, s, e in expected]
+
+
+def test_the_loss_of_a_row_does_not_depend_on_its_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 3, 10, generator=generator)
+    position = torch.tensor([0, 4, 9])
+    plain = span_loss(start, end, position, position, torch.ones(3, 10, dtype=torch.bool))
+    by_hand = -(start.log_softmax(1)[range(3), position] + end.log_softmax(1)[range(3), position]) / 2
+    torch.testing.assert_close(plain, by_hand)
+    padded = torch.nn.functional.pad(start, (0, 6), value=3.0), torch.nn.functional.pad(end, (0, 6), value=-1.0)
+    mask = torch.nn.functional.pad(torch.ones(3, 10, dtype=torch.bool), (0, 6))
+    torch.testing.assert_close(span_loss(*padded, position, position, mask), plain)
+
+
+def test_the_loss_is_float32_whatever_the_logits_are() -> None:
+    logits = torch.randn(2, 5).bfloat16()
+    everywhere = torch.ones(2, 5, dtype=torch.bool)
+    loss = span_loss(logits, logits, torch.tensor([0, 1]), torch.tensor([2, 3]), everywhere)
+    assert loss.dtype == torch.float32
+
+
+def test_smoothing_is_that_of_torch_where_all_positions_are_possible() -> None:
+    torch.manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 5, 9)
+    start, end = torch.randint(0, 9, (2, 5))
+    everywhere = torch.ones(5, 9, dtype=torch.bool)
+    expected = [
+        torch.nn.functional.cross_entropy(logits, position, reduction="none", label_smoothing=0.2)
+        for logits, position in ((start_logits, start), (end_logits, end))
+    ]
+    found = span_loss(start_logits, end_logits, start, end, everywhere, smoothing=0.2)
+    torch.testing.assert_close(found, sum(expected) / 2)
+
+
+def test_the_marginal_loss_sums_the_probabilities_of_all_gold_spans() -> None:
+    torch.manual_seed(0)
+    start_logits, end_logits = torch.randn(2, 2, 6, requires_grad=True)
+    possible = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    golds = [[(2, 3), (4, 4), (2, 5)], [(0, 0)]]
+    starts = torch.tensor([[2, 4, 2], [0, -1, -1]])
+    ends = torch.tensor([[3, 4, 5], [0, -1, -1]])
+    found = marginal_loss(start_logits, end_logits, starts, ends, possible)
+    for row, spans in enumerate(golds):
+        both = [
+            torch.softmax(logits[row].masked_fill(~possible[row], -1e9), 0) for logits in (start_logits, end_logits)
+        ]
+        probability = sum(both[0][first] * both[1][last] for first, last in spans)
+        torch.testing.assert_close(found[row], -probability.log() / 2)
+    for gradient in torch.autograd.grad(found.sum(), (start_logits, end_logits)):
+        assert gradient.isfinite().all() and gradient.any()

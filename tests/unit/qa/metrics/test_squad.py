@@ -1,0 +1,318 @@
+"""The metrics against a plain reading of the official SQuAD rules, on real gold files and on made-up ones."""
+
+import collections
+import json
+import random
+import re
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qa_deepspeed.qa.decoding.predictions import Prediction
+from qa_deepspeed.qa.metrics.normalization import METRIC_LANGUAGES, normalized_tokens
+from qa_deepspeed.qa.metrics.prediction_files import read_gold
+from qa_deepspeed.qa.metrics.squad import Gold, Scorer, score
+from qa_deepspeed.utils.errors import UserError
+from tests.paths import DATA, needs_real_data
+
+
+def normalized(text):
+    kept = ""
+    for character in text.lower():
+        if character not in string.punctuation:
+            kept += character
+    for article in ("a", "an", "the"):
+        kept = re.sub(r"\b" + article + r"\b", " ", kept)
+    return " ".join(kept.split())
+
+
+def f1(gold, predicted, empty):
+    gold, predicted = normalized(gold).split(), normalized(predicted).split()
+    if not gold or not predicted:
+        return empty(gold == predicted)
+    same = 0
+    for word in set(gold):
+        same += min(gold.count(word), predicted.count(word))
+    if same == 0:
+        return 0
+    precision, recall = same / len(predicted), same / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def version_1(golds, predictions):
+    exact = total_f1 = 0
+    for example_id, texts in golds:
+        if example_id in predictions:
+            answer = predictions[example_id]
+            exact += max(normalized(text) == normalized(answer) for text in texts)
+            total_f1 += max(f1(text, answer, lambda both: 0) for text in texts)
+    return {"exact": 100.0 * exact / len(golds), "f1": 100.0 * total_f1 / len(golds), "total": len(golds)}
+
+
+def version_2(golds, predictions, odds=None, threshold=None):
+    exact, partial = {}, {}
+    for example_id, texts in golds:
+        texts = [text for text in texts if normalized(text)] or [""]
+        if example_id in predictions:
+            answer = predictions[example_id]
+            exact[example_id] = max(int(normalized(text) == normalized(answer)) for text in texts)
+            partial[example_id] = max(f1(text, answer, int) for text in texts)
+    answerable = {example_id: bool(texts) for example_id, texts in golds}
+    result = {}
+    if odds is not None:
+        for name, scores in (("exact", exact), ("f1", partial)):
+            now = best = sum(not has for has in answerable.values())
+            where = 0.0
+            for example_id in sorted(odds, key=lambda k: odds[k]):
+                if example_id in scores:
+                    if answerable[example_id]:
+                        now += scores[example_id]
+                    elif predictions[example_id]:
+                        now -= 1
+                    if now > best:
+                        best, where = now, odds[example_id]
+            result[f"best_{name}"], result[f"best_{name}_thresh"] = 100.0 * best / len(scores), where
+    if threshold is not None:
+        for scores in (exact, partial):
+            for example_id in scores:
+                if odds[example_id] > threshold:
+                    scores[example_id] = float(not answerable[example_id])
+    for prefix, wanted in (("", (True, False)), ("HasAns_", (True,)), ("NoAns_", (False,))):
+        ids = [example_id for example_id in exact if answerable[example_id] in wanted]
+        if ids:
+            result[prefix + "exact"] = 100.0 * sum(exact[k] for k in ids) / len(ids)
+            result[prefix + "f1"] = 100.0 * sum(partial[k] for k in ids) / len(ids)
+            result[prefix + "total"] = len(ids)
+    return result
+
+
+def official_keys(metrics):
+    return {
+        k: v for k, v in metrics.items() if not k.startswith(("tuned_", "crossfit_")) and k not in ("missing", "extra")
+    }
+
+
+def mangled(text, generator):
+    ways = (
+        str.upper,
+        str.title,
+        lambda t: f"  The {t}",
+        lambda t: f"«{t}»",
+        lambda t: f"({t}.)",
+        lambda t: t.replace(" ", "\u00a0"),
+        lambda t: t.replace(" ", " \t\n "),
+        lambda t: t.replace("-", "\u2013"),
+        lambda t: t + " an",
+        lambda t: t[: len(t) // 2],
+        lambda t: " ".join(reversed(t.split())),
+        lambda t: t + " " + t,
+        lambda t: t.replace("i", "\u0130"),
+        lambda t: t.encode("utf-8").decode("latin-1"),
+        lambda t: t.replace("e", "e\u0301"),
+        lambda t: "",
+        lambda t: " ",
+        lambda t: "the",
+        lambda t: ".",
+        lambda t: "\U0001f600",
+    )
+    return generator.choice(ways)(text)
+
+
+def prediction_sets(questions):
+    """Named prediction dicts for a gold file: perfect, empty, mangled, incomplete, too many."""
+    generator = random.Random(7)
+    first = {gold.example_id: gold.texts[0] if gold.texts else "" for gold in questions}
+    other = list(first.values())
+    answer_all = {k: text or generator.choice(other) for k, text in first.items()}
+    some = dict(list(first.items())[::3])
+    yield "perfect", first
+    yield "empty", dict.fromkeys(first, "")
+    yield "mangled", {k: mangled(text, generator) for k, text in answer_all.items()}
+    yield "shuffled", dict(zip(first, generator.sample(other, len(other)), strict=True))
+    yield "missing", some
+    yield "extra", {"no such question": "x", **first, "nor this": ""}
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["en-v1-dev.json", "ja-v1-sample.json"])
+def test_version_1_on_real_gold(name):
+    gold = read_gold(str(DATA / name))
+    assert not gold.version_2
+    for case, predictions in prediction_sets(gold.questions):
+        metrics = score(gold.questions, predictions, version_2_with_negative=False)
+        assert official_keys(metrics) == version_1(gold.questions, predictions), case
+        ids = {q.example_id for q in gold.questions}
+        assert metrics["missing"] == len(ids - predictions.keys()) and metrics["extra"] == len(predictions.keys() - ids)
+
+
+@needs_real_data
+def test_version_2_on_real_gold():
+    gold = read_gold(str(DATA / "en-v2-dev.json"))
+    assert gold.version_2
+    generator = random.Random(11)
+    for case, predictions in prediction_sets(gold.questions):
+        assert official_keys(score(gold.questions, predictions, version_2_with_negative=True)) == version_2(
+            gold.questions, predictions
+        ), case
+        for distinct in (3, 10**9):
+            odds = {
+                k: generator.randrange(distinct) / distinct * 4 - 2
+                for k in generator.sample(list(predictions), len(predictions))
+            }
+            for threshold in (None, 1.0, -0.5):
+                metrics = score(gold.questions, predictions, odds, threshold)
+                assert official_keys(metrics) == version_2(gold.questions, predictions, odds, threshold), case
+
+
+texts = st.text(alphabet="aAtThe. \u00e9\u0130,-", max_size=8)
+gold_lists = st.lists(st.lists(texts, max_size=3), min_size=1, max_size=8)
+
+
+@st.composite
+def scored_sets(draw):
+    golds = [Gold(f"q{i}", tuple(one)) for i, one in enumerate(draw(gold_lists))]
+    ids = draw(st.permutations([gold.example_id for gold in golds]))
+    answered = ids[: draw(st.integers(1, len(ids)))]
+    predictions = {k: draw(texts | st.sampled_from([t for g in golds for t in g.texts] or [""])) for k in answered}
+    odds = {k: draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0]) | st.floats(-5, 5)) for k in draw(st.permutations(answered))}
+    return golds, predictions, odds
+
+
+@settings(max_examples=500, deadline=None)
+@given(scored_sets(), st.none() | st.floats(-5, 5))
+def test_version_2_on_made_up_gold(case, threshold):
+    golds, predictions, odds = case
+    assert official_keys(score(golds, predictions, odds, threshold)) == version_2(golds, predictions, odds, threshold)
+
+
+@settings(max_examples=200, deadline=None)
+@given(scored_sets())
+def test_version_1_on_made_up_gold(case):
+    golds, predictions, _ = case
+    golds = [gold if gold.texts else Gold(gold.example_id, ("x",)) for gold in golds]
+    assert official_keys(score(golds, predictions, version_2_with_negative=False)) == version_1(golds, predictions)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scored_sets())
+def test_tuned_threshold_beats_every_other_threshold(case):
+    golds, predictions, odds = case
+    golds = [gold for gold in golds if gold.example_id in predictions]
+    metrics = score(golds, predictions, odds, version_2_with_negative=True)
+    for name in ("exact", "f1"):
+        best = max(version_2(golds, predictions, odds, t)[name] for t in [*odds.values(), min(odds.values()) - 1])
+        assert metrics[f"tuned_{name}"] == pytest.approx(best, abs=1e-9)
+        at = score(golds, predictions, odds, metrics[f"tuned_{name}_thresh"], version_2_with_negative=True)
+        assert at[name] == pytest.approx(best, abs=1e-9)
+
+
+def test_tuning_looks_at_the_best_spans_and_not_at_what_the_threshold_left_of_them():
+    scorer = Scorer(version_2_with_negative=True)
+    for example_id, gold, odds in (("a", ("yes",), 2.0), ("b", (), 3.0)):
+        scorer.add(Gold(example_id, gold), "", odds, best_span_text="yes")
+    metrics = scorer.result()
+    assert (metrics["exact"], metrics["best_exact"], metrics["best_exact_thresh"]) == (50.0, 50.0, 0.0)
+    assert (metrics["tuned_exact"], metrics["tuned_exact_thresh"]) == (100.0, 2.0)
+
+
+def test_equal_odds_are_not_parted_when_tuning_though_the_official_search_parts_them():
+    golds = [Gold("a", ("yes",)), Gold("b", ())]
+    metrics = score(golds, {"a": "yes", "b": "yes"}, {"a": 1.0, "b": 1.0})
+    assert (metrics["best_exact"], metrics["tuned_exact"]) == (100.0, 50.0)
+
+
+def test_cross_fitting_uses_the_threshold_of_the_other_half():
+    generator = random.Random(1)
+    golds, predictions, odds = [], {}, {}
+    for i in range(400):  # odds that say nothing: what tuning seems to gain is luck
+        golds.append(Gold(f"q{i}", ("yes",) if generator.random() < 0.5 else ()))
+        predictions[f"q{i}"], odds[f"q{i}"] = "yes", generator.random()
+    metrics = score(golds, predictions, odds)
+    assert metrics["crossfit_exact"] < metrics["tuned_exact"]
+    assert metrics["tuned_exact"] > 50
+    by_answerable = score(golds, predictions, {g.example_id: float(not g.texts) for g in golds})
+    assert by_answerable["crossfit_exact"] == by_answerable["tuned_exact"] == 100.0
+
+
+def test_streaming_gives_what_scoring_at_once_gives():
+    golds = [Gold("a", ("yes",)), Gold("b", ()), Gold("c", ("no way",))]
+    predictions = [
+        Prediction(gold.example_id, text, [(text, 1.0, 0.0, 0.0, 0)], odds)
+        for gold, text, odds in zip(golds, ("yes", "no", "way"), (-2.0, 1.0, 0.5), strict=True)
+    ]
+    scorer = Scorer(version_2_with_negative=True)
+    for gold, prediction in zip(golds, predictions, strict=True):
+        scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
+    at_once = score(
+        golds, {p.example_id: p.text for p in predictions}, {p.example_id: p.null_odds for p in predictions}
+    )
+    assert at_once.pop("missing") == at_once.pop("extra") == 0
+    assert scorer.result() == at_once
+
+
+def test_a_question_of_v1_without_gold_text_earns_nothing():
+    metrics = score([Gold("a", ()), Gold("b", ("x",))], {"a": "", "b": "x"}, version_2_with_negative=False)
+    assert (metrics["exact"], metrics["f1"], metrics["total"]) == (50.0, 50.0, 2)
+
+
+def test_an_id_that_occurs_twice():
+    golds = [Gold("a", ("x",)), Gold("a", ("y",))]
+    assert score(golds, {"a": "y"}, version_2_with_negative=False)["exact"] == 50.0
+    assert score(golds, {"a": "y"}, version_2_with_negative=True)["total"] == 1
+
+
+def test_what_cannot_be_scored_is_said_in_one_line():
+    with pytest.raises(UserError, match="no questions"):
+        score([], {})
+    with pytest.raises(UserError, match="none of the 1 gold questions has a prediction"):
+        score([Gold("a", ())], {"b": ""}, version_2_with_negative=True)
+    with pytest.raises(UserError, match=r"null odds lack 1 questions .*first: b"):
+        score([Gold("a", ()), Gold("b", ())], {"a": "", "b": ""}, {"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "tokens"),
+    [
+        ("en", "The  Cat's «hat»", ["cats", "«hat»"]),
+        ("zh", "北京 2008年，the Olympic《奥运》", ["北", "京", "2008", "年", "the", "olympic", "奥", "运"]),
+        ("ja", "東京ﾀﾜｰは、333メートル。", [*"東京ﾀﾜｰは", "333", *"メートル"]),
+        ("th", "กรุงเทพ 10", ["ก", "รุ", "ง", "เ", "ท", "พ", "10"]),
+        ("de", "Der „Rhein“, ein Fluss", ["rhein", "fluss"]),
+        ("es", "La casa — un árbol", ["casa", "árbol"]),
+        ("hi", "ताज महल।", ["ताज", "महल"]),
+        ("vi", "những ngôi nhà", ["ngôi", "nhà"]),
+        ("ar", "القاهرة", ["قاهرة"]),
+    ],
+)
+def test_languages(language, text, tokens):
+    assert normalized_tokens(text, language) == tokens
+
+
+def test_every_language_is_tested():
+    marks = test_languages.pytestmark[0].args[1]
+    assert {case[0] for case in marks} == set(METRIC_LANGUAGES)
+
+
+@needs_real_data
+def test_characters_count_where_words_are_not_spaced():
+    gold = read_gold(str(DATA / "ja-v1-sample.json"))
+    cut = {q.example_id: q.texts[0][:-1] for q in gold.questions}
+    assert score(gold.questions, cut, version_2_with_negative=False)["f1"] < 5
+    assert score(gold.questions, cut, version_2_with_negative=False, language="ja")["f1"] > 70
+    perfect = {q.example_id: q.texts[0] for q in gold.questions}
+    assert score(gold.questions, perfect, version_2_with_negative=False, language="ja")["exact"] == 100
+
+
+@needs_real_data
+def test_gold_files_read_whole():
+    for name in ("en-v1-dev.json", "en-v2-dev.json", "ja-v1-sample.json"):
+        articles = json.loads((DATA / name).read_text(encoding="utf-8"))["data"]
+        expected = collections.OrderedDict(
+            (qa["id"], tuple(answer["text"] for answer in qa["answers"]))
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        )
+        assert [tuple(gold) for gold in read_gold(str(DATA / name)).questions] == list(expected.items())

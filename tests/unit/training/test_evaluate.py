@@ -1,0 +1,265 @@
+"""The evaluation of a small model in one process: what its options do, checked against slow ways to the same files."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+
+from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.facts import model_facts
+from qa_deepspeed.qa.decoding.classic import classic_text, decode_classic
+from qa_deepspeed.qa.decoding.full_logits import FullLogits
+from qa_deepspeed.qa.decoding.hf import decode_like_transformers
+from qa_deepspeed.qa.decoding.predictions import DecodeSettings
+from qa_deepspeed.qa.features.batching import make_batch
+from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, read_predictions
+from qa_deepspeed.qa.metrics.squad import score
+from qa_deepspeed.training.evaluate import EvaluationData, evaluate
+from qa_deepspeed.training.features import load_features
+from qa_deepspeed.training.scoring import evaluation_options
+from qa_deepspeed.utils.errors import UserError
+
+
+class PlainReader:
+    """A model on this process, without DeepSpeed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module):
+        self.module = module.eval()
+        self.evaluating = contextlib.nullcontext
+
+    def eval_forward(self, inputs):
+        with torch.inference_mode():
+            return self.module(**inputs)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, 3, 4, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(sample):
+    """(reader, data, options) of an untrained model, whose logits are far apart, on questions of several windows."""
+    options = RunOptions(
+        model_name_or_path=str(sample / "model"),
+        predict_file=str(sample / "dev.json"),
+        cache_dir=str(sample / "cache"),
+        version_2_with_negative=True,
+        max_seq_length=36,
+        max_query_length=16,
+        doc_stride=8,
+        n_best_size=7,
+    )
+    facts = model_facts(options)
+    torch.manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_config(AutoConfig.from_pretrained(sample / "model"))
+    model.qa_outputs.weight.data.mul_(8)
+    layout = facts.layout(model_columns(model, facts.config), 0)
+    data = EvaluationData(load_features(options, "evaluate", facts), layout, facts.tokenizer)
+    assert len(data.store) > 2 * len(data.store.examples) and len(data.store.examples) > 20
+    return PlainReader(model), data, options
+
+
+def run(setup, folder: Path, **changes):
+    reader, data, options = setup
+    options = evaluation_options(replace(options, **changes, given=frozenset(changes)))
+    folder.mkdir(exist_ok=True)
+    return evaluate(reader, data, options, folder)
+
+
+def saved_logits(folder: Path):
+    with np.load(folder / "logits.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_full_logits_are_the_models_own_and_give_the_same_answers(setup, tmp_path):
+    run(setup, tmp_path / "few")
+    run(setup, tmp_path / "full", gather="full")
+    for name in ("predictions.json", "nbest_predictions.json", "null_odds.json", "metrics.json"):
+        assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
+    assert not (tmp_path / "few" / "logits.npz").exists()
+    logits = saved_logits(tmp_path / "full")
+    reader, data, _ = setup
+    assert logits["example_id"].tolist() == [data.store.examples.ids[i] for i in data.store.example_index]
+    rows = data.store.take(np.arange(len(data.store)))
+    for row in range(0, len(data.store), 9):
+        ids = rows.input_ids[rows.row_splits[row] : rows.row_splits[row + 1]]
+        types = rows.token_type_ids[rows.row_splits[row] : rows.row_splits[row + 1]]
+        alone = reader.eval_forward(
+            {"input_ids": torch.tensor(ids[None]).long(), "token_type_ids": torch.tensor(types[None]).long()}
+        )
+        np.testing.assert_allclose(logits["start_logits"][row, : len(ids)], alone.start_logits[0], atol=1e-4)
+        np.testing.assert_allclose(logits["end_logits"][row, : len(ids)], alone.end_logits[0], atol=1e-4)
+        assert np.isneginf(logits["start_logits"][row, len(ids) :]).all()
+
+
+def best_by_brute_force(setup, logits, best_window_only):
+    """The best text of each question: every pair of every window, the classic best-window rule token by token."""
+    _, data, options = setup
+    store, best = data.store, {}
+    rows = store.take(np.arange(len(store)))
+    begins, lengths = store.windows(np.arange(len(store)))
+
+    def context(row, token):  # on the poorer side, by the rule of run_squad.py
+        left, right = token - begins[row], begins[row] + lengths[row] - 1 - token
+        return min(left, right) + 0.01 * lengths[row] if left >= 0 and right >= 0 else -np.inf
+
+    for row, example in enumerate(store.example_index):
+        mates = np.flatnonzero(store.example_index == example)
+        first, stop = int(rows.context_begin[row]), int(rows.context_end[row])
+        for start in range(first, stop):
+            token = begins[row] + start - first
+            if best_window_only and row != max(mates, key=lambda mate: (context(mate, token), -mate)):  # noqa: B023
+                continue
+            for end in range(start, min(stop, start + options.max_answer_length)):
+                score = logits["start_logits"][row, start] + logits["end_logits"][row, end]
+                place = store.character_spans(np.array([row]), np.array([start]), np.array([end]))
+                found = (score, -place[0][0], -place[1][0])
+                best[example] = max(best.get(example, (-np.inf,)), found)
+    texts = {}
+    for index, example in enumerate(store.examples):
+        _, begin, end = best[index]
+        texts[example.example_id] = example.context[-begin:-end].strip()
+    return texts
+
+
+def test_another_number_of_threads_changes_no_more_than_the_last_digits(setup, tmp_path):
+    """A product's sums may be split otherwise, so scores agree within 1e-4, and answers but for such ties."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            run(setup, tmp_path / str(threads))
+    finally:
+        torch.set_num_threads(before)
+    one, three = (json.loads((tmp_path / name / "nbest_predictions.json").read_text()) for name in ("1", "3"))
+    assert one.keys() == three.keys()
+    for example_id, entries in one.items():
+        scores = {(e["text"], e["start"]): e["start_logit"] + e["end_logit"] for e in three[example_id]}
+        for rank, entry in enumerate(entries):
+            score, other = entry["start_logit"] + entry["end_logit"], three[example_id][rank]
+            assert other["start_logit"] + other["end_logit"] == pytest.approx(score, abs=1e-4)
+            place = entry["text"], entry["start"]
+            # the last of a list may change places with one that just missed it
+            assert rank == len(entries) - 1 or scores[place] == pytest.approx(score, abs=1e-4)
+
+
+def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
+    run(setup, tmp_path / "all", gather="full", null_score_diff_threshold=1e9)
+    run(setup, tmp_path / "best", best_window_only=True, null_score_diff_threshold=1e9)
+    logits = saved_logits(tmp_path / "all")
+    everywhere, best = (read_predictions(str(tmp_path / name / "predictions.json")) for name in ("all", "best"))
+    assert everywhere == best_by_brute_force(setup, logits, False)
+    assert best == best_by_brute_force(setup, logits, True)
+    assert everywhere != best
+
+
+def test_the_loss_is_the_mean_over_all_windows(setup, tmp_path):
+    """Against every window on its own, by torch's cross-entropy over the places that an answer can have."""
+    metrics = run(setup, tmp_path / "loss", metric_for_best_model="loss", per_gpu_eval_batch_size=5)
+    reader, data, _ = setup
+    losses = []
+    for row in range(len(data.store)):
+        batch = make_batch(data.store.take, np.array([row]), data.layout)
+        outputs = reader.eval_forward(batch.inputs)
+        begin, end = int(batch.context_begin[0]), int(batch.context_end[0])
+        places = [int(batch.null_position[0]), *range(begin, end)]
+        for logits, label in ((outputs.start_logits, batch.start), (outputs.end_logits, batch.end)):
+            target = torch.tensor(places.index(int(label[0])))
+            losses.append(float(torch.nn.functional.cross_entropy(logits[0, places], target)))
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert json.loads((tmp_path / "loss/metrics.json").read_text())["loss"] == metrics["loss"]
+    assert "loss" not in run(setup, tmp_path / "none")
+
+
+def test_modes_decode_as_their_functions_do(setup, tmp_path):
+    _, data, options = setup
+    run(setup, tmp_path / "hf", decode_mode="hf")
+    run(setup, tmp_path / "classic", decode_mode="classic")
+    logits = FullLogits(*(saved_logits(tmp_path / "hf")[name] for name in ("feature_id", "start_logits", "end_logits")))
+    settings = DecodeSettings(n_best_size=7, version_2_with_negative=True)
+    hf = {p.example_id: p.text for p in decode_like_transformers(logits, data.store, settings)}
+    how = classic_text(AutoTokenizer.from_pretrained(options.model_name_or_path))
+    assert how.do_lower_case
+    classic = {p.example_id: p.text for p in decode_classic(logits, data.store, settings, how)}
+    assert read_predictions(str(tmp_path / "hf" / "predictions.json")) == hf
+    assert read_predictions(str(tmp_path / "classic" / "predictions.json")) == classic
+    assert hf != classic
+
+
+def test_equal_texts_are_merged_on_request(setup, tmp_path):
+    """Long lists, so that words which occur twice are in them."""
+    run(setup, tmp_path / "plain", n_best_size=300)
+    run(setup, tmp_path / "merged", n_best_size=300, merge_duplicate_texts=True)
+
+    def repeated(folder):
+        lists = json.loads((tmp_path / folder / "nbest_predictions.json").read_text()).values()
+        return sum(len(entries) - len({entry["text"] for entry in entries}) for entries in lists)
+
+    assert repeated("plain") > 0 and repeated("merged") == 0
+
+
+def test_the_threshold_is_tuned_used_and_kept(setup, tmp_path):
+    _, _, options = setup
+    (tmp_path / "auto").mkdir()
+    (tmp_path / "auto" / "config.json").write_text('{"model_type": "bert"}')
+    metrics = run(setup, tmp_path / "auto", null_score_diff_threshold="auto")
+    plain = run(setup, tmp_path / "plain")
+    threshold = metrics["null_score_diff_threshold"]
+    assert threshold == metrics["tuned_f1_thresh"] != 0
+    assert json.loads((tmp_path / "auto" / "config.json").read_text()) == {
+        "model_type": "bert",
+        "null_score_diff_threshold": threshold,
+    }
+    assert (metrics["untuned_exact"], metrics["untuned_f1"]) == (plain["exact"], plain["f1"])
+    assert metrics["f1"] == pytest.approx(metrics["tuned_f1"])
+    assert metrics["tuned_f1"] > max(plain["f1"], metrics["crossfit_f1"])
+    answers = read_predictions(str(tmp_path / "auto" / "predictions.json"))
+    odds = read_null_odds(str(tmp_path / "auto" / "null_odds.json"))
+    assert all((text == "") == (odds[k] > threshold) for k, text in answers.items())
+    assert any(text == "" for text in answers.values())
+    again = score(read_gold(options.predict_file).questions, answers, odds)
+    assert again["f1"] == pytest.approx(metrics["f1"]) and again["exact"] == pytest.approx(metrics["exact"])
+
+
+def test_the_report_adds_up_to_the_metrics(setup, tmp_path):
+    metrics = run(setup, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metrics"] == metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for values in (report["slices"][name].values() for name in ("question_word", "windows", "answerable")):
+        assert sum(cell["questions"] for cell in values) == metrics["total"]
+        assert sum(cell["questions"] * cell["f1"] for cell in values) / metrics["total"] == pytest.approx(metrics["f1"])
+    windows = np.bincount(setup[1].store.example_index)
+    assert {name: cell["questions"] for name, cell in report["slices"]["windows"].items() if name != "4+"} == {
+        str(number): int((windows == number).sum()) for number in (1, 2, 3) if (windows == number).any()
+    }
+    assert report["intervals"]["f1"][0] <= metrics["f1"] <= report["intervals"]["f1"][1]
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_metrics_in_another_language(setup, tmp_path):
+    assert run(setup, tmp_path / "zh", metric_language="zh")["f1"] != run(setup, tmp_path / "en")["f1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decode_mode": "hf", "gather": "candidates"}, "needs --gather full"),
+        ({"decode_mode": "classic", "merge_duplicate_texts": True}, "leave --merge_duplicate_texts out"),
+        ({"null_score_diff_threshold": "auto", "version_2_with_negative": False}, "--version_2_with_negative"),
+    ],
+)
+def test_what_contradicts_itself_is_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluation_options(RunOptions(**{"version_2_with_negative": True, **changes}, given=frozenset(changes)))
