@@ -201,7 +201,7 @@ def _keep_global_batch(resolved: ResolvedConfig, output_dir: Path) -> ResolvedCo
 
 
 def _begin(output_dir: Path, options: RunOptions, identity: dict[str, Any]) -> tuple[str, str]:
-    """Decide whether to start, resume or be done, and from which checkpoint; mark the folder as this run's. For rank 0."""
+    """Decide whether to start, resume or be done, and from which checkpoint; mark the folder as this run's (rank 0)."""
     what = resume_decision(output_dir, options, identity)
     asked = "auto" if asked_for_more(output_dir, identity) else options.resume_from_checkpoint
     if what != "finished":
