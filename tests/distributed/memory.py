@@ -1,4 +1,4 @@
-"""One rank that trains some steps on full rows and writes its memory: `-m tests.distributed.memory MODEL OPTIONS OUT`."""
+"""One rank that trains on full rows and writes its memory: `-m tests.distributed.memory MODEL OPTIONS OUT`."""
 
 import json
 import sys
