@@ -9,5 +9,6 @@ set_up_environment "[test]"
 cd "$REPOSITORY"
 [ $# -gt 0 ] || set -- -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 ruff check .
+ruff format --check .
 mypy
 exec python -m pytest "$@"
