@@ -120,7 +120,7 @@ def on_a_terminal(code: str) -> str:
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
     seen = on_a_terminal(
-        "import time; from qa_deepspeed import progress; progress.QUIET_SECONDS = 0.1\n"
+        "import time; from qa_deepspeed.utils import progress; progress.QUIET_SECONDS = 0.1\n"
         "with progress.Progress('answering', 40, 'window') as told:\n"
         "    for _ in range(40): time.sleep(0.02); told.advance()"
     )
@@ -131,8 +131,8 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
 
 def test_lines_of_the_log_have_their_own_line_and_one_bar_follows_another(tmp_path: Path) -> None:
     seen = on_a_terminal(
-        "import sys, time; from pathlib import Path; from qa_deepspeed import dist, progress, report\n"
-        f"progress.QUIET_SECONDS = 0.0; reporter = report.MetricsLogger(Path({str(tmp_path)!r}), 6, 0)\n"
+        "import sys, time; from pathlib import Path; from qa_deepspeed.training.reporter import MetricsLogger; from qa_deepspeed.utils import dist, progress\n"
+        f"progress.QUIET_SECONDS = 0.0; reporter = MetricsLogger(Path({str(tmp_path)!r}), 6, 0)\n"
         "for step in range(1, 7):\n"
         "    reporter.advance(); time.sleep(0.15)\n"
         "    if step == 3: dist.log0('saved it')\n"
