@@ -20,10 +20,10 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
 from qa_deepspeed.engine.checkpoint import checkpoint_bytes
 from qa_deepspeed.engine.ds_config import ResolvedConfig
-from qa_deepspeed.engine.memory import ZeroSettings, need, need_on_cpu
+from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
 from qa_deepspeed.engine.optim import default_schedule
 from qa_deepspeed.models.facts import ModelFacts, model_facts
-from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
+from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import head_kind, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings
 from qa_deepspeed.runs import identity as run_identity
@@ -184,7 +184,7 @@ def _model(checked: PreflightState) -> list[str]:
         kind,
         LoraSettings.of(resolved.options.to_dict()),
     )
-    return [f"{facts.config.model_type}, {told_parameters(checked.footprint)}"]
+    return [f"{facts.config.model_type}, {describe_parameters(checked.footprint)}"]
 
 
 def _element(resolved: ResolvedConfig) -> int:
@@ -254,7 +254,7 @@ def _memory(checked: PreflightState) -> list[str]:
     arguments = (_known(checked.footprint), ZeroSettings.of(config), checked.ranks, _element(resolved), accumulation)
     available = free_host_memory()
     if on_cpu:
-        wanted = need_on_cpu(*arguments).host * checked.ranks_here
+        wanted = estimate_cpu_memory(*arguments).host * checked.ranks_here
         lines = [f"{wanted / GIB:.2f} GiB for {checked.ranks_here} ranks on this host, {available / GIB:.2f} GiB free"]
         if wanted > available:
             raise UserError(
@@ -262,7 +262,7 @@ def _memory(checked: PreflightState) -> list[str]:
                 "(qa-deepspeed plan compares them)"
             )
         return lines
-    needed = need(*arguments)
+    needed = estimate_memory(*arguments)
     on_device = needed.device(run_options.gradient_checkpointing)
     free, _ = torch.cuda.mem_get_info()
     host = needed.host_of(checked.ranks_here)

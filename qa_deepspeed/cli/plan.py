@@ -18,8 +18,8 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
-from qa_deepspeed.engine.memory import MemoryEstimate, ZeroSettings, countable, need, need_on_cpu
-from qa_deepspeed.models.footprint import Footprint, footprint, told_parameters
+from qa_deepspeed.engine.memory import MemoryEstimate, ZeroSettings, countable, estimate_cpu_memory, estimate_memory
+from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, check_lora
 from qa_deepspeed.utils.errors import UserError
@@ -183,7 +183,7 @@ def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tupl
             kind = torch.bfloat16 if element == 2 else torch.float32
             model = footprint(model_config, resolved.plan.micro_batch_size, run_options.max_seq_length, kind, lora)
         zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
-        function = need_on_cpu if on_cpu else need
+        function = estimate_cpu_memory if on_cpu else estimate_memory
         rows.append(
             _row(
                 name,
@@ -244,7 +244,7 @@ def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: l
     if machines.gpu_memory is not None:
         where = f"{machines.gpu_memory / GIB:.0f} GiB each, {where}"
     lines = [
-        f"{run_options.model_name_or_path}: {told_parameters(model)}; {run_options.per_gpu_train_batch_size} "
+        f"{run_options.model_name_or_path}: {describe_parameters(model)}; {run_options.per_gpu_train_batch_size} "
         f"rows of {run_options.max_seq_length} tokens on each of {machines.ranks} "
         f"{'CPU ranks' if on_cpu else 'GPUs'} ({machines.nodes} x {machines.ranks_per_node}), {where}",
         "GiB of one rank" + ("" if model.counted else "; activations estimated by formula, not counted"),

@@ -17,7 +17,7 @@ from typing import Any
 
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.progress import Progress, reading, sha256_of
+from qa_deepspeed.utils.progress import ProgressBar, hash_progress, sha256_of
 
 LOOP_FILE = "loop.json"
 MANIFEST_FILE = "manifest.json"
@@ -138,8 +138,8 @@ def write_manifest(folder: Path) -> None:
     """
     names = _file_names(folder)
     shown = dist.is_rank_zero()
-    with reading(f"flushing {folder.name}", _paths(folder, names), shown) as told, _threads() as threads:
-        found = threads.map(lambda name: _flushed(folder / name, told), names)
+    with hash_progress(f"flushing {folder.name}", _paths(folder, names), shown) as bar, _threads() as threads:
+        found = threads.map(lambda name: _flushed(folder / name, bar), names)
         entries = dict(zip(names, found, strict=True))
     for inner in {(folder / name).parent for name in names}:
         flush_folder(inner)
@@ -164,9 +164,9 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
             return f"{name} has {(folder / name).stat().st_size} bytes, {size} were written"
-    checking = reading(f"checking {folder.name}", _paths(folder, listed), dist.is_rank_zero())
-    with checking as told, _threads() as threads:
-        found = threads.map(lambda name: sha256_of(folder / name, told), listed)
+    checking = hash_progress(f"checking {folder.name}", _paths(folder, listed), dist.is_rank_zero())
+    with checking as bar, _threads() as threads:
+        found = threads.map(lambda name: sha256_of(folder / name, bar), listed)
         for name, digest in zip(listed, found, strict=True):
             if digest != listed[name][1]:
                 return f"{name} does not hold what was written (its checksum differs)"
@@ -225,9 +225,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(HASH_THREADS)
 
 
-def _flushed(path: Path, told: Progress) -> dict[str, Any]:
+def _flushed(path: Path, bar: ProgressBar) -> dict[str, Any]:
     """The manifest's entry of a file, which is on the disk then."""
-    digest = sha256_of(path, told)
+    digest = sha256_of(path, bar)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}

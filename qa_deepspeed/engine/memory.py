@@ -116,7 +116,9 @@ class MemoryEstimate:
         return always + max(self.gradients, self.held + activations)
 
 
-def need(model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int) -> MemoryEstimate:
+def estimate_memory(
+    model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
+) -> MemoryEstimate:
     """What a GPU rank needs; `element` bytes a parameter, `accumulation` micro-batches an optimizer step."""
     whole, share = model.parameters, -(-model.parameters // ranks)
     trained, trained_share = model.trained, -(-model.trained // ranks)
@@ -160,10 +162,12 @@ CPU_ATTENTION_SHARE = 5 / 12
 probabilities and one byte a score for what was dropped."""
 
 
-def need_on_cpu(model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int) -> MemoryEstimate:
+def estimate_cpu_memory(
+    model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
+) -> MemoryEstimate:
     """What a CPU rank needs, all of it in `host`: freed blocks are kept for the next step, so that what never is needed
     at the same time adds up nevertheless."""
-    on_gpu = need(model, zero, ranks, element, accumulation)
+    on_gpu = estimate_memory(model, zero, ranks, element, accumulation)
     share = -(-model.parameters // ranks)
     buffers = element * _buffers_on_cpu(model, zero, ranks)
     activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))

@@ -18,7 +18,7 @@ import torch
 
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 WEIGHT = "weight"
 """Name of a parameter's float32 value beside those of its optimizer state, like `exp_avg`."""
@@ -81,7 +81,7 @@ class Shards:
         found: dict[str, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
         module = self.common["module"]
-        with Progress("putting weights together", len(module), "tensor", shown=dist.is_rank_zero()) as told:
+        with ProgressBar("putting weights together", len(module), "tensor", shown=dist.is_rank_zero()) as bar:
             for name, stored in module.items():
                 source = aliases.get(name, name)
                 if source not in found:
@@ -91,7 +91,7 @@ class Shards:
                         value = frozen.get(source, stored)
                     found[source] = (value.to(dtype) if value.is_floating_point() else value).clone()
                 result[name] = found[source]
-                told.advance()
+                bar.advance()
         return result
 
     def _index_whole(self, optimized: list[str]) -> None:

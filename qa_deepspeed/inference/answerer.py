@@ -37,7 +37,7 @@ from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import family_of, model_columns
 from qa_deepspeed.qa.features.in_memory import AnswerStore, FeatureMaker
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing since Python 3.11
@@ -221,11 +221,11 @@ class QuestionAnswerer:
             batch = make_batch(store.take, batch_rows, self._layout).to(self.device)
             return self._forward(batch, count, max_answer_len)
 
-        with Progress("answering", len(store), "window", progress is not False, lines=bool(progress)) as told:
+        with ProgressBar("answering", len(store), "window", progress is not False, lines=bool(progress)) as bar:
             at_once = self.device.type == "cpu" and not _changes_in_forward(self.model)
             for part in on_all_cores(answered, batches) if at_once else map(answered, batches):
                 kept.append(part)
-                told.advance(len(part["feature_id"]))
+                bar.advance(len(part["feature_id"]))
         columns = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
         order = np.argsort(columns["feature_id"])
         columns = {name: values[order] for name, values in columns.items()}

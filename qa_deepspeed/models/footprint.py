@@ -82,7 +82,7 @@ def footprint(
     )
 
 
-def told_parameters(model: Footprint) -> str:
+def describe_parameters(model: Footprint) -> str:
     """How many parameters a model has, and how many of them are trained where not all are."""
     some = f", {model.trained:,} of them trained" if model.trained != model.parameters else ""
     return f"{model.parameters:,} parameters{some}"

@@ -19,8 +19,8 @@ from transformers import AutoConfig
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import share
-from qa_deepspeed.utils.progress import writing
+from qa_deepspeed.utils.files import apply_umask
+from qa_deepspeed.utils.progress import write_progress
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
@@ -159,15 +159,15 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **
     """
     if not has_adapters(model):
         size = sum({value.data_ptr(): value.nbytes for value in state.values()}.values())  # shared ones are one
-        with writing("saving the model", folder, size):
+        with write_progress("saving the model", folder, size):
             model.save_pretrained(folder, state_dict=dict(state), **how)
         for path in folder.glob("*.safetensors"):
-            share(path)
+            apply_umask(path)
         return state
     folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, state).items()}
     save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    share(folder / WEIGHTS_FILE)
+    apply_umask(folder / WEIGHTS_FILE)
     dataclasses.replace(model.peft_config[_ADAPTER], inference_mode=True).save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -11,14 +11,14 @@ from qa_deepspeed.utils.files import write_json
 KEY = "null_score_diff_threshold"
 
 
-def keep_threshold(folder: Path, threshold: float) -> None:
+def save_null_threshold(folder: Path, threshold: float) -> None:
     """Write the threshold into the config of the model in `folder`, if there is one."""
     path = folder / "config.json"
     if path.is_file():
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {KEY: threshold})
 
 
-def kept_threshold(model_config: Any) -> float:
+def saved_null_threshold(model_config: Any) -> float:
     """The threshold in a model's config, or 0."""
     return float(getattr(model_config, KEY, 0.0))
 

@@ -13,7 +13,7 @@ import torch
 
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.progress import reading, sha256_of
+from qa_deepspeed.utils.progress import hash_progress, sha256_of
 from qa_deepspeed.utils.units import GIB
 
 PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "datasets", "numpy", "pyarrow")
@@ -88,5 +88,5 @@ def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of the saved model in `folder`, and of what stands beside it, by name."""
     paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     paths = [path for path in paths if path.name != "run.json"]
-    with reading("checksums", paths) as told:
-        return {path.name: sha256_of(path, told) for path in paths}
+    with hash_progress("checksums", paths) as bar:
+        return {path.name: sha256_of(path, bar) for path in paths}

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from qa_deepspeed.models.lora import CONFIG_FILE, load_by_peft
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import share
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.files import apply_umask
+from qa_deepspeed.utils.progress import ProgressBar
 
 PROBE_FILE = "probe.safetensors"
 REFERENCE_ROWS = 4
@@ -67,7 +67,7 @@ def save_reference_outputs(folder: Path, probe: ReferenceOutputs) -> None:
     tensors = {f"inputs.{name}": value.contiguous() for name, value in probe.inputs.items()}
     tensors |= {f"outputs.{name}": value.contiguous() for name, value in probe.outputs.items()}
     save_file(tensors, folder / PROBE_FILE)
-    share(folder / PROBE_FILE)
+    apply_umask(folder / PROBE_FILE)
 
 
 def load_reference_outputs(folder: Path, precision: str, device: str) -> ReferenceOutputs:
@@ -122,11 +122,11 @@ def verify_saved_model(
 def _differing(state: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of `state` whose tensors are not in `loaded`, or not the same."""
     wrong = []
-    with Progress("comparing weights", len(state), "tensor") as told:
+    with ProgressBar("comparing weights", len(state), "tensor") as bar:
         for name, value in state.items():
             if name not in loaded or not torch.equal(loaded[name], value):
                 wrong.append(name)
-            told.advance()
+            bar.advance()
     return wrong
 
 
@@ -135,11 +135,11 @@ def _counting(model: torch.nn.Module) -> Iterator[None]:
     """Tell how far the model's forward pass is, by the modules with weights that it has been through."""
     modules = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     seen: set[int] = set()  # some models pass a layer many times
-    with Progress("comparing logits", len(modules), "module") as told:
+    with ProgressBar("comparing logits", len(modules), "module") as bar:
 
         def tell(module: torch.nn.Module, *_: Any) -> None:
             seen.add(id(module))
-            told.reach(len(seen))
+            bar.reach(len(seen))
 
         hooks = [module.register_forward_hook(tell) for module in modules]
         try:

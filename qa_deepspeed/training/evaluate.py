@@ -20,7 +20,7 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
 from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_head
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
-from qa_deepspeed.models.null_threshold import keep_threshold, kept_threshold
+from qa_deepspeed.models.null_threshold import save_null_threshold, saved_null_threshold
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
@@ -80,7 +80,7 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         further = {} if gathered.loss is None else {LOSS: gathered.loss}
         metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
-            keep_threshold(output_dir, metrics["null_score_diff_threshold"])
+            save_null_threshold(output_dir, metrics["null_score_diff_threshold"])
     with dist.explain_collective_errors("evaluation"):
         return dist.broadcast_json(metrics)
 
@@ -156,7 +156,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     output_dir = writable_folder(options.output_dir)
     facts = model_facts(options)
     if "null_score_diff_threshold" not in options.given:
-        options = dataclasses.replace(options, null_score_diff_threshold=kept_threshold(facts.config))
+        options = dataclasses.replace(options, null_score_diff_threshold=saved_null_threshold(facts.config))
     store = load_features(options, "evaluate", facts)
     log_features(store, "evaluate", output_dir)
     dist.init(device, options.timeout)

@@ -25,7 +25,7 @@ from qa_deepspeed.qa.decoding.max_context import best_window_ranges
 from qa_deepspeed.qa.features.batching import Batch, Layout, evaluation_batches, make_batch
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 
 class RowTable:
@@ -90,11 +90,11 @@ def gather_evaluation(
     batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
     table = RowTable(len(store), reduce.columns, folder) if dist.is_rank_zero() else None
     waiting: list[dict[str, Tensor]] = []
-    with Progress("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as told:
+    with ProgressBar("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as bar:
         for number, rows in enumerate(batches, 1):
             batch = make_batch(store.take, rows, layout).to(device)
             waiting.append(reduce(forward(head.inputs(batch)), batch))
-            told.advance()
+            bar.advance()
             if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
                 arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
                 waiting.clear()

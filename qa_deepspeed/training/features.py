@@ -18,7 +18,7 @@ from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 Purpose = Literal["train", "evaluate"]
 
@@ -30,7 +30,7 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     """
     folder, files = _cache_folder_and_files(options, purpose)
     source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
-    with Progress(f"features of the {purpose} file", None, "question", shown=dist.is_rank_zero()) as told:
+    with ProgressBar(f"features of the {purpose} file", None, "question", shown=dist.is_rank_zero()) as bar:
         return prepare_features(
             source,
             facts.tokenizer,
@@ -38,7 +38,7 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
             settings,
             folder,
             overwrite=options.overwrite_cache,
-            progress=told.reach,
+            progress=bar.reach,
         )
 
 

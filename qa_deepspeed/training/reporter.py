@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from qa_deepspeed.qa.report.samples import EvaluationView
 from qa_deepspeed.training.tensorboard import read_report
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -46,7 +46,7 @@ class MetricsLogger(NullMetricsLogger):
 
         self._board = TensorBoard(output_dir, done_steps)
         self._metrics = _open_metrics(output_dir / METRICS_FILE, done_steps)
-        self._progress = Progress("training", total_steps, "step", lines=False, done=done_steps)
+        self._progress = ProgressBar("training", total_steps, "step", lines=False, done=done_steps)
         self._steps_left = total_steps - done_steps
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:

@@ -22,7 +22,7 @@ from qa_deepspeed.qa.report.analysis import Analysis
 from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, page
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json, write_text
-from qa_deepspeed.utils.progress import Progress
+from qa_deepspeed.utils.progress import ProgressBar
 
 EXAMPLES_AT_ONCE = 4096
 
@@ -89,10 +89,10 @@ def answer_and_score(
     untuned: dict[str, Any] = {}
     if options.null_score_diff_threshold == AUTO:
         first = Scorer(True, options.metric_language, output_dir)
-        with Progress("looking for the threshold", len(store.examples), "question") as told:
+        with ProgressBar("looking for the threshold", len(store.examples), "question") as bar:
             for example, prediction in zip(store.examples, predict(settings), strict=True):
                 _score(first, example, prediction)
-                told.advance()
+                bar.advance()
         found = first.result()
         untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
         settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
@@ -115,10 +115,10 @@ def _observed(
 ) -> Iterator[Prediction]:
     """Pass the predictions through; scorer and analysis take in each."""
     windows = _windows_of_examples(store)
-    with Progress("decoding and scoring", len(store.examples), "question") as told:
+    with ProgressBar("decoding and scoring", len(store.examples), "question") as bar:
         for example, prediction in zip(store.examples, predictions, strict=True):
             analysis.add(example, prediction, next(windows), *_score(scorer, example, prediction))
-            told.advance()
+            bar.advance()
             yield prediction
 
 

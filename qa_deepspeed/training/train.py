@@ -156,7 +156,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
     dist.run_on_rank_zero(
         lambda: finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores, proof),
-        however_long=True,
+        no_timeout=True,
     )
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
     return metrics

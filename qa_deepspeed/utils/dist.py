@@ -217,10 +217,10 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(buffer.numpy().tobytes())
 
 
-def run_on_rank_zero(act: Callable[[], Any], however_long: bool = False) -> Any:
+def run_on_rank_zero(act: Callable[[], Any], no_timeout: bool = False) -> Any:
     """What `act` returns on rank 0 (JSON-able), on every rank. Collective.
 
-    The others wait for it until the timeout; with `however_long`, as long as rank 0 lives.
+    The others wait for it until the timeout; with `no_timeout`, as long as rank 0 lives.
 
     Raises:
         UserError: on every rank, what `act` raised on rank 0.
@@ -231,7 +231,7 @@ def run_on_rank_zero(act: Callable[[], Any], however_long: bool = False) -> Any:
             answer = {"value": act()}
         except UserError as error:
             answer = {"error": str(error)}
-    answer = _hand_on_at_last(answer) if however_long and not _alone() else broadcast_json(answer)
+    answer = _hand_on_at_last(answer) if no_timeout and not _alone() else broadcast_json(answer)
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]

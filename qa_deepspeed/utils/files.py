@@ -25,7 +25,7 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
-        share(Path(temporary))
+        apply_umask(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -42,7 +42,7 @@ def os_errors_as_user_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def share(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give a file the rights that new files have: safetensors gives its own to nobody but their owner."""
     path.chmod(0o666 & ~_umask())
 

@@ -20,7 +20,7 @@ LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal."""
 
 
-class Progress:
+class ProgressBar:
     """Counts work done and tells rate and time left on the standard error stream. Use it as a context manager.
 
     Threads may share one.
@@ -49,7 +49,7 @@ class Progress:
         self._before = self._done = done
         self._lock = threading.RLock()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -100,32 +100,32 @@ BLOCK_BYTES = 512
 """What `st_blocks` counts in, whatever the disk."""
 
 
-def reading(what: str, paths: Iterable[Path], shown: bool = True) -> Progress:
+def hash_progress(what: str, paths: Iterable[Path], shown: bool = True) -> ProgressBar:
     """Progress of reading these files whole, which `sha256_of` advances."""
-    return Progress(what, sum(_megabytes(path.stat().st_size) for path in paths), "megabyte", shown)
+    return ProgressBar(what, sum(_megabytes(path.stat().st_size) for path in paths), "megabyte", shown)
 
 
-def sha256_of(path: Path, told: Progress) -> str:
+def sha256_of(path: Path, bar: ProgressBar) -> str:
     """The hexadecimal SHA-256 of a file, read a megabyte at a time; a last part counts as one."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(MEGABYTE):
             digest.update(block)
-            told.advance()
+            bar.advance()
     return digest.hexdigest()
 
 
 @contextmanager
-def writing(what: str, folder: Path, size: int) -> Iterator[None]:
+def write_progress(what: str, folder: Path, size: int) -> Iterator[None]:
     """While the body writes `size` bytes into `folder` by code that tells nothing itself, tell how far that is."""
     whole, over = _megabytes(size), threading.Event()
 
     def follow() -> None:
         while not over.wait(LOOK_SECONDS):
             with suppress(OSError):  # a file got its final name meanwhile
-                told.reach(min(_written(folder) // MEGABYTE, whole))
+                bar.reach(min(_written(folder) // MEGABYTE, whole))
 
-    with Progress(what, whole, "megabyte") as told:
+    with ProgressBar(what, whole, "megabyte") as bar:
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:
@@ -133,7 +133,7 @@ def writing(what: str, folder: Path, size: int) -> Iterator[None]:
         finally:
             over.set()
             follower.join()
-        told.reach(whole)
+        bar.reach(whole)
 
 
 def _written(folder: Path) -> int:

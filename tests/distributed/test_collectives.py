@@ -34,9 +34,9 @@ def wait_longer_than_the_timeout(rank: int, port: str, answers: Any) -> None:
             raise UserError(refused)
         return "uploaded"
 
-    told = [dist.run_on_rank_zero(lambda: upload(""), however_long=True)]
+    told = [dist.run_on_rank_zero(lambda: upload(""), no_timeout=True)]
     try:
-        dist.run_on_rank_zero(lambda: upload("no login"), however_long=True)
+        dist.run_on_rank_zero(lambda: upload("no login"), no_timeout=True)
     except UserError as error:
         told.append(str(error))
     dist.destroy()

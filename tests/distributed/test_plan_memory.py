@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering, BertConfig
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
-from qa_deepspeed.engine.memory import ZeroSettings, need_on_cpu
+from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory
 from qa_deepspeed.models.footprint import footprint
 from qa_deepspeed.models.lora import LoraSettings
 from tests.distributed.launching import free_port, run
@@ -73,7 +73,7 @@ def compare(models: dict[str, Path], folder: Path, size: str, options: dict[str,
     zero = ZeroSettings.of(ds_config.finish(ds_config.resolve(run_options, RANKS, "cpu"), 1, SIZES[size][0]))
     lora = LoraSettings.of(run_options.to_dict())
     model = footprint(model_config(size), ROWS, LENGTH, torch.float32, lora)
-    wanted = need_on_cpu(model, zero, RANKS, 4, 1)
+    wanted = estimate_cpu_memory(model, zero, RANKS, 4, 1)
     measured = max(one["most"] for one in found)
     print(
         f"{size}{' LoRA' if lora else ''} {options['deepspeed_config']}: measured {measured >> 20} MiB, "

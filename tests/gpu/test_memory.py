@@ -11,7 +11,7 @@ from transformers import AutoModelForQuestionAnswering, BertConfig
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
-from qa_deepspeed.engine.memory import PROCESS_DEVICE_BYTES, ZeroSettings, need
+from qa_deepspeed.engine.memory import PROCESS_DEVICE_BYTES, ZeroSettings, estimate_memory
 from qa_deepspeed.models.footprint import footprint
 from tests.distributed.launching import free_port, run
 from tests.gpu.on_gpu import ON_GPU, gpu_marks
@@ -60,7 +60,7 @@ def test_the_prediction_is_within_15_percent(measured: dict[tuple[str, str], int
     options = RunOptions(deepspeed_config=name, per_gpu_train_batch_size=ROWS, max_seq_length=LENGTH, bf16=True)
     zero = ZeroSettings.of(ds_config.finish(ds_config.resolve(options, 1, "cuda"), 1, SIZES[size][0]))
     model = footprint(model_config(size), ROWS, LENGTH, torch.bfloat16)
-    wanted = need(model, zero, 1, 2, 1)
+    wanted = estimate_memory(model, zero, 1, 2, 1)
     predicted, found = wanted.device() - PROCESS_DEVICE_BYTES, measured[size, name]
     print(f"{size} {name}: measured {found >> 20} MiB, predicted {predicted >> 20} MiB ({predicted / found - 1:+.1%})")
     assert predicted == pytest.approx(found, rel=0.15)

@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from qa_deepspeed.cli.plan import Machines, parse_size, plan, recommend, step_work, told_roofs
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.memory import ZeroSettings, need, need_on_cpu
+from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
 from qa_deepspeed.models.footprint import Footprint
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import REPOSITORY
@@ -56,10 +56,13 @@ def test_states_are_those_of_the_zero_paper(stage: int, published: float) -> Non
     flattened one as well) and gathered parameters. Its stage 1 keeps whole gradients, as DeepSpeed does over several
     micro-batches, and to the end of the backward pass where nothing overlaps.
     """
-    found = need(BILLION, zero(stage), 64, 2, 2)
+    found = estimate_memory(BILLION, zero(stage), 64, 2, 2)
     if stage == 1:
-        assert need(BILLION, zero(1, overlap=True), 64, 2, 1).gradients == need(BILLION, zero(2), 64, 2, 1).gradients
-        assert need(BILLION, zero(1), 64, 2, 1).gradients == 2 * BILLION.parameters
+        assert (
+            estimate_memory(BILLION, zero(1, overlap=True), 64, 2, 1).gradients
+            == estimate_memory(BILLION, zero(2), 64, 2, 1).gradients
+        )
+        assert estimate_memory(BILLION, zero(1), 64, 2, 1).gradients == 2 * BILLION.parameters
     copy = (6 if stage < 3 else 4) * BILLION.parameters // 64
     gathered = 2 * BILLION.largest_layer if stage == 3 else 0
     states = found.parameters - gathered + found.gradients - copy + found.optimizer
@@ -70,13 +73,13 @@ def test_traffic_of_the_stages() -> None:
     """Sent by one of N ranks by ring algorithms: 2S(N-1)/N for an all-reduce, half of it for a gather or a scatter."""
     size, ranks, micro = 2 * BILLION.parameters, 8, 3
     once = size * 7 // 8
-    sent = {stage: need(BILLION, zero(stage), ranks, 2, micro).sent for stage in range(4)}
+    sent = {stage: estimate_memory(BILLION, zero(stage), ranks, 2, micro).sent for stage in range(4)}
     assert sent == {0: 2 * once, 1: 3 * once, 2: 2 * once * micro + once, 3: 3 * once * micro}
-    assert need(BILLION, zero(3, max_live=8 * 10**9), ranks, 2, micro).sent == 2 * once * micro
+    assert estimate_memory(BILLION, zero(3, max_live=8 * 10**9), ranks, 2, micro).sent == 2 * once * micro
 
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
-    on, off = (need(BILLION, zero(2, offload_optimizer=value), 8, 2, 1) for value in (False, True))
+    on, off = (estimate_memory(BILLION, zero(2, offload_optimizer=value), 8, 2, 1) for value in (False, True))
     share = BILLION.parameters // 8
     assert (on.optimizer, off.optimizer, off.gradients) == (12 * share, 0, 0)
     assert off.host - on.host == (12 + 4 + 2) * share
@@ -88,30 +91,33 @@ def test_lora_trains_and_sends_its_adapters_only() -> None:
     """Frozen parameters have neither gradients nor optimizer state; only stage 3 moves them, to gather them."""
     adapters = dataclasses.replace(BILLION, trained=10_000_000, largest_trained=10**6)
     for stage in range(4):
-        all_of_it, some = (need(model, zero(stage), 8, 2, 1) for model in (BILLION, adapters))
+        all_of_it, some = (estimate_memory(model, zero(stage), 8, 2, 1) for model in (BILLION, adapters))
         assert some.parameters == all_of_it.parameters
         assert (some.gradients + some.optimizer) * 750 == all_of_it.gradients + all_of_it.optimizer
         gathered = 2 * 2 * BILLION.parameters * 7 // 8 if stage == 3 else 0
         assert (some.sent - gathered) * 750 == all_of_it.sent - gathered
-        assert need_on_cpu(adapters, zero(stage), 8, 2, 1).host < need_on_cpu(BILLION, zero(stage), 8, 2, 1).host
-    off = need(adapters, zero(2, offload_optimizer=True), 8, 2, 1)
-    assert off.host - need(adapters, zero(2), 8, 2, 1).host == (12 + 4 + 2) * 1_250_000
+        assert (
+            estimate_cpu_memory(adapters, zero(stage), 8, 2, 1).host
+            < estimate_cpu_memory(BILLION, zero(stage), 8, 2, 1).host
+        )
+    off = estimate_memory(adapters, zero(2, offload_optimizer=True), 8, 2, 1)
+    assert off.host - estimate_memory(adapters, zero(2), 8, 2, 1).host == (12 + 4 + 2) * 1_250_000
 
 
 def test_gradients_and_activations_share_their_room() -> None:
     """Except for the gradients that wait for the next micro-batch of the same step."""
     small, large = (dataclasses.replace(BILLION, saved=saved) for saved in (10**9, 10**12))
-    few, many = (need(small, zero(2), 8, 2, micro) for micro in (1, 4))
+    few, many = (estimate_memory(small, zero(2), 8, 2, micro) for micro in (1, 4))
     assert few.device() == few.device(checkpointing=True) == many.device()
     share = BILLION.parameters // 8
-    lone, waiting = (need(large, zero(2), 8, 2, micro) for micro in (1, 4))
+    lone, waiting = (estimate_memory(large, zero(2), 8, 2, micro) for micro in (1, 4))
     assert lone.device() - few.device() == 10**12 - lone.gradients
     assert waiting.device() - lone.device() == waiting.held == 2 * share
 
 
 def test_a_cpu_rank_has_all_of_it_in_host_memory() -> None:
     for stage in range(4):
-        found = need_on_cpu(BILLION, zero(stage), 2, 4, 1)
+        found = estimate_cpu_memory(BILLION, zero(stage), 2, 4, 1)
         assert found.host > found.parameters + found.gradients + found.optimizer + found.activations
 
 

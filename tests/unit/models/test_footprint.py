@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, BertConfig
 
-from qa_deepspeed.models.footprint import footprint, told_parameters
+from qa_deepspeed.models.footprint import describe_parameters, footprint
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from tests.unit import small_tokenizers
 
@@ -76,7 +76,7 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
     widths = 5 * SMALL["hidden_size"] + SMALL["intermediate_size"]  # of what a layer's six linear modules give out
     assert counted.adapted == 3 * (3 * 40) * widths * 4
     assert footprint(config, 3, 40, torch.float32).adapted == 0
-    assert told_parameters(counted) == f"{counted.parameters:,} parameters, {sum(trained):,} of them trained"
+    assert describe_parameters(counted) == f"{counted.parameters:,} parameters, {sum(trained):,} of them trained"
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "electra", "albert", "bart", "longformer", "deberta"])

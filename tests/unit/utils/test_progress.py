@@ -16,23 +16,23 @@ from pathlib import Path
 import pytest
 
 from qa_deepspeed.utils import progress
-from qa_deepspeed.utils.progress import MEGABYTE, Progress
+from qa_deepspeed.utils.progress import MEGABYTE, ProgressBar
 from tests.paths import REPOSITORY
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that Progress sees: its only entry."""
+    """The time that ProgressBar sees: its only entry."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_a_file_gets_a_line_every_half_minute(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("training", 4000, "step", done=1000) as told:
+    with ProgressBar("training", 4000, "step", done=1000) as bar:
         for _ in range(100):
             clock[0] += 1.0
-            told.advance(10)
+            bar.advance(10)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "training: 1,300 of 4,000 steps, 10.0/s, 0:04:30 left",
@@ -42,10 +42,10 @@ def test_a_file_gets_a_line_every_half_minute(clock: list[float], capsys: pytest
 
 
 def test_the_whole_may_become_known_on_the_way(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("features", None, "question") as told:
+    with ProgressBar("features", None, "question") as bar:
         for done, total in ((500, None), (500, 9000), (2000, 9000)):
             clock[0] += 40.0
-            told.reach(done, total)
+            bar.reach(done, total)
     assert capsys.readouterr().err.splitlines() == [
         "features: 500 questions, 12.5/s",
         "features: 500 of 9,000 questions, 6.2/s, 0:22:40 left",
@@ -55,9 +55,9 @@ def test_the_whole_may_become_known_on_the_way(clock: list[float], capsys: pytes
 
 def test_what_is_soon_over_or_not_asked_for_is_not_told(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     for shown, lines, seconds in ((True, True, 1.0), (False, True, 99.0), (True, False, 99.0)):
-        with Progress("answering", 2, "window", shown, lines) as told:
+        with ProgressBar("answering", 2, "window", shown, lines) as bar:
             clock[0] += seconds
-            told.advance()
+            bar.advance()
     assert capsys.readouterr().err == ""
 
 
@@ -68,7 +68,7 @@ def test_files_that_grow_are_followed(
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.01)
     seen = ""
-    with progress.writing("saving", tmp_path / "out", 8 * MEGABYTE):
+    with progress.write_progress("saving", tmp_path / "out", 8 * MEGABYTE):
         (tmp_path / "out").mkdir()
         with (tmp_path / "out" / "weights").open("wb") as file:
             file.truncate(8 * MEGABYTE)
@@ -91,8 +91,8 @@ def test_files_are_read_by_the_megabyte_by_many_threads(
     paths = [tmp_path / str(number) for number in range(4)]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    with progress.reading("checking", paths) as told, ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda path: progress.sha256_of(path, told), paths))
+    with progress.hash_progress("checking", paths) as bar, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda path: progress.sha256_of(path, bar), paths))
     assert found == [hashlib.sha256(content).hexdigest() for content in contents]
     lines = capsys.readouterr().err.splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(1, 11)) and "of 10 megabytes" in lines[0]
@@ -121,8 +121,8 @@ def on_a_terminal(code: str) -> str:
 def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
     seen = on_a_terminal(
         "import time; from qa_deepspeed.utils import progress; progress.QUIET_SECONDS = 0.1\n"
-        "with progress.Progress('answering', 40, 'window') as told:\n"
-        "    for _ in range(40): time.sleep(0.02); told.advance()"
+        "with progress.ProgressBar('answering', 40, 'window') as bar:\n"
+        "    for _ in range(40): time.sleep(0.02); bar.advance()"
     )
     bars = seen.split("\r")
     shape = re.compile(r"answering: +\d+%.*\| \d+/40 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+window/s\]")
@@ -131,13 +131,14 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
 
 def test_lines_of_the_log_have_their_own_line_and_one_bar_follows_another(tmp_path: Path) -> None:
     seen = on_a_terminal(
-        "import sys, time; from pathlib import Path; from qa_deepspeed.training.reporter import MetricsLogger; from qa_deepspeed.utils import dist, progress\n"
+        "import sys, time; from pathlib import Path; from qa_deepspeed.utils import dist, progress\n"
+        "from qa_deepspeed.training.reporter import MetricsLogger\n"
         f"progress.QUIET_SECONDS = 0.0; reporter = MetricsLogger(Path({str(tmp_path)!r}), 6, 0)\n"
         "for step in range(1, 7):\n"
         "    reporter.advance(); time.sleep(0.15)\n"
         "    if step == 3: dist.log0('saved it')\n"
-        "with progress.Progress('evaluating', 3, 'batch') as told:\n"
-        "    for _ in range(3): told.advance(); time.sleep(0.15)\n"
+        "with progress.ProgressBar('evaluating', 3, 'batch') as bar:\n"
+        "    for _ in range(3): bar.advance(); time.sleep(0.15)\n"
     )
     parts = [part.strip() for part in re.split(r"[\r\n]", seen)]
     assert "saved it" in parts, parts
