@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from qa_deepspeed.config.run_options import AUTO, RunOptions
 from qa_deepspeed.qa.metrics.significance import Interval
 
 CARD_FILE = "README.md"
+TASK = "question-answering"
 
 EARLIER_CARDS_MARK = "<!-- written by qa_deepspeed: it is written anew by the next training into this folder -->"
 """By this a card is known as ours; one that a person wrote is left alone."""
@@ -41,9 +42,8 @@ def model_card(name: str, options: RunOptions, record: Mapping[str, Any], interv
     Nothing of this machine's folders is in its header: local models and data go unnamed.
     """
     title = name.split("/")[-1]
-    header = yaml.safe_dump(_header(title, options, record), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{header}---\n{EARLIER_CARDS_MARK}\n\n# {title}",
+        f"---\n{_header(title, options, record).to_yaml()}\n---\n{EARLIER_CARDS_MARK}\n\n# {title}",
         _purpose(options, record),
         _loading(name, options, record),
         _evaluation(options, record, intervals),
@@ -52,39 +52,34 @@ def model_card(name: str, options: RunOptions, record: Mapping[str, Any], interv
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _header(name: str, options: RunOptions, record: Mapping[str, Any]) -> dict[str, Any]:
-    header: dict[str, Any] = {
-        "library_name": "peft" if options.lora_rank is not None else "transformers",
-        "pipeline_tag": "question-answering",
-        "tags": ["question-answering", "extractive-qa", "deepspeed", "qa_deepspeed"],
-    }
-    base = _public_name(options.model_name_or_path)
-    if base:
-        header["base_model"] = base
-    if options.dataset_name:
-        header["datasets"] = [options.dataset_name]
+def _header(name: str, options: RunOptions, record: Mapping[str, Any]) -> ModelCardData:
     metrics = record.get("metrics") or {}
-    if metrics:
-        data: dict[str, str] = {"name": _evaluated_on(options), "type": options.dataset_name or _evaluated_on(options)}
-        if not options.data_file("evaluate"):
-            data["split"] = options.predict_split
-        values = [("exact_match", "Exact Match", metrics["exact"]), ("f1", "F1", metrics["f1"])]
-        header["model-index"] = [
-            {
-                "name": name,
-                "results": [
-                    {
-                        "task": {"type": "question-answering", "name": "Question Answering"},
-                        "dataset": data,
-                        "metrics": [
-                            {"type": kind, "name": shown, "value": round(float(value), 3)}
-                            for kind, shown, value in values
-                        ],
-                    }
-                ],
-            }
-        ]
-    return header
+    return ModelCardData(
+        library_name="peft" if options.lora_rank is not None else "transformers",
+        pipeline_tag=TASK,
+        tags=[TASK, "extractive-qa", "deepspeed", "qa_deepspeed"],
+        base_model=_public_name(options.model_name_or_path),
+        datasets=[options.dataset_name] if options.dataset_name else None,
+        model_name=name,
+        eval_results=_eval_results(options, metrics) if metrics else None,
+    )
+
+
+def _eval_results(options: RunOptions, metrics: Mapping[str, Any]) -> list[EvalResult]:
+    evaluated_on = _evaluated_on(options)
+    return [
+        EvalResult(
+            task_type=TASK,
+            task_name="Question Answering",
+            dataset_type=options.dataset_name or evaluated_on,
+            dataset_name=evaluated_on,
+            dataset_split=None if options.data_file("evaluate") else options.predict_split,
+            metric_type=metric_type,
+            metric_name=metric_name,
+            metric_value=round(float(metrics[key]), 3),
+        )
+        for key, metric_type, metric_name in (("exact", "exact_match", "Exact Match"), ("f1", "f1", "F1"))
+    ]
 
 
 def _public_name(name: str | None) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from qa_deepspeed.qa.report.charts import BLACK, GREY, HEIGHT, WIDTH, Figure, figures
+from qa_deepspeed.qa.report.charts import figures, pixels
 from qa_deepspeed.qa.report.page import REPORT_FILE, markdown_parts
 from qa_deepspeed.qa.report.samples import EvaluationView
 
@@ -99,18 +99,10 @@ class TensorBoard:
         self._writer.close()
 
 
-TITLE_HEIGHT = 28
-FONT_PIXELS = 17
-"""Large: TensorBoard shows images at half their size, dropping pixels."""
-MARGIN = 8
-ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
-"""Pillow's names for where a text stands about its point."""
-
-
 def show_report(writer: Any, report: Mapping[str, Any], step: int) -> None:
     """Add a report (`Analysis.report` with `metrics`) to a SummaryWriter at this step."""
     for name, figure in figures(report).items():
-        writer.add_image(f"evaluation/{name}", _pixels(figure), step, dataformats="HWC")
+        writer.add_image(f"evaluation/{name}", pixels(figure), step, dataformats="HWC")
     for name, text in markdown_parts(report).items():
         writer.add_text(f"evaluation/{name}", text, step)
 
@@ -126,23 +118,3 @@ def write_board(output_dir: Path) -> None:
 
     with SummaryWriter(str(output_dir / "tensorboard")) as writer:
         show_report(writer, read_report(output_dir), 0)
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    """uint8 `[height, width, 3]`; the title stands above the figure."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.new("RGB", (WIDTH, HEIGHT + TITLE_HEIGHT), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_PIXELS)
-    for points in figure.grid:
-        draw.line([(x, y + TITLE_HEIGHT) for x, y in points], fill=GREY)
-    for x, y, width, height, colour in figure.bars:
-        draw.rectangle([x, y + TITLE_HEIGHT, x + width, y + height + TITLE_HEIGHT], fill=colour)
-    for points, colour in figure.lines:
-        draw.line([(x, y + TITLE_HEIGHT) for x, y in points], fill=colour, width=2)
-    for x, y, text, anchor in figure.texts:
-        draw.text((x, y + TITLE_HEIGHT), text, fill=BLACK, font=font, anchor=ANCHORS[anchor])
-    wide = draw.textlength(figure.title, font) / (WIDTH - 2 * MARGIN)
-    title_font = ImageFont.load_default(FONT_PIXELS / max(1.0, wide))
-    draw.text((MARGIN, TITLE_HEIGHT - MARGIN), figure.title, fill=BLACK, font=title_font, anchor=ANCHORS["start"])
-    return np.asarray(image)

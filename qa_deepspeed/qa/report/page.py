@@ -1,69 +1,35 @@
-"""The report of an evaluation as one HTML file that needs nothing beside it, and in Markdown for TensorBoard."""
+"""The report of an evaluation as one HTML file that needs no other file, and in Markdown for TensorBoard."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from qa_deepspeed.qa.report.charts import figures
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qa_deepspeed.qa.report.charts import figures, svg
 
 LOGITS_FILE, REPORT_FILE, PAGE_FILE = "logits.npz", "report.json", "report.html"
-
+TEMPLATE = "report.html.j2"
 
 NO_ANSWER = "*no answer*"
-
-
-def plain(text: str) -> str:
-    """The text on one line, with nothing in it that Markdown or HTML would take for its own; "" is no answer."""
-    whole = text.encode("utf-8", "replace").decode()  # halves of surrogate pairs are lost
-    marked = re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(whole.split()))
-    return escape(marked, quote=False) or NO_ANSWER
-
-
-def question_list(questions: Iterable[tuple[str, str, Mapping[str, str]]]) -> str:
-    """For each (mark, question, facts) an item: the mark and the question, below them the facts by name."""
-    lines = []
-    for mark, question, facts in questions:
-        lines.append(f"- **{mark}** {plain(question)}")
-        lines += [f"    - {name}: {fact}" for name, fact in facts.items()]
-    return "\n".join(lines)
-
-
-STYLE = """
-body { font: 15px sans-serif; margin: 2em auto; max-width: 1120px; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: left; vertical-align: top }
-td.number { text-align: right }
-figure { display: inline-block; width: 49%; min-width: 420px; margin: 1em 0; vertical-align: top }
-figure svg { width: 100%; height: auto }
-"""
-
 MISTAKE_COLUMNS = ("probability", "question", "gold", "prediction", "f1", "context", "example_id")
 
 
 def page(report: Mapping[str, Any], title: str) -> str:
     """The HTML document of a report (`Analysis.report` with `metrics`). Every text of the data is escaped."""
-    drawn = "".join(
-        f"<figure>{figure.svg()}<figcaption>{escape(figure.title)}</figcaption></figure>\n"
-        for figure in figures(report).values()
+    environment = Environment(
+        loader=PackageLoader("qa_deepspeed.qa.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    mistakes = [[_cell(mistake[name]) for name in MISTAKE_COLUMNS] for mistake in report["mistakes"]]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>
-<body>
-<h1>{escape(title)}</h1>
-<h2>Scores</h2>
-{_html_table(("", "value", "95% interval"), score_rows(report))}
-<h2>Figures</h2>
-{drawn}
-<h2>The {len(mistakes)} most confident mistakes</h2>
-{_html_table(MISTAKE_COLUMNS, mistakes)}
-</body>
-</html>
-"""
+    return environment.get_template(TEMPLATE).render(
+        title=title,
+        scores=score_rows(report),
+        charts=[svg(name, figure) for name, figure in figures(report).items()],
+        mistake_columns=MISTAKE_COLUMNS,
+        mistakes=[[_cell(mistake[name]) for name in MISTAKE_COLUMNS] for mistake in report["mistakes"]],
+    )
 
 
 def score_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -93,13 +59,23 @@ def markdown_parts(report: Mapping[str, Any]) -> dict[str, str]:
     return {"scores": scores, "mistakes": question_list(mistakes)}
 
 
+def question_list(questions: Iterable[tuple[str, str, Mapping[str, str]]]) -> str:
+    """A Markdown list: for each (mark, question, facts) the mark and the question, below them the facts by name."""
+    lines = []
+    for mark, question, facts in questions:
+        lines.append(f"- **{mark}** {plain(question)}")
+        lines += [f"    - {name}: {fact}" for name, fact in facts.items()]
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """The text on one line, with all Markdown and HTML markup in it escaped; "" becomes `NO_ANSWER`."""
+    valid = text.encode("utf-8", "replace").decode()  # replaces halves of surrogate pairs
+    escaped = re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(valid.split()))
+    return escape(escaped, quote=False) or NO_ANSWER
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return (" | ".join(value) if isinstance(value, list) else str(value)) or "(no answer)"
-
-
-def _html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"

@@ -14,9 +14,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings, Prediction, columns_of, write_predictions
+from qa_deepspeed.qa.report.charts import figures
 from qa_deepspeed.qa.report.samples import SAMPLES, EvaluationView, view_evaluation
 from qa_deepspeed.training.reporter import MetricsLogger
-from qa_deepspeed.training.tensorboard import LAYOUT
+from qa_deepspeed.training.tensorboard import LAYOUT, write_board
+from qa_deepspeed.utils.files import write_json
+from tests.unit.qa.report.reports import hostile_report
 
 CONTEXTS = [f"Paragraph {number} names the number {number} and nothing | else." for number in range(8)]
 
@@ -121,3 +124,13 @@ def test_the_view_holds_what_the_files_say(view: EvaluationView) -> None:
     assert len(set(view.scores.paragraph.tolist())) == 8
     low, high = view.scores.intervals()["f1"]
     assert low <= 100 * view.scores.f1.mean() <= high
+
+
+def test_a_report_shows_its_figures_and_tables(tmp_path: Path) -> None:
+    report = hostile_report()
+    write_json(tmp_path / "report.json", report)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
+    write_board(tmp_path)
+    tags = events(tmp_path).Tags()
+    assert set(tags["images"]) == {f"evaluation/{name}" for name in figures(report)}
+    assert {"evaluation/scores/text_summary", "evaluation/mistakes/text_summary"} <= set(tags["tensors"])

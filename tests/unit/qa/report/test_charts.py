@@ -1,0 +1,81 @@
+"""The charts: heights are scores, SVG is small, deterministic and safe inside a page, nothing draws at import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+
+from qa_deepspeed.qa.report.charts import HEIGHT, WIDTH, figures, pixels, svg
+from tests.unit.qa.report.reports import HOSTILE, hostile_report
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return hostile_report()
+
+
+def test_a_bar_is_as_high_as_its_score(report: dict[str, Any]) -> None:
+    (axes,) = figures(report)["by_answerable"].axes
+    heights = [100 * bar.get_height() for container in axes.containers for bar in container]
+    cells = report["slices"]["answerable"].values()
+    assert heights == pytest.approx([cell[name] for name in ("exact", "f1") for cell in cells])
+    assert [label.get_text().split("\n") for label in axes.get_xticklabels()] == [
+        [name, str(cell["questions"])] for name, cell in report["slices"]["answerable"].items()
+    ]
+
+
+def test_curves_are_those_of_the_report(report: dict[str, Any]) -> None:
+    (axes,) = figures(report)["precision_recall"].axes
+    for line, curve in zip(axes.lines, report["precision_recall"].values(), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), curve["recall"])
+        np.testing.assert_allclose(line.get_ydata(), curve["precision"])
+    (bins,) = figures(report)["calibration"].axes[0].containers
+    assert [bar.get_height() for bar in bins] == [one["accuracy"] for one in report["calibration"]["bins"]]
+
+
+def test_equal_reports_give_equal_and_small_svg(report: dict[str, Any]) -> None:
+    once, again = ({name: svg(name, figure) for name, figure in figures(report).items()} for _ in range(2))
+    assert once == again and len(once) == 7
+    assert sum(map(len, once.values())) < 150_000
+    assert "DejaVu" in once["calibration"] and ">confidence in the answer</text>" in once["calibration"]
+
+
+def test_settings_of_the_user_change_nothing(report: dict[str, Any]) -> None:
+    plain = svg("x", figures(report)["calibration"])
+    with matplotlib.rc_context({"axes.facecolor": "black", "svg.fonttype": "path", "figure.dpi": 30}):
+        before = dict(matplotlib.rcParams)
+        assert svg("x", figures(report)["calibration"]) == plain
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_texts_are_escaped_and_a_dollar_is_a_dollar(report: dict[str, Any]) -> None:
+    cell = {"questions": 1, "exact": 50.0, "f1": 60.0}
+    name = f"$x_1${HOSTILE.replace(' ', '')}"
+    figure = figures({**report, "slices": {"kind": {name: cell}}})["by_kind"]
+    root = ElementTree.fromstring(svg("x", figure))
+    assert not list(root.iter(f"{SVG}script"))
+    texts = ["".join(text.itertext()) for text in root.iter() if text.tag in (f"{SVG}text", f"{SVG}tspan")]
+    assert any(name in text for text in texts)
+
+
+def test_charts_are_drawn_inside_their_frame(report: dict[str, Any]) -> None:
+    """Nothing but white at the border, and something inside."""
+    for figure in figures(report).values():
+        image = pixels(figure)
+        assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
+        for border in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
+            assert (border == 255).all()
+        assert (image < 128).any()
+
+
+def test_matplotlib_is_imported_by_drawing_only() -> None:
+    code = "import sys, qa_deepspeed.qa.report.page; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
