@@ -109,4 +109,4 @@ def test_the_quickstart_configuration_names_known_options():
     options = yaml.safe_load((REPOSITORY / "launch" / "quickstart.yaml").read_text())
     assert set(options) <= set(RunOptions.__dataclass_fields__)
     plans = [plan_batches(options["per_gpu_train_batch_size"], None, options["global_batch_size"], n) for n in (1, 2)]
-    assert plans[0].global_rows == plans[1].global_rows
+    assert plans[0].global_batch_size == plans[1].global_batch_size
