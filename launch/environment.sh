@@ -2,7 +2,7 @@
 # Sourced by quickstart.sh and test.sh: a virtual environment of the repository's own with the tested versions in it.
 #
 #   VENV             folder of the environment (default: .venv in the repository)
-#   PYTHON           the Python >= 3.10 that makes it (default: python3)
+#   PYTHON           the Python >= 3.10 to make it with (default: python3)
 #   TORCH_INDEX_URL  PyTorch's package index for this machine, for its CPU or CUDA wheels (default: pip's own index)
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,7 +15,7 @@ fail() {
     exit 1
 }
 
-# Nothing of the user's own Python may leak in, and nothing may be installed outside the environment.
+# Keep the user's own Python packages out, and install nothing outside the environment.
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -39,11 +39,11 @@ make_environment() {
 
 install_packages() {
     "$VENV/bin/python" -m pip install --quiet --constraint "$REPOSITORY/launch/constraints.txt" "$@" ||
-        fail "pip could not install the packages, see above; run this again to go on"
+        fail "pip could not install the packages, see above; run this again to continue"
 }
 
 # set_up_environment EXTRAS: the environment with the package and these extras ("" or "[test]"), ready to use and first on
-# PATH. Where that was done before with the same pins, it takes no time.
+# PATH. An environment with the same pins is reused.
 set_up_environment() {
     local extras=$1 stamp want index=()
     stamp=$VENV/installed$extras

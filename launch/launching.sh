@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by local.sh, multinode.sh, slurm.sbatch and slurm_rank.sh: what they share.
+# Sourced by local.sh, multinode.sh, slurm.sbatch and slurm_rank.sh: their common functions.
 
 REPOSITORY=${REPOSITORY:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 VENV=${VENV:-$REPOSITORY/.venv}
@@ -7,7 +7,7 @@ VENV=${VENV:-$REPOSITORY/.venv}
 # The package is found from any folder; DeepSpeed's launcher sends variables that begin with PYTHON to the other hosts.
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 
-REQUEUE_STATUS=75 # what a run exits with that stopped in good order with work left
+REQUEUE_STATUS=75 # exit status of a preempted run that can be resumed
 
 fail() {
     printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
@@ -26,14 +26,14 @@ count_gpus() {
     echo $((gpus > 0 ? gpus : 1))
 }
 
-# share_cores RANKS: divides this machine's cores among the ranks where it has no GPU, as torchrun and deepspeed do not.
-share_cores() {
+# divide_cores RANKS: divides this machine's cores among the ranks where it has no GPU, as torchrun and deepspeed do not.
+divide_cores() {
     if [ -z "${OMP_NUM_THREADS:-}" ] && ! command -v nvidia-smi >/dev/null; then
         export OMP_NUM_THREADS=$(($(nproc) > $1 ? $(nproc) / $1 : 1))
     fi
 }
 
-# show COMMAND...: the exact command, fit to be pasted. With ECHO_ONLY=1 that is all that happens.
+# show COMMAND...: prints the exact command, ready to be pasted. With ECHO_ONLY=1 the script ends here.
 show() {
     printf '+'
     printf ' %q' "$@"
@@ -52,8 +52,8 @@ output_folder() {
     done
 }
 
-# wants_requeue STATUS FLAGS...: whether a run that ended with STATUS is to be started again by the same command. Some
-# launchers change exit statuses: the run leaves a file as well.
+# wants_requeue STATUS FLAGS...: whether a run that ended with STATUS asks to be resumed by the same command. Some
+# launchers change exit statuses, so that the run leaves a file as well.
 wants_requeue() {
     local status=$1 folder
     shift

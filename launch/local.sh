@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on this machine, or as this machine's part of a run on several; the arguments are flags of `qa-deepspeed train`.
+# Trains on this machine, or runs this machine's part of a run on several; the arguments are flags of `qa-deepspeed train`.
 #
 #   GPUS       ranks here (default: one on each GPU, or one on the CPU)
-#   CONFIG     DeepSpeed config, a shipped name or a path (default: the trainer's own, zero2)
+#   CONFIG     DeepSpeed config, a shipped name or a path (default: zero2)
 #   LAUNCHER   deepspeed (default) or torchrun
 #   PORT       rank 0's port (default 29500)
 #   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address
 #   RENDEZVOUS                      with torchrun: HOST:PORT where the machines meet, instead of NODE_RANK and MASTER_ADDR;
 #                                   HOST is one of them. The same on all, PORT another for each run
-#   NODES=LEAST:MOST, MAX_RESTARTS  with RENDEZVOUS: when a rank dies, its ranks are started again so often (default 0), on
-#                                   the machines that are left if they are LEAST (HOST among them). Pass
-#                                   --global_batch_size, so that it stays as it is with fewer ranks.
+#   NODES=LEAST:MOST, MAX_RESTARTS  with RENDEZVOUS: when a rank dies, all ranks are restarted at most this often (default 0)
+#                                   on the remaining machines, if they are at least LEAST (HOST among them). Pass
+#                                   --global_batch_size, so that the global batch stays the same with fewer ranks.
 #   ECHO_ONLY=1   print the command and do nothing
 set -euo pipefail
 # shellcheck source=launch/launching.sh
@@ -25,7 +25,7 @@ for name in GPUS PORT; do number_of "$name"; done
 [ -n "${RENDEZVOUS:-}" ] || [ "${NODES#*:}/$MAX_RESTARTS" = "$NODES/0" ] ||
     fail "NODES=LEAST:MOST and MAX_RESTARTS need RENDEZVOUS=HOST:PORT, or multinode.sh --max_restarts"
 [ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
-share_cores "$GPUS"
+divide_cores "$GPUS"
 case ${LAUNCHER:-deepspeed} in
     deepspeed)
         [ "$NODES" = 1 ] || fail "NODES=$NODES needs LAUNCHER=torchrun here, or multinode.sh"

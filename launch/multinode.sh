@@ -2,13 +2,14 @@
 # Trains on the hosts of a hostfile; the arguments are flags of `qa-deepspeed train`.
 #
 #   HOSTFILE       lines `NAME slots=RANKS`, as hostfile.example; this machine should be the first
-#   CONFIG         DeepSpeed config, a shipped name or a path (default: the trainer's own, zero2)
+#   CONFIG         DeepSpeed config, a shipped name or a path (default: zero2)
 #   LAUNCHER       pdsh (default) or openmpi, by DeepSpeed's launcher; ssh: a torchrun on each host, started by plain ssh
 #   PORT           rank 0's port (default 29500)
 #   MASTER_ADDR    address of the first host as the others see it (default: its name in the hostfile)
 #   SSH_PORT       port of the hosts' ssh servers (default 22)
-#   MAX_RESTARTS   when a rank dies, start again so often, on the hosts that still answer (default 0); --max_restarts K,
-#                  given first, says the same. Pass --global_batch_size, so that it stays as it is with fewer ranks.
+#   MAX_RESTARTS   when a rank dies, start again at most this often, on the hosts that still answer (default 0);
+#                  --max_restarts K as the first argument does the same. Pass --global_batch_size, so that the global
+#                  batch stays the same with fewer ranks.
 #   ECHO_ONLY=1    print the command and do nothing
 set -euo pipefail
 # shellcheck source=launch/launching.sh
@@ -25,14 +26,14 @@ for name in PORT SSH_PORT; do number_of "$name"; done
 [ -r "${HOSTFILE:-}" ] || fail "HOSTFILE='${HOSTFILE:-}' cannot be read: name a file with lines like 'node1 slots=8'"
 case ${LAUNCHER:=pdsh} in pdsh | openmpi | ssh) ;; *) fail "LAUNCHER must be pdsh, openmpi or ssh, not '$LAUNCHER'" ;; esac
 [ -z "${CONFIG:-}" ] || set -- --deepspeed_config "$CONFIG" "$@"
-# Where a link is cut, ssh notices within 20 seconds; without this it would wait for ever, and the launcher with it.
+# ssh detects a cut link within 20 seconds; without this it would wait for ever, and the launcher with it.
 alive=(-o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 export PDSH_SSH_ARGS_APPEND="${alive[*]} ${PDSH_SSH_ARGS_APPEND:-}"
 ssh_options=(-o BatchMode=yes -o ConnectTimeout=5 "${alive[@]}" -p "$SSH_PORT")
 live=$(mktemp "${TMPDIR:-/tmp}/hostfile.XXXXXX")
 trap 'rm -f "$live"' EXIT
 
-# keep_hosts_that_answer: writes the hosts of HOSTFILE that ssh reaches to the file `live`, and names the others.
+# keep_hosts_that_answer: writes the hosts of HOSTFILE that ssh reaches to the file `live` and names the others.
 keep_hosts_that_answer() {
     local line
     : >"$live"
@@ -57,12 +58,12 @@ start() {
     [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
     [ "$SSH_PORT" -eq 22 ] || command+=(--ssh_port "$SSH_PORT")
     if [ "$LAUNCHER" = openmpi ]; then
-        # DeepSpeed's launcher does not tell mpirun where rank 0 is; without that, mpi4py would have to find it out.
+        # DeepSpeed's launcher does not pass rank 0's address to mpirun; without it, mpi4py would be needed.
         read -r first _ <"$live"
         command+=("--launcher_args=-x MASTER_ADDR=${MASTER_ADDR:-$first} -x MASTER_PORT=$PORT \
 --mca plm_rsh_args '${ssh_options[*]}'")
     fi
-    # A run that is down to one host is started over ssh as before, not as a local one.
+    # A run with one host left is still started over ssh, not as a local run.
     command+=(--force_multi --module qa_deepspeed train "$@")
     show "${command[@]}"
     "${command[@]}"
@@ -80,7 +81,7 @@ variables_to_send() {
     done
 }
 
-# start_by_ssh FLAGS...: a torchrun on every host of `live`; when one ends badly the others are ended.
+# start_by_ssh FLAGS...: a torchrun on every host of `live`; when one fails the others are stopped.
 start_by_ssh() {
     local host slots number=0 first nodes status=0 part sent pids=()
     variables_to_send
@@ -93,7 +94,7 @@ start_by_ssh() {
         part=(env "${sent[@]}" "${part[@]}")
         ECHO_ONLY='' show ssh "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") &&" "${part[@]}"
         [ -z "${ECHO_ONLY:-}" ] || continue
-        # A terminal (-tt): what runs there ends when the connection does.
+        # -tt allocates a terminal: the remote processes end with the connection.
         ssh -tt "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") && $(printf '%q ' "${part[@]}")" </dev/null &
         pids+=($!)
     done <"$live"
@@ -111,7 +112,7 @@ while :; do
     if [ -n "${ECHO_ONLY:-}" ]; then grep -vE '^[[:space:]]*(#|$)' "$HOSTFILE" >"$live"; else keep_hosts_that_answer; fi
     status=0
     start "$@" || status=$?
-    # 2 is a user's mistake, which would only be made again; 75 asks for a start by whoever started this.
+    # 2 is a user's mistake: a restart would repeat it. 75 asks the caller for a requeue.
     if [ "$status" -eq 0 ] || [ "$status" -eq 2 ]; then exit "$status"; fi
     if wants_requeue "$status" "$@"; then exit "$REQUEUE_STATUS"; fi
     if [ "$attempt" -ge "$MAX_RESTARTS" ]; then exit "$status"; fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the same environment as quickstart.sh, with the tools of the tests, then checks style and types and runs the
-# tests. Arguments go to pytest; without any, all tests run but the slow ones and those for GPUs, two files at a time: while
-# a test of several ranks starts up, one core would idle.
+# Sets up the environment of quickstart.sh with the test tools, then checks lint, format and types and runs the tests.
+# Arguments go to pytest; without any, all tests run but the slow ones and those for GPUs, two files at a time, since one
+# core would idle while a test of several ranks starts.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
