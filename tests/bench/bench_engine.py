@@ -6,7 +6,7 @@
 overhead: a ZeRO-0 step of the engine beside a loop written by hand (forward, backward, clipping, the same fused AdamW
     and schedule) over the same batches, by turns in one process.
 attention: forward and backward of a BERT-base-shaped model, dropout active, with this package's attention and dropout
-    and with Transformers' default (sdpa), by turns; the share of the measured roof of matrix products that the model's
+    and with Transformers' default (sdpa), by turns; the ratio of the measured matrix throughput that the model's
     own operations (no padding, nothing computed twice) come to.
 compiled: forward and backward of MiniLM on batches of several lengths, dropout active, as trained here, by
     Transformers' default and by that compiled (`torch.compile(dynamic=True)`, needs a compiler), by turns.
@@ -151,7 +151,7 @@ def like_length(length: int) -> dict[str, torch.Tensor]:
 
 
 def attention(repeats: int) -> None:
-    """Print the time of a step and its share of the roof, with this package's attention and with the default."""
+    """Print the time of a step and its MFU, with this package's attention and with the default."""
     torch.manual_seed(0)
     # a configuration for each: the choice of attention is kept there
     configs = {name: AutoConfig.for_model("bert", **BERT_BASE) for name in ("ours", "default")}
@@ -160,17 +160,13 @@ def attention(repeats: int) -> None:
     keep_freed_memory()  # of both
     for model in models.values():
         model.train()
-    print(
-        "| length | ours s | default s | default / ours | ours, of the roof | default, of the roof |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print("| length | ours s | default s | default / ours | ours, MFU | default, MFU |\n" + "|---" * 6 + "|")
     for length in (192, 384):
         inputs = like_length(length)
         lengths = inputs["attention_mask"].sum(dim=1).double()
         per_token, per_pair = training_flops(models["ours"], configs["ours"])
         operations = float(per_token * lengths.sum() + per_pair * (lengths**2).sum())
-        roofs: list[float] = []
+        peaks: list[float] = []
 
         def step(model: Any, inputs: dict[str, torch.Tensor] = inputs) -> None:
             outputs = model(**inputs)
@@ -178,13 +174,13 @@ def attention(repeats: int) -> None:
             model.zero_grad()
 
         ways = {name: lambda turn, model=model, step=step: step(model) for name, model in models.items()}
-        # the roof is measured between the turns: a virtual core's speed changes while they last
-        ways["roof"] = lambda turn, roofs=roofs: roofs.append(measured_peak_flops(torch.device("cpu"), torch.float32))
+        # the peak is measured between the turns: a virtual core's speed changes while they last
+        ways["peak"] = lambda turn, peaks=peaks: peaks.append(measured_peak_flops(torch.device("cpu"), torch.float32))
         seconds = in_turn(ways, repeats)
         ours, default = (statistics.median(seconds[name]) for name in ("ours", "default"))
         ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["default"], strict=True))
         shares = [
-            statistics.median(operations / one / roof for one, roof in zip(seconds[name], roofs[1:], strict=True))
+            statistics.median(operations / one / peak for one, peak in zip(seconds[name], peaks[1:], strict=True))
             for name in ("ours", "default")
         ]
         print(f"| {length} | {ours:.2f} | {default:.2f} | {ratio:.2f} | {shares[0]:.0%} | {shares[1]:.0%} |")

@@ -107,10 +107,10 @@ def main() -> None:
         pairs_of_answers = zip(old[0]["answers"], new["answers"], strict=True)
         same = sum(a["answer"] == b["answer"] for a, b in pairs_of_answers)
         print(f"answers alike: {same} of {counted}", flush=True)
-    for kind, told in (("seconds", "elapsed"), ("processor_seconds", "of processor time")):
+    for kind, clock in (("seconds", "elapsed"), ("processor_seconds", "of processor time")):
         rates = {name: counted / seconds for (name, of), seconds in best.items() if of == kind}
         for name, rate in rates.items():
-            print(f"{name}: {rate:.1f} questions a second {told}")
+            print(f"{name}: {rate:.1f} questions a second {clock}")
         fastest_old = max(rate for name, rate in rates.items() if name.startswith("pipeline"))
         print(f"QuestionAnswerer against the pipeline: {rates['QuestionAnswerer'] / fastest_old:.2f} times")
 

@@ -55,7 +55,7 @@ class Place:
 
 
 def train_by_turns(place: Place, config: str, folder: str, turns: Connection) -> None:
-    """Take as many optimizer steps as are asked for; answer with the real tokens and the seconds, until told 0."""
+    """Take the requested number of optimizer steps and report real tokens and seconds, until 0 is requested."""
     os.sched_setaffinity(0, {place.core})
     os.environ.update(
         RANK=str(place.rank),

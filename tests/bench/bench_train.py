@@ -78,8 +78,8 @@ def peer(folder: Path, arguments: argparse.Namespace, tuned: bool) -> dict[str, 
     script = str(SHARED / "peers" / "hf_trainer_qa.py")
     done = run([*launcher, script, *options], folder, **arguments.environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = next(line for line in done.stdout.splitlines() if line.startswith('{"system"'))
-    return {"seconds": json.loads(told)["train_s"]}
+    measured_once = next(line for line in done.stdout.splitlines() if line.startswith('{"system"'))
+    return {"seconds": json.loads(measured_once)["train_s"]}
 
 
 def main() -> None:
@@ -110,9 +110,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for _ in range(arguments.repeats):
             for contestant, measure in contestants.items():
-                told = measure(Path(name))
-                seconds[contestant].append(told["seconds"])
-                tokens = told.get("tokens", tokens)
+                measured_once = measure(Path(name))
+                seconds[contestant].append(measured_once["seconds"])
+                tokens = measured_once.get("tokens", tokens)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "deepspeed"))
     where = f"{torch.cuda.get_device_name()}, " if arguments.gpu else ""
     print(

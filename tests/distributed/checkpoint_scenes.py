@@ -71,7 +71,7 @@ def run(name: str, when: str = "", act: Callable[[], None] = lambda: None, **cha
 
 
 def from_all(text: str) -> str:
-    """What every rank says, one after another: some things are told by the rank that acts for its disk."""
+    """The output of every rank in turn: some lines come from the rank that writes for its disk."""
     (FOLDER / f".printed-{dist.rank()}").write_text(text)
     dist.barrier()
     together = "".join((FOLDER / f".printed-{rank}").read_text() for rank in range(dist.world_size()))
@@ -164,7 +164,7 @@ def a_limit_keeps_the_last_ones() -> None:
 
 
 def the_clock_saves_and_stops() -> None:
-    """Rank 0's clock says for all when to save and when to stop; the same command goes on from there."""
+    """Rank 0's clock decides for all ranks when to save and when to stop; the same command resumes."""
     passed = 0.0
 
     def an_hour_passes() -> None:

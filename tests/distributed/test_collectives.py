@@ -34,13 +34,13 @@ def wait_longer_than_the_timeout(rank: int, port: str, answers: Any) -> None:
             raise UserError(refused)
         return "uploaded"
 
-    told = [dist.run_on_rank_zero(lambda: upload(""), no_timeout=True)]
+    answers_of_rank = [dist.run_on_rank_zero(lambda: upload(""), no_timeout=True)]
     try:
         dist.run_on_rank_zero(lambda: upload("no login"), no_timeout=True)
     except UserError as error:
-        told.append(str(error))
+        answers_of_rank.append(str(error))
     dist.destroy()
-    answers.put(told)
+    answers.put(answers_of_rank)
 
 
 @pytest.mark.distributed

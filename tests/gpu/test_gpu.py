@@ -54,9 +54,12 @@ def test_half_precision_learns_what_float32_learns(runs: Path, stage: str, preci
 
 @pytest.mark.parametrize("name", ["fp32/zero0", "fp32/zero3", "bf16/zero3_offload"])
 def test_the_saved_model_scores_on_the_cpu_what_it_scored_on_the_gpu(runs: Path, name: str, tmp_path: Path) -> None:
-    told = json.loads((runs / name / "run.json").read_text())["options"]
+    recorded = json.loads((runs / name / "run.json").read_text())["options"]
     kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
-    options = {key: told[key] for key in kept} | {"model_name_or_path": runs / name, "output_dir": tmp_path / "again"}
+    options = {key: recorded[key] for key in kept} | {
+        "model_name_or_path": runs / name,
+        "output_dir": tmp_path / "again",
+    }
     done = run(alone("evaluate", *flags(**options)), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     there, here = (json.loads((folder / "metrics.json").read_text()) for folder in (runs / name, tmp_path / "again"))

@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_checkpoints_on_separate_disks(
 def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict
 ) -> None:
-    """At ZeRO-2 node1 alone cannot go on, and says so in a line, once."""
+    """At ZeRO-2 node1 alone cannot resume, and says so in one line, once."""
     options = {
         **base_options,
         "deepspeed_config": "zero2",
@@ -145,7 +145,7 @@ def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
 def test_a_lost_host_is_noticed_and_the_rest_goes_on(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, loss: str, config: str
 ) -> None:
-    """The last host goes away in mid-training; the rest goes on from the last checkpoint with the same global batch."""
+    """The last host is lost during training; the others resume from the last checkpoint with the same global batch."""
     last = hosts.count
     options = {
         **base_options,

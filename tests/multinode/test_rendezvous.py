@@ -22,7 +22,7 @@ def agents(hosts: Hosts, folder: Path, *arguments: str, **settings: str) -> Iter
     """local.sh on every host; the output of node1's goes to folder/out.txt. What is left at the end is killed."""
     started = []
     for number in range(1, hosts.count + 1):
-        # Namespaces have no host names of their own, by which torchrun tells who it is.
+        # Namespaces have no host names of their own, by which torchrun identifies itself.
         here = environment(
             VENV="/nowhere",
             LAUNCHER="torchrun",
@@ -59,7 +59,7 @@ def test_hosts_that_meet_at_an_endpoint_train_as_one(
 def test_when_a_host_is_lost_the_others_meet_again(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, loss: str
 ) -> None:
-    """The last host goes away in mid-training; torchrun's agents of the rest go on from the last checkpoint."""
+    """The last host is lost during training; torchrun's other agents resume from the last checkpoint."""
     options = {
         **base_options,
         "deepspeed_config": "zero2",

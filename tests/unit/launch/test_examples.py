@@ -79,8 +79,10 @@ def test_an_example_passes_check(
         wanted, model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), no_cuda=True
     )
     assert preflight.check(stand_in, ranks=2, port=0) == 0, capsys.readouterr().out
-    told = capsys.readouterr().out
-    assert f"{model_type}, " in told and f"ZeRO stage {3 if wanted.deepspeed_config == 'zero3' else 2}, bf16" in told
+    printed = capsys.readouterr().out
+    assert (
+        f"{model_type}, " in printed and f"ZeRO stage {3 if wanted.deepspeed_config == 'zero3' else 2}, bf16" in printed
+    )
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

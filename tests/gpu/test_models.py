@@ -1,4 +1,4 @@
-"""Readers on a GPU: the answers of the CPU, an adapter trained under ZeRO-3, and a run that goes on after a stop."""
+"""Models on a GPU: the answers of the CPU, an adapter trained under ZeRO-3, and a run that resumes after preemption."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_decoder_trains_adapters_in_bfloat16_under_zero3(
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_stopped_run_goes_on_as_if_it_had_not(
+def test_a_preempted_run_resumes_as_if_unbroken(
     base_options: dict[str, object],
     tmp_path: Path,
     stage: str,
