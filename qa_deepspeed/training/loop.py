@@ -170,7 +170,7 @@ def _log(
         values,
         f"step {number}/{run.steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
         f"{values['speed/questions_per_second']:.1f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
-        f"padding {values['speed/padding_share']:.1%}  of roof {values['speed/model_flops_utilization']:.0%}  "
+        f"padding {values['speed/padding']:.1%}  of roof {values['speed/mfu']:.0%}  "
         f"{clock(rows_left / values['speed/questions_per_second'])} left",
     )
 

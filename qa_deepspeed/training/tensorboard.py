@@ -32,7 +32,7 @@ LAYOUT = {
     "Is it fast": {
         "questions per second": ["Multiline", ["speed/questions_per_second$"]],
         "tokens per second": ["Multiline", ["speed/tokens_per_second$"]],
-        "share of padding": ["Multiline", ["speed/padding_share$"]],
+        "share of padding": ["Multiline", ["speed/padding$"]],
         "memory, GiB": ["Multiline", ["memory/.*"]],
     },
 }

@@ -97,15 +97,15 @@ class ThroughputMeter:
             self._whole[name] += value
         operations = self._flops[0] * tokens + self._flops[1] * pairs
         milliseconds = {
-            f"step/{name}_ms": 1000 * total / dist.world_size() / steps
+            f"speed/{name}_ms": 1000 * total / dist.world_size() / steps
             for name, total in zip(phases, sums[len(counts) :], strict=True)
         }
         return {
             "train/loss": loss / steps,
             "speed/questions_per_second": rows / elapsed,
             "speed/tokens_per_second": tokens / elapsed,
-            "speed/padding_share": 1 - tokens / max(places, 1),
-            "speed/model_flops_utilization": operations / elapsed / roof,
+            "speed/padding": 1 - tokens / max(places, 1),
+            "speed/mfu": operations / elapsed / roof,
             **milliseconds,
             **{f"memory/{name}": value for name, value in memory(self._device).items()},
         }
