@@ -25,11 +25,12 @@ from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
+from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.runs.folder import writable_folder
 from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
 from qa_deepspeed.training.features import load_features, notes
 from qa_deepspeed.training.scoring import answer_and_score, decoder, evaluation_options, save_logits
-from qa_deepspeed.training.tensorboard import write_board
+from qa_deepspeed.training.tensorboard import write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
@@ -57,12 +58,23 @@ def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
     return head
 
 
-def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, output_dir: Path) -> dict[str, Any]:
-    """Answer every question and score the answers. Collective; every rank returns the same metrics.
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of an evaluation.
 
-    Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative), metrics.json
-    and, with `--gather full`, logits.npz into `output_dir`, which must exist. A threshold that was tuned goes into the
-    config of the model in `output_dir`, if one is there.
+    metrics: by name, the same on every rank. result: what TensorBoard and the model card show beside them, on rank 0.
+    """
+
+    metrics: dict[str, Any]
+    result: EvaluationResult | None
+
+
+def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, output_dir: Path) -> Evaluation:
+    """Answer every question and score the answers. Collective.
+
+    Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative), metrics.json,
+    report.json, report.html and, with `--gather full`, logits.npz into `output_dir`, which must exist. A threshold that
+    was tuned goes into the config of the model in `output_dir`, if there is one.
 
     Raises:
         UserError: as `evaluation_head`.
@@ -72,17 +84,17 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
         )
-    metrics: dict[str, Any] = {}
+    result: EvaluationResult | None = None
     if gathered is not None:
         if gathered.logits is not None:
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
         further = {} if gathered.loss is None else {LOSS: gathered.loss}
-        metrics = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
+        result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
-            save_null_threshold(output_dir, metrics["null_score_diff_threshold"])
+            save_null_threshold(output_dir, result.metrics["null_score_diff_threshold"])
     with dist.explain_collective_errors("evaluation"):
-        return dist.broadcast_json(metrics)
+        return Evaluation(dist.broadcast_json(result.metrics if result is not None else {}), result)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
@@ -122,7 +134,7 @@ def evaluate_checkpoints(
         target = run_dir / "evaluations" / folder.name
         target.mkdir(parents=True, exist_ok=True)
         reader = model_of_checkpoint(folder, facts, resolved, device)
-        results[folder.name] = evaluate(reader, data, options, target)
+        results[folder.name] = evaluate(reader, data, options, target).metrics
         dist.log0(f"{folder.name}: {describe(results[folder.name])}")
     return results
 
@@ -167,12 +179,12 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     data = EvaluationData(store, layout, facts.tokenizer)
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
-    metrics = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
-    dist.log0(describe(metrics))
-    if dist.is_rank_zero():
-        write_board(output_dir)
+    evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
+    dist.log0(describe(evaluation.metrics))
+    if evaluation.result is not None:
+        write_evaluation(output_dir, evaluation.result)
         dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
-    return metrics
+    return evaluation.metrics
 
 
 def log_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:

@@ -1,15 +1,14 @@
-"""What a run tells: one line a log step, TensorBoard and metrics.jsonl. Rank 0 writes, others have a null object."""
+"""The log of a run: one line a log step, TensorBoard and metrics.jsonl. Rank 0 writes, others have a null object."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from qa_deepspeed.qa.report.samples import EvaluationView
-from qa_deepspeed.training.tensorboard import read_report
+from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.progress import ProgressBar
 
@@ -17,15 +16,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class NullMetricsLogger:
-    """What the other ranks report to: nothing happens."""
+    """The logger of ranks other than 0: does nothing."""
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Nothing."""
 
-    def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
-        """Nothing; the view is not made."""
-
-    def show_evaluation(self, step: int, output_dir: Path) -> None:
+    def evaluation(self, step: int, result: EvaluationResult | None) -> None:
         """Nothing."""
 
     def advance(self) -> None:
@@ -56,23 +52,20 @@ class MetricsLogger(NullMetricsLogger):
         self._metrics.flush()
         dist.log0(line)
 
-    def evaluation(self, step: int, view: Callable[[], EvaluationView]) -> None:
-        """Show an evaluation question by question."""
-        self._board.evaluation(step, view())
-
-    def show_evaluation(self, step: int, output_dir: Path) -> None:
-        """Add figures and tables of the evaluation whose report lies in `output_dir`."""
-        self._board.report(step, read_report(output_dir))
+    def evaluation(self, step: int, result: EvaluationResult | None) -> None:
+        """Show charts, tables and samples of an evaluation after optimizer step `step`."""
+        assert result is not None, "rank 0 has the result"
+        self._board.evaluation(step, result)
 
     def advance(self) -> None:
-        """Count one optimizer step. After the last one the bar is done: what follows has its own."""
+        """Count one optimizer step. The bar closes after the last one, since the evaluation has a bar of its own."""
         self._progress.advance()
         self._steps_left -= 1
         if not self._steps_left:
             self._progress.close()
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-        """The run is finished: what it was, and its final scores."""
+        """Record the finished run: hyperparameters and final scores."""
         self._board.end(hyperparameters, metrics)
 
     def close(self) -> None:
@@ -83,7 +76,7 @@ class MetricsLogger(NullMetricsLogger):
 
 
 def _open_metrics(path: Path, done_steps: int) -> TextIO:
-    """metrics.jsonl for appending, without lines of steps that are to come again, or that were cut off."""
+    """metrics.jsonl for appending, without incomplete lines and lines of steps that the resumed run repeats."""
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from qa_deepspeed.config.run_options import AUTO, RunOptions
-from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.classic import classic_text, decode_classic
 from qa_deepspeed.qa.decoding.exact import Candidates, decode
 from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.hf import decode_like_transformers
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings, Prediction, write_predictions
 from qa_deepspeed.qa.features.store import FeatureStore
-from qa_deepspeed.qa.metrics.squad import Gold, Scorer
-from qa_deepspeed.qa.report.analysis import Analysis
+from qa_deepspeed.qa.metrics.squad import Scorer
 from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, page
+from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json, write_text
 from qa_deepspeed.utils.progress import ProgressBar
@@ -69,70 +68,75 @@ def answer_and_score(
     null_score_is_odds: bool,
     output_dir: Path,
     further: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html;
-    the metrics, among them those of `further`, which do not come of the answers.
+) -> EvaluationResult:
+    """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html.
 
-    With null_score_diff_threshold auto the questions are answered twice: to find the threshold of best F1, and to use
-    it. What the threshold 0 gives is then told as untuned_exact and untuned_f1.
+    With null_score_diff_threshold auto the questions are decoded twice: to find the threshold of the best F1, and to
+    apply it. The scores at threshold 0 are then among the metrics as untuned_exact and untuned_f1.
+
+    Args:
+        further: metrics that do not come from the answers, added to the others.
     """
-    settings = DecodeSettings(
+    settings = _decode_settings(options, null_score_is_odds)
+    untuned: dict[str, Any] = {}
+    if options.null_score_diff_threshold == AUTO:
+        found = _scores_for_threshold(predict(settings), store, options, output_dir)
+        untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
+        settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
+    questions = len(store.examples)
+    builder = ResultBuilder(options.version_2_with_negative, options.metric_language, questions, output_dir)
+    with ProgressBar("decoding and scoring", questions, "question") as bar:
+        predictions = _counted(predict(settings), bar)
+        observed = builder.observe(store.examples, predictions, _windows_of_examples(store))
+        write_predictions(observed, output_dir, settings)
+    metrics = builder.metrics() | untuned | dict(further)
+    if options.version_2_with_negative:
+        metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
+    result = builder.result(metrics)
+    _write_report(result, output_dir, f"Evaluation on {options.data_file('evaluate') or options.dataset_name}")
+    return result
+
+
+def _decode_settings(options: RunOptions, null_score_is_odds: bool) -> DecodeSettings:
+    tuned = options.null_score_diff_threshold == AUTO
+    return DecodeSettings(
         n_best_size=options.n_best_size,
         max_answer_length=options.max_answer_length,
         version_2_with_negative=options.version_2_with_negative,
-        null_score_diff_threshold=0.0
-        if options.null_score_diff_threshold == AUTO
-        else float(options.null_score_diff_threshold),
+        null_score_diff_threshold=0.0 if tuned else float(options.null_score_diff_threshold),
         merge_duplicate_texts=options.merge_duplicate_texts,
         null_score_is_odds=null_score_is_odds,
     )
-    untuned: dict[str, Any] = {}
-    if options.null_score_diff_threshold == AUTO:
-        first = Scorer(True, options.metric_language, output_dir)
-        with ProgressBar("looking for the threshold", len(store.examples), "question") as bar:
-            for example, prediction in zip(store.examples, predict(settings), strict=True):
-                _score(first, example, prediction)
-                bar.advance()
-        found = first.result()
-        untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
-        settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
-    scorer = Scorer(options.version_2_with_negative, options.metric_language, output_dir)
-    analysis = Analysis(options.version_2_with_negative, options.metric_language, output_dir)
-    write_predictions(_observed(predict(settings), store, scorer, analysis), output_dir, settings)
-    metrics = scorer.result() | untuned | dict(further)
-    if options.version_2_with_negative:
-        metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
-    write_json(output_dir / "metrics.json", metrics)
-    report = {"metrics": metrics, **analysis.report(scorer.records())}
-    write_json(output_dir / REPORT_FILE, report)
-    title = f"Evaluation on {options.data_file('evaluate') or options.dataset_name}"
-    write_text(output_dir / PAGE_FILE, page(report, title), errors="xmlcharrefreplace")
-    return metrics
 
 
-def _observed(
-    predictions: Iterator[Prediction], store: FeatureStore, scorer: Scorer, analysis: Analysis
-) -> Iterator[Prediction]:
-    """Pass the predictions through; scorer and analysis take in each."""
-    windows = _windows_of_examples(store)
-    with ProgressBar("decoding and scoring", len(store.examples), "question") as bar:
-        for example, prediction in zip(store.examples, predictions, strict=True):
-            analysis.add(example, prediction, next(windows), *_score(scorer, example, prediction))
-            bar.advance()
-            yield prediction
+def _scores_for_threshold(
+    predictions: Iterator[Prediction], store: FeatureStore, options: RunOptions, output_dir: Path
+) -> dict[str, Any]:
+    """The metrics of predictions that are not kept, the best threshold among them."""
+    scorer = Scorer(True, options.metric_language, output_dir)
+    with ProgressBar("tuning the null threshold", len(store.examples), "question") as bar:
+        for example, prediction in zip(store.examples, _counted(predictions, bar), strict=True):
+            score_prediction(scorer, example, prediction)
+    return scorer.result()
 
 
-def _score(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float]:
-    assert prediction.example_id == example.example_id, "predictions and examples are in different orders"
-    gold = Gold(example.example_id, tuple(answer.text for answer in example.answers))
-    return scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
+def _counted(predictions: Iterator[Prediction], bar: ProgressBar) -> Iterator[Prediction]:
+    for prediction in predictions:
+        bar.advance()
+        yield prediction
+
+
+def _write_report(result: EvaluationResult, output_dir: Path, title: str) -> None:
+    write_json(output_dir / "metrics.json", result.metrics)
+    write_json(output_dir / REPORT_FILE, result.report)
+    write_text(output_dir / PAGE_FILE, page(result.report, title), errors="xmlcharrefreplace")
 
 
 def _windows_of_examples(store: FeatureStore) -> Iterator[int]:
     """The number of features of each example, in order."""
-    row = 0
-    for begin in range(0, len(store.examples), EXAMPLES_AT_ONCE):
-        ends = np.searchsorted(store.example_index, np.arange(begin + 1, begin + EXAMPLES_AT_ONCE + 1))
+    row, count = 0, len(store.examples)
+    for begin in range(0, count, EXAMPLES_AT_ONCE):
+        ends = np.searchsorted(store.example_index, np.arange(begin + 1, min(begin + EXAMPLES_AT_ONCE, count) + 1))
         yield from np.diff(ends, prepend=row).tolist()
         row = int(ends[-1])
 

@@ -1,11 +1,12 @@
-"""TensorBoard: curves, a layout that puts the first questions first, and what an evaluation shows beside its scores.
+"""TensorBoard: curves, the layout of the tab "Custom scalars", and the report of each evaluation.
 
-A resumed run goes on where its checkpoint was: what an earlier process wrote for later steps is purged.
+A resumed run continues its curves where its checkpoint was: points of later steps, written by an earlier process, are
+purged.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from qa_deepspeed.qa.report.charts import figures, pixels
-from qa_deepspeed.qa.report.page import REPORT_FILE, markdown_parts
-from qa_deepspeed.qa.report.samples import EvaluationView
+from qa_deepspeed.qa.report.page import markdown_parts
+from qa_deepspeed.qa.report.result import EvaluationResult
+from qa_deepspeed.qa.report.samples import sample_list
 
 FOLDER = "tensorboard"
 
@@ -32,57 +34,48 @@ LAYOUT = {
     "Is it fast": {
         "questions per second": ["Multiline", ["speed/questions_per_second$"]],
         "tokens per second": ["Multiline", ["speed/tokens_per_second$"]],
-        "share of padding": ["Multiline", ["speed/padding$"]],
+        "MFU": ["Multiline", ["speed/mfu$"]],
+        "padding": ["Multiline", ["speed/padding$"]],
         "memory, GiB": ["Multiline", ["memory/.*"]],
     },
 }
 """The tab "Custom scalars": categories, charts, and the tags of their curves as regular expressions.
 
-Not two curves in a chart of evaluations: where each has one point, TensorBoard 2.21 draws neither.
+No two curves in a chart of evaluations: where each has one point, TensorBoard 2.21 draws neither.
 """
+
+NOT_CURVES = re.compile(r"(epoch|total|thresh|threshold)$")
+"""Values without a curve: counts and thresholds, which would hide the scores among them. metrics.jsonl has them all,
+the text `report/scores` those of the evaluation."""
+
+MAX_ODDS = 50.0
+"""Null odds are shown up to this size: a question without any span has odds that are off the scale."""
 
 
 class TensorBoard:
     """Writes a run's events into `tensorboard/` of its folder."""
 
     def __init__(self, output_dir: Path, done_steps: int) -> None:
-        """done_steps: optimizer steps that the run has behind it; events of later steps are purged."""
+        """done_steps: optimizer steps that are done; events of later steps are purged."""
         folder = output_dir / FOLDER
         used = folder.is_dir() and any(folder.iterdir())
         self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if used else None)
         self._writer.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve (tags such as `train/loss`), and put all on disk."""
+        """Add a point to each curve (tags such as `train/loss`, but for `NOT_CURVES`), and flush."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            if not NOT_CURVES.search(name):
+                self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def evaluation(self, step: int, view: EvaluationView) -> None:
-        """Add histograms, precision-recall curves and the same questions' answers as every time."""
-        right = view.scores.exact > 0
-        for name, chosen in (("right", right), ("wrong", ~right)):
-            if chosen.any():
-                self._writer.add_histogram(f"answer probability/{name}", view.confidence[chosen], step)
-        self._writer.add_pr_curve("answer is right, by its probability", right, view.confidence, step)
-        has_answer = view.scores.has_answer
-        if view.null_odds is not None:
-            shown = np.clip(view.null_odds, -50, 50)  # what has no span at all has odds without a scale
-            for name, chosen in (("answerable", has_answer), ("unanswerable", ~has_answer)):
-                if chosen.any():
-                    self._writer.add_histogram(f"null odds/{name}", shown[chosen], step)
-            answerable = 1 / (1 + np.exp(shown))
-            self._writer.add_pr_curve("question has an answer, by its null odds", has_answer, answerable, step)
-        self._writer.add_text("answers", view.listing(), step)
-        self._writer.flush()
-
-    def report(self, step: int, report: Mapping[str, Any]) -> None:
-        """Add an evaluation's report: its figures and tables."""
-        show_report(self._writer, report, step)
+    def evaluation(self, step: int, result: EvaluationResult) -> None:
+        """Add an evaluation beside its scores (`show_evaluation`), and flush."""
+        show_evaluation(self._writer, step, result)
         self._writer.flush()
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Tell the tab "HParams" what the run was and which curves hold its final scores."""
+        """Fill the tab "HParams": the run's hyperparameters and the curves that hold its final scores."""
         values = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in hyperparameters.items()
@@ -99,22 +92,26 @@ class TensorBoard:
         self._writer.close()
 
 
-def show_report(writer: Any, report: Mapping[str, Any], step: int) -> None:
-    """Add a report (`Analysis.report` with `metrics`) to a SummaryWriter at this step."""
-    for name, figure in figures(report).items():
-        writer.add_image(f"evaluation/{name}", pixels(figure), step, dataformats="HWC")
-    for name, text in markdown_parts(report).items():
-        writer.add_text(f"evaluation/{name}", text, step)
+def write_evaluation(output_dir: Path, result: EvaluationResult) -> None:
+    """Write a TensorBoard file, in output_dir/tensorboard, of this evaluation alone."""
+    with SummaryWriter(str(output_dir / FOLDER)) as writer:
+        show_evaluation(writer, 0, result)
 
 
-def read_report(output_dir: Path) -> dict[str, Any]:
-    """The report of the evaluation that wrote into `output_dir`."""
-    return json.loads((output_dir / REPORT_FILE).read_text(encoding="utf-8"))
-
-
-def write_board(output_dir: Path) -> None:
-    """A TensorBoard file, in output_dir/tensorboard, of the report in `output_dir` alone."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(output_dir / "tensorboard")) as writer:
-        show_report(writer, read_report(output_dir), 0)
+def show_evaluation(writer: SummaryWriter, step: int, result: EvaluationResult) -> None:
+    """Add charts, tables, samples, histograms and precision-recall curves of an evaluation, all tagged `report/...`."""
+    for name, figure in figures(result.report).items():
+        writer.add_image(f"report/{name}", pixels(figure), step, dataformats="HWC")
+    for name, text in markdown_parts(result.report).items():
+        writer.add_text(f"report/{name}", text, step)
+    writer.add_text("report/samples", sample_list(result.samples), step)
+    for name, chosen in (("right", result.correct), ("wrong", ~result.correct)):
+        if chosen.any():
+            writer.add_histogram(f"report/answer_probability_if_{name}", result.confidence[chosen], step)
+    writer.add_pr_curve("report/answer_is_right", result.correct, result.confidence, step)
+    if result.null_odds is not None:
+        odds = np.clip(result.null_odds, -MAX_ODDS, MAX_ODDS)
+        for name, chosen in (("answerable", result.has_answer), ("unanswerable", ~result.has_answer)):
+            if chosen.any():
+                writer.add_histogram(f"report/null_odds_if_{name}", odds[chosen], step)
+        writer.add_pr_curve("report/question_has_answer", result.has_answer, 1 / (1 + np.exp(odds)), step)

@@ -88,6 +88,10 @@ class Analysis:
         push = heapq.heappushpop if len(self._mistakes) == MISTAKES_KEPT else heapq.heappush
         push(self._mistakes, (*key, mistake))  # type: ignore[arg-type]
 
+    def confidence(self) -> np.ndarray:
+        """The probability of each answer given, float32 `[questions]`, perhaps mapped."""
+        return self._records.columns()["confidence"]
+
     def report(self, scores: np.ndarray) -> dict[str, Any]:
         """JSON-able: `questions`, `intervals`, `calibration`, `slices`, `mistakes` and, with null odds,
         `precision_recall`.

@@ -1,0 +1,87 @@
+"""The result of scoring an evaluation: metrics, report, samples and a few numbers of each question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qa_deepspeed.qa.data.examples import Example
+from qa_deepspeed.qa.decoding.predictions import Prediction
+from qa_deepspeed.qa.metrics.squad import Gold, Scorer
+from qa_deepspeed.qa.report.analysis import Analysis
+from qa_deepspeed.qa.report.samples import Sample, sample_numbers
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything that one pass over the predictions gives. Arrays are `[questions]`, mapped from an unnamed file if the
+    questions are many.
+
+    report: what report.json holds, with `metrics` and `intervals` among it. correct: the answer given is an exact
+    match. has_answer: the question has a gold answer. confidence: the probability of the answer given, in its n-best
+    list. null_odds: None for v1.1 data.
+    """
+
+    report: dict[str, Any]
+    correct: np.ndarray
+    has_answer: np.ndarray
+    confidence: np.ndarray
+    null_odds: np.ndarray | None
+    samples: list[Sample]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics by name."""
+        return self.report["metrics"]
+
+
+class ResultBuilder:
+    """Scores and analyses questions one at a time, keeping a few bytes of each, and sums up at the end."""
+
+    def __init__(self, version_2_with_negative: bool, language: str, questions: int, folder: Path | None = None):
+        """questions: how many will come. folder: on whose disk the records of many questions lie."""
+        self._v2 = version_2_with_negative
+        self._scorer = Scorer(version_2_with_negative, language, folder)
+        self._analysis = Analysis(version_2_with_negative, language, folder)
+        self._sampled = sample_numbers(questions)
+        self._samples: list[Sample] = []
+
+    def observe(
+        self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int]
+    ) -> Iterator[Prediction]:
+        """Pass the predictions through, taking in each with its example and the number of its features."""
+        triples = zip(examples, predictions, windows, strict=True)
+        for number, (example, prediction, window_count) in enumerate(triples):
+            exact, f1 = score_prediction(self._scorer, example, prediction)
+            self._analysis.add(example, prediction, window_count, exact, f1)
+            if number in self._sampled:
+                golds = tuple(answer.text for answer in example.answers)
+                self._samples.append(Sample(example.question, golds, prediction.text, f1))
+            yield prediction
+
+    def metrics(self) -> dict[str, Any]:
+        """`Scorer.result` of the questions so far."""
+        return self._scorer.result()
+
+    def result(self, metrics: dict[str, Any]) -> EvaluationResult:
+        """The result, with these metrics."""
+        records = self._scorer.records()
+        return EvaluationResult(
+            report={"metrics": metrics, **self._analysis.report(records)},
+            correct=records["exact"] > 0,
+            has_answer=records["has_answer"],
+            confidence=self._analysis.confidence(),
+            null_odds=records["odds"] if self._v2 else None,
+            samples=self._samples,
+        )
+
+
+def score_prediction(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float]:
+    """Exact match and F1 of one prediction, added to the scorer."""
+    assert prediction.example_id == example.example_id, "predictions and examples are in different orders"
+    gold = Gold(example.example_id, tuple(answer.text for answer in example.answers))
+    return scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
