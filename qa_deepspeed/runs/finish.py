@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.qa.decoding.predictions import PREDICTIONS_FILE
 from qa_deepspeed.qa.features.store import FeatureStore
-from qa_deepspeed.qa.metrics.question_scores import score_questions
-from qa_deepspeed.qa.metrics.significance import Interval
 from qa_deepspeed.runs import record
 from qa_deepspeed.runs.folder import write_run
 from qa_deepspeed.runs.hub_upload import upload
@@ -42,7 +38,7 @@ def finish_run(
     folder: Path,
     options: RunOptions,
     identity: dict[str, Any],
-    metrics: dict[str, Any],
+    report: Mapping[str, Any],
     costs: dict[str, dict[str, float]],
     ds_config: dict[str, Any],
     stores: Mapping[str, FeatureStore],
@@ -51,6 +47,7 @@ def finish_run(
     """Write the model card and run.json of the finished run in `folder`, and upload the model if that is asked for.
 
     Args:
+        report: of the evaluation, with `metrics` and `intervals`; empty if there was none.
         costs: seconds by stage, throughput and peak_memory.
         ds_config: as DeepSpeed got it.
         stores: the features by purpose, "train" and, if there was an evaluation, "evaluate".
@@ -59,7 +56,7 @@ def finish_run(
         UserError: the upload failed; the run is finished all the same.
     """
     details = {
-        "metrics": metrics,
+        "metrics": report.get("metrics", {}),
         "proof": proof,
         **costs,
         "options": options.to_dict(),
@@ -68,12 +65,7 @@ def finish_run(
         "software": record.software(),
         "hardware": record.hardware(),
     }
-    intervals: dict[str, Interval] = {}
-    if metrics:
-        predictions = json.loads((folder / PREDICTIONS_FILE).read_text(encoding="utf-8"))
-        v2, language = options.version_2_with_negative, options.metric_language
-        intervals = score_questions(stores["evaluate"], predictions, v2, language).intervals()
-    write_model_card(folder, options, {"identity": identity, **details}, intervals)
+    write_model_card(folder, options, {"identity": identity, **details}, report.get("intervals", {}))
     write_run(folder, "finished", identity, **details, files=record.checksums(folder))
     if options.push_to_hub:
         dist.log0(f"uploaded to {upload(folder, options.push_to_hub)}")

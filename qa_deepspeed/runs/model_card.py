@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from qa_deepspeed.config.run_options import AUTO, RunOptions
-from qa_deepspeed.qa.metrics.significance import Interval
 
 CARD_FILE = "README.md"
 TASK = "question-answering"
@@ -20,13 +19,13 @@ EARLIER_CARDS_MARK = "<!-- written by qa_deepspeed: it is written anew by the ne
 
 
 def write_model_card(
-    folder: Path, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Interval]
+    folder: Path, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]
 ) -> bool:
     """Write the card of the model in `folder`, unless there is one that somebody else wrote; whether it was written.
 
     Args:
         record: as run.json holds it (metrics, data, software, hardware, identity, seconds).
-        intervals: 95% intervals of exact and f1 in percent; empty if nothing was evaluated.
+        intervals: low and high end of the 95% intervals of exact and f1 in percent; empty if nothing was evaluated.
     """
     path = folder / CARD_FILE
     if path.is_file() and EARLIER_CARDS_MARK not in path.read_text(encoding="utf-8", errors="replace"):
@@ -36,7 +35,9 @@ def write_model_card(
     return True
 
 
-def model_card(name: str, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Interval]) -> str:
+def model_card(
+    name: str, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]
+) -> str:
     """The text of the card of the model that is loaded by `name`.
 
     Nothing of this machine's folders is in its header: local models and data go unnamed.
@@ -135,7 +136,7 @@ def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
     )
 
 
-def _evaluation(options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Interval]) -> str:
+def _evaluation(options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]) -> str:
     metrics = record.get("metrics") or {}
     if not metrics:
         return "## Evaluation\n\nNot evaluated."
@@ -149,7 +150,7 @@ def _evaluation(options: RunOptions, record: Mapping[str, Any], intervals: Mappi
     lines = ["| | score | 95% interval |", "|---|---|---|"]
     for key, shown in rows:
         if key in metrics:
-            interval = f"{intervals[key].low:.2f} to {intervals[key].high:.2f}" if key in intervals else ""
+            interval = "{:.2f} to {:.2f}".format(*intervals[key]) if key in intervals else ""
             lines.append(f"| {shown} | {metrics[key]:.2f} | {interval} |")
     return (
         f"## Evaluation\n\n{metrics['total']:,} questions of {_evaluated_on(options)}, by the official rules of SQuAD "

@@ -68,6 +68,11 @@ class Evaluation:
     metrics: dict[str, Any]
     result: EvaluationResult | None
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json holds, on rank 0; empty elsewhere and without an evaluation."""
+        return {} if self.result is None else self.result.report
+
 
 def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, output_dir: Path) -> Evaluation:
     """Answer every question and score the answers. Collective.

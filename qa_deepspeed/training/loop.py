@@ -21,11 +21,10 @@ from qa_deepspeed.engine.flops import training_flops
 from qa_deepspeed.models.heads import Objective, head_of
 from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.features.store import FeatureStore
-from qa_deepspeed.qa.report.samples import view_evaluation
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
-from qa_deepspeed.training.evaluate import EvaluationData, describe, evaluate
+from qa_deepspeed.training.evaluate import Evaluation, EvaluationData, describe, evaluate
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
 from qa_deepspeed.training.reporter import NullMetricsLogger
 from qa_deepspeed.training.stopping import Preempted, StopController
@@ -116,7 +115,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             dist.set_stage(f"step {number}, evaluation and save")
             on_the_way = number < run.steps or run.best.watching
             if logs and options.evaluate_during_training and run.evaluation is not None and on_the_way:
-                metrics = evaluate_and_report(engine, run, run.evaluation, reporter, number)
+                metrics = evaluate_and_report(engine, run, run.evaluation, reporter, number).metrics
                 best_yet = run.best.observe(metrics, number, plan.global_batch_size)
             verdict = run.pacing.after_step(number, run.steps)
             if verdict.save or best_yet:  # every rank writes its shards
@@ -177,17 +176,16 @@ def _log(
 
 def evaluate_and_report(
     reader: EvalModel, run: Run, data: EvaluationData, reporter: NullMetricsLogger, number: int
-) -> dict[str, Any]:
-    """Evaluate after optimizer step `number` and report it; returns the metrics, on every rank. Collective."""
+) -> Evaluation:
+    """Evaluate after optimizer step `number` and log the scores and the report. Collective."""
     began = time.perf_counter()
-    metrics = evaluate(reader, data, run.options, run.output_dir)
+    evaluation = evaluate(reader, data, run.options, run.output_dir)
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
+    metrics = evaluation.metrics
     numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
-    v2, language = run.options.version_2_with_negative, run.options.metric_language
-    reporter.evaluation(number, lambda: view_evaluation(run.output_dir, data.store, v2, language))
-    reporter.show_evaluation(number, run.output_dir)
-    return metrics
+    reporter.evaluation(number, evaluation.result)
+    return evaluation
 
 
 def reference_outputs_of(engine: Engine, run: Run) -> ReferenceOutputs:

@@ -40,6 +40,7 @@ from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.evaluate import (
+    Evaluation,
     EvaluationData,
     evaluate_checkpoints,
     evaluation_head,
@@ -142,12 +143,12 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             state = checkpoint.whole_weights(best, next(engine.module.parameters()).dtype)
             reader = model_of_checkpoint(best, facts, run.resolved, engine.device)
         proof = dist.run_on_rank_zero(lambda: _save_proved(engine, run, state, probe))
-        metrics: dict[str, Any] = {}
+        evaluation = Evaluation({}, None)
         if run.evaluation is not None:
-            metrics = evaluate_and_report(reader, run, run.evaluation, reporter, done)
+            evaluation = evaluate_and_report(reader, run, run.evaluation, reporter, done)
         if run.evaluation is not None and run.options.eval_all_checkpoints:
             evaluate_checkpoints(run.options, run.resolved, facts, run.evaluation, run.output_dir, engine.device)
-        reporter.end(hyperparameters(run.options, run.identity, run.resolved.name), metrics)
+        reporter.end(hyperparameters(run.options, run.identity, run.resolved.name), evaluation.metrics)
     finally:
         reporter.close()
     peak = peak_memory(engine.device)
@@ -155,11 +156,11 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
     costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
     dist.run_on_rank_zero(
-        lambda: finish_run(run.output_dir, run.options, run.identity, metrics, costs, config, stores, proof),
+        lambda: finish_run(run.output_dir, run.options, run.identity, evaluation.report, costs, config, stores, proof),
         no_timeout=True,
     )
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
-    return metrics
+    return evaluation.metrics
 
 
 def _best_before(run: Run, done: int) -> Path | None:

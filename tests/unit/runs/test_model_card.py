@@ -14,7 +14,6 @@ import huggingface_hub
 import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.qa.metrics.significance import Interval
 from qa_deepspeed.runs.hub_upload import check_upload, upload
 from qa_deepspeed.runs.model_card import model_card, training_command, write_model_card
 from qa_deepspeed.utils.errors import UserError
@@ -35,7 +34,7 @@ RECORD: dict[str, Any] = {
     "software": {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "commit": None},
     "hardware": {"ranks": 8, "gpus": ["NVIDIA H100"] * 8, "processor": "x", "cores": 4},
 }
-INTERVALS = {"exact": Interval(70.0, 72.0), "f1": Interval(73.4, 75.6)}
+INTERVALS = {"exact": [70.0, 72.0], "f1": [73.4, 75.6]}
 
 
 def test_the_hub_reads_the_header() -> None:

@@ -75,7 +75,7 @@ def run(setup, folder: Path, **changes):
     reader, data, options = setup
     options = evaluation_options(replace(options, **changes, given=frozenset(changes)))
     folder.mkdir(exist_ok=True)
-    return evaluate(reader, data, options, folder)
+    return evaluate(reader, data, options, folder).metrics
 
 
 def saved_logits(folder: Path):
@@ -246,6 +246,22 @@ def test_the_report_adds_up_to_the_metrics(setup, tmp_path):
     }
     assert report["intervals"]["f1"][0] <= metrics["f1"] <= report["intervals"]["f1"][1]
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_result_in_memory_is_what_the_files_say(setup, tmp_path):
+    reader, data, options = setup
+    evaluation = evaluate(reader, data, options, tmp_path)
+    result = evaluation.result
+    assert evaluation.metrics == result.metrics == json.loads((tmp_path / "metrics.json").read_text())
+    assert json.loads(json.dumps(result.report)) == json.loads((tmp_path / "report.json").read_text())
+    answers = read_predictions(str(tmp_path / "predictions.json"))
+    nbest = json.loads((tmp_path / "nbest_predictions.json").read_text())
+    confidence = [next(e["probability"] for e in nbest[k] if e["text"] == answers[k]) for k in data.store.examples.ids]
+    np.testing.assert_array_equal(result.confidence, np.array(confidence, np.float32))
+    assert result.null_odds.tolist() == [
+        read_null_odds(str(tmp_path / "null_odds.json"))[k] for k in data.store.examples.ids
+    ]
+    assert 100 * result.correct.mean() == pytest.approx(evaluation.metrics["exact"])
 
 
 def test_metrics_in_another_language(setup, tmp_path):

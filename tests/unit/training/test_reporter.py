@@ -1,0 +1,45 @@
+"""The metrics logger: curves and metrics.jsonl of a resumed run have no gap and no overlap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qa_deepspeed.training.reporter import MetricsLogger
+from tests.unit.training.events import events
+
+
+def test_a_resumed_run_continues_its_curves_without_overlap(tmp_path: Path) -> None:
+    first = MetricsLogger(tmp_path, 10, 0)
+    for step in range(1, 8):
+        first.log(step, {"train/loss": float(step)}, "")
+    first.close()
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "tr')  # cut off in mid-line
+    again = MetricsLogger(tmp_path, 10, 4)
+    for step in range(5, 11):
+        again.log(step, {"train/loss": 100.0 + step}, "")
+    again.close()
+    expected = [(step, float(step)) for step in range(1, 5)] + [(step, 100.0 + step) for step in range(5, 11)]
+    assert [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == expected
+
+
+def test_a_run_that_starts_over_without_a_checkpoint_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        reporter = MetricsLogger(tmp_path, 10, 0)
+        reporter.log(1, {"train/loss": value}, "")
+        reporter.close()
+    assert [event.value for event in events(tmp_path).Scalars("train/loss")] == [2.0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_counts_and_thresholds_are_in_the_file_but_not_among_the_curves(tmp_path: Path) -> None:
+    values = {"train/loss": 1.0, "train/epoch": 2.0, "eval/f1": 50.0, "eval/HasAns_f1": 60.0, "eval/best_f1": 55.0}
+    numbers = {"eval/total": 10.0, "eval/NoAns_total": 4.0, "eval/best_f1_thresh": -1.0}
+    numbers |= {"eval/null_score_diff_threshold": -1.5}
+    logger = MetricsLogger(tmp_path, 10, 0)
+    logger.log(1, values | numbers, "")
+    logger.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, **values, **numbers}
+    assert set(events(tmp_path).Tags()["scalars"]) == set(values) - {"train/epoch"}
