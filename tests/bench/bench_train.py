@@ -89,7 +89,7 @@ def measure(who: str, folder: Path, arguments: argparse.Namespace) -> Measured:
 def table(measured: dict[str, list[Measured]]) -> list[str]:
     """Medians of the turns; tokens a second are real tokens of the timed steps."""
     lines = [
-        "| | start-up s | steps | real tokens | s of the steps (median) | all turns | real tokens/s | ours is faster by |",
+        "| | start-up s | steps | real tokens | s, median | all turns | real tokens/s | ours is faster by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rates = {who: statistics.median(one["tokens"] / one["seconds"] for one in turns) for who, turns in measured.items()}

@@ -2,7 +2,7 @@
 
 Both sides are measured alike: every rank notes the time at the end of each optimizer step, after the GPU (if any) has
 finished. OUT.RANK gets JSON: `start` (seconds from the start of the process to the end of the first step), `steps`
-(seconds of every later step), and `tokens` (real tokens of every step of this rank, counted where the model takes them).
+(seconds of every later step), and `tokens` (real tokens of every step of this rank, counted at the model's input).
 """
 
 from __future__ import annotations
