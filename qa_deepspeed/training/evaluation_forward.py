@@ -5,8 +5,7 @@ Everything is keyed by feature id. Micro-batches are cut from the whole set, so 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,37 +21,11 @@ from qa_deepspeed.qa.decoding.candidates import candidate_columns, real_rows
 from qa_deepspeed.qa.decoding.exact import Candidates
 from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.max_context import best_window_ranges
+from qa_deepspeed.qa.decoding.row_table import RowTable
 from qa_deepspeed.qa.features.batching import Batch, Layout, evaluation_batches, make_batch
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.progress import ProgressBar
-
-
-class RowTable:
-    """Named columns `[rows, ...]`, filled by row number. The file goes away with the object, also when killed."""
-
-    def __init__(self, rows: int, columns: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path):
-        """columns: dtype and shape of one row's value, by name. folder: on whose disk the file lies."""
-        dtype = np.dtype([(name, *column) for name, column in columns.items()])
-        self._there = np.zeros(rows, bool)
-        self._records = np.zeros(0, dtype)
-        if rows:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self._records = np.memmap(file, dtype, "w+", shape=(rows,))
-
-    def put(self, numbers: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Write these rows. Each may come once."""
-        assert not self._there[numbers].any() and len(np.unique(numbers)) == len(numbers), "a row came twice"
-        self._there[numbers] = True
-        for name, column in values.items():
-            self._records[name][numbers] = column
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """All columns, mapped. Every row must have come."""
-        missing = np.flatnonzero(~self._there)
-        assert not len(missing), f"{len(missing)} rows never came (first: {missing[:1]})"
-        return {name: self._records[name] for name in self._records.dtype.names or ()}
-
 
 BATCHES_PER_EXCHANGE = 64
 """Micro-batches of a rank whose rows are sent to rank 0 together; until then they stay on the device."""

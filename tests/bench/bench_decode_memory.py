@@ -4,7 +4,7 @@
 
 Each size runs in a process of its own, by the evaluation's own code after the forward: random candidates (n_best 20)
 arrive a few thousand rows at a time in any order and are spilled (`RowTable`), then decoded, scored, analysed and
-written (`answers.answer_and_score`, about 2.9 GB at a million features; all is removed). Every question has one window,
+written (`scoring.answer_and_score`, about 2.9 GB at a million features; all is removed). Every question has one window,
 four have one context, a third has no answer.
 """
 
@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import matplotlib.backends.backend_svg  # noqa: F401 (the report is drawn with it: counted among the imports)
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.exact import Candidates
-from qa_deepspeed.training.evaluation_forward import RowTable
+from qa_deepspeed.qa.decoding.row_table import RowTable
 from qa_deepspeed.training.scoring import answer_and_score, decoder
 
 N_BEST, ROWS, TOKENS = 20, 4096, 150
@@ -113,7 +114,7 @@ def one_size(count):
             store = Store(candidates.feature_id)
             options = RunOptions(version_2_with_negative=True, predict_file="made.json")
             predict = decoder(candidates, None, store, None, "exact")
-            metrics = answer_and_score(predict, store, options, False, Path(folder), {})
+            metrics = answer_and_score(predict, store, options, False, Path(folder), {}).metrics
         seconds = time.perf_counter() - began
         size = (Path(folder) / "nbest_predictions.json").stat().st_size
     assert metrics["total"] == count
