@@ -128,6 +128,8 @@ def _read_hosts(checked: PreflightState, hostfile: Path) -> list[str]:
 def _config(checked: PreflightState) -> list[str]:
     on_cpu = checked.options.no_cuda or not torch.cuda.is_available()
     bf16 = on_cpu or torch.cuda.is_bf16_supported()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses its accelerator when it is imported
     checked.resolved = resolved = validate_options(checked.options, checked.ranks, "cpu" if on_cpu else "cuda", bf16)
     plan = resolved.plan
     said = ds_config.load(resolved.name)

@@ -32,8 +32,9 @@ from qa_deepspeed.engine.checkpoint_files import (
     write_loop_state,
     write_manifest,
 )
+from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
-from qa_deepspeed.engine.shards import Shards, plain_values_only, require_shards
+from qa_deepspeed.engine.shards import Shards, require_shards
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 

@@ -21,6 +21,7 @@ def choose_device(no_cuda: bool) -> torch.device:
     Raises:
         UserError: more ranks on this node than GPUs.
     """
+    dist.check_supported()
     if no_cuda or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         assign_cores()

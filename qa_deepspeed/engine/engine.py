@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine import deepspeed_compat as compat
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
-from qa_deepspeed.engine.reshard import carry_over
-from qa_deepspeed.engine.shards import Shards
+from qa_deepspeed.engine.shards import Shards, fill_engine
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
+from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
@@ -38,10 +39,11 @@ def import_deepspeed(verbose: bool) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=verbose)  # joins the group there is; parameters cannot be born without it
+    compat.check_supported()
+    compat.skip_shared_memory_operator(deepspeed)
+    deepspeed.init_distributed(verbose=verbose)  # joins the existing group; ZeRO-3's parameters need it
     if os.environ.get("DS_ACCELERATOR") == "cpu" and 1 < dist.world_size() == dist.local_world_size():
-        deepspeed.comm.comm.cdb.all_gather_function = dist.gather_by_broadcasts
+        compat.gather_by(deepspeed, dist.gather_by_broadcasts)
     return deepspeed
 
 
@@ -107,9 +109,9 @@ class Engine(EvalModel):
     def __init__(self, deepspeed_engine: Any, resolved: ResolvedConfig, device: torch.device) -> None:
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
-        self._engine.checkpoint_engine = CarefulWriter(deepspeed_engine.checkpoint_engine)
-        # its scripts would be copied beside the shards past that writer; `qa-deepspeed export` does their work
-        self._engine._copy_recovery_script = lambda save_path: None
+        self._writer = CarefulWriter(compat.checkpoint_writer(deepspeed_engine))
+        compat.set_checkpoint_writer(deepspeed_engine, self._writer)
+        compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
         self.grad_norm: float | None = None
         self._fresh_groups = [
             {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
@@ -120,13 +122,13 @@ class Engine(EvalModel):
     @property
     def parameters(self) -> int:
         """How many numbers the whole model has, on all ranks together."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        return sum(compat.full_numel(parameter) for parameter in self.module.parameters())
 
     @property
     def trained_parameters(self) -> int:
         """How many of them are trained: all, or LoRA's adapters and the head."""
         trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        return sum(compat.full_numel(parameter) for parameter in trained)
 
     @property
     def learning_rate(self) -> float:
@@ -168,7 +170,7 @@ class Engine(EvalModel):
         try:
             self._engine.step()
         except Exception as error:  # DeepSpeed's own kind for this is Exception itself
-            if "loss scale already at minimum" not in str(error):
+            if not compat.is_loss_scale_exhausted(error):
                 raise
             raise UserError(
                 f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or take "
@@ -181,7 +183,7 @@ class Engine(EvalModel):
     def whole_state(self) -> dict[str, torch.Tensor] | None:
         """The model's whole state dict on the CPU of rank 0, None elsewhere. Collective."""
         if self.zero_stage == 3:
-            return self._engine._zero3_consolidated_16bit_state_dict()
+            return compat.consolidated_state_dict(self._engine)
         if not dist.is_rank_zero():
             return None
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
@@ -192,15 +194,14 @@ class Engine(EvalModel):
         Raises:
             OSError: this rank could not write its share.
         """
-        writer: CarefulWriter = self._engine.checkpoint_engine
-        writer.problem = None
+        self._writer.problem = None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        if writer.problem is not None:
-            raise writer.problem
+        if self._writer.problem is not None:
+            raise self._writer.problem
 
     def write_common_states(self) -> None:
         """From now on this rank writes what all ranks have alike, as rank 0 does: for a disk that rank 0's is not."""
-        self._engine.save_non_zero_checkpoint = True
+        compat.write_common_states(self._engine)
 
     def load_shards(self, folder: Path, tag: str) -> None:
         """Read back what `save_shards` wrote at the same world size. Collective."""
@@ -223,10 +224,10 @@ class Engine(EvalModel):
         """Take weights and optimizer state out of a checkpoint of other ranks or another stage. Collective.
 
         Raises:
-            UserError: as `reshard.carry_over` says.
+            UserError: as `shards.fill_engine`.
         """
-        carry_over(self._engine, shards)
-        self.follow_options(int(shards.common["global_steps"]) - int(shards.common["skipped_steps"]))
+        fill_engine(self._engine, shards)
+        self.follow_options(shards.common.steps - shards.common.skipped)
 
     def follow_options(self, updates: int) -> None:
         """Use this run's own hyperparameters, not those of a checkpoint, after so many updates of the optimizer.
@@ -237,12 +238,9 @@ class Engine(EvalModel):
         groups = optimizer.param_groups
         for group, fresh in zip(groups, self._fresh_groups, strict=True):
             group.update(fresh)
-        if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = self._engine.gradient_clipping()
+        compat.set_gradient_clipping(optimizer, self._engine.gradient_clipping())
         if isinstance(schedule, LambdaLR):
-            schedule.base_lrs, schedule.last_epoch = list(self._fresh_rates), updates
-            rates = [base * rule(updates) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-            schedule._last_lr = rates
+            rates = compat.restart_schedule(schedule, list(self._fresh_rates), updates)
         elif schedule is not None:
             rates = schedule.get_lr()
         else:
@@ -257,7 +255,7 @@ def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device)
     if device.type == "cpu":
         speed_up_on_cpu(model, keep_attention=resolved.options.attn_implementation is not None)
         return
-    flash = is_flash_attn_2_available() and getattr(model, "_supports_flash_attn", False)
+    flash = is_flash_attn_2_available() and supports_flash_attention(model)
     if resolved.options.attn_implementation is None and flash and resolved.precision in ("bf16", "fp16"):
         model.set_attn_implementation("flash_attention_2")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.engine.deepspeed_compat import full_shape
+
 _SECONDS = {"cpu": 0.3, "cuda": 0.1}
 _WIDTH = {"cpu": 1024, "cuda": 8192}
 
@@ -46,9 +48,7 @@ def training_flops(model: torch.nn.Module, model_config: Any) -> tuple[float, fl
     the model, not of the machine.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    shapes = [
-        (parameter, getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()
-    ]  # a parameter partitioned by ZeRO-3 has its whole shape there
+    shapes = [(parameter, full_shape(parameter)) for parameter in model.parameters()]
     operations = sum(
         shape.numel() * (6.0 if parameter.requires_grad else 4.0)
         for parameter, shape in shapes

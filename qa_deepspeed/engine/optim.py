@@ -8,18 +8,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.deepspeed_compat import full_shape
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices decay, vectors (biases and norms) do not.
 
-    Under ZeRO-3 a parameter's own shape is that of its partition; `ds_shape` holds the whole one's.
+    Under ZeRO-3 a parameter's own shape is that of its partition.
     """
     decayed: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = full_shape(parameter)
             (decayed if len(shape) > 1 else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

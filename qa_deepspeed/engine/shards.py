@@ -1,14 +1,13 @@
-"""A checkpoint's parameters, whole and one at a time, out of the shards of any ZeRO stage and number of ranks.
+"""A checkpoint's full parameters, one at a time, from the shards of any ZeRO stage and number of ranks; and an engine
+filled from them that has another number of ranks, stage or precision.
 
-Files are mapped into memory, not read: what is not asked for costs nothing, whatever the size of the model. The layout
-of the shards is DeepSpeed's (its checkpoint/ds_to_universal.py and utils/zero_to_fp32.py read the same).
+Files are mapped into memory, not read: parts that are not used cost nothing, whatever the model's size. Nothing is
+converted on the disk and nothing is sent between ranks: each rank copies its partitions from the files.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.engine import deepspeed_compat as compat
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.progress import ProgressBar
@@ -44,8 +44,7 @@ class Shards:
 
     def __init__(self, checkpoint: Path, stage: int, ranks: int, optimized: list[str]) -> None:
         require_shards(checkpoint, stage, range(ranks))
-        part = "zero_pp_rank_0_" if stage == 3 else ""
-        self.common: dict[str, Any] = _mapped(checkpoint / f"{part}mp_rank_00_model_states.pt")
+        self.common = compat.read_common_state(checkpoint, stage)
         self._ranks = ranks
         self._checkpoint = checkpoint
         self._stage = stage
@@ -56,9 +55,9 @@ class Shards:
             self._index_whole(optimized)
             return
         for rank in range(ranks):
-            (path,) = checkpoint.glob(f"*{_optimizer_file(rank)}")
-            states = _mapped(path)["optimizer_state_dict"]
-            self._index_partition(states) if stage == 3 else self._index_slices(states)
+            (path,) = checkpoint.glob(compat.optimizer_files(rank))
+            saved = compat.read_checkpoint_file(path)
+            self._index_partitions(saved) if stage == 3 else self._index_slices(saved)
 
     @property
     def names(self) -> list[str]:
@@ -76,14 +75,13 @@ class Shards:
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's state dict, floating-point entries in `dtype`; entries that share a tensor go on sharing it."""
         shapes = self._shapes() if self._stage == 3 else {}
-        aliases = self.common["shared_params"] or {}
         frozen = self._frozen() if self._stage == 3 else {}
         found: dict[str, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
-        module = self.common["module"]
+        module = self.common.module
         with ProgressBar("putting weights together", len(module), "tensor", shown=dist.is_rank_zero()) as bar:
             for name, stored in module.items():
-                source = aliases.get(name, name)
+                source = self.common.aliases.get(name, name)
                 if source not in found:
                     if source in self._pieces:
                         value = self.read(source)[WEIGHT].reshape(shapes.get(source, stored.shape))
@@ -95,38 +93,34 @@ class Shards:
         return result
 
     def _index_whole(self, optimized: list[str]) -> None:
-        saved = self.common["optimizer"]
-        masters = [tensor for group in saved.get("fp32_groups", []) for tensor in group]  # none in float32
-        states = saved.get("optimizer_state_dict", saved)["state"]
+        masters = self.common.masters
         for place, name in enumerate(optimized):
-            weight = masters[place] if masters else self.common["module"][name]
-            state = states.get(place, {})
+            weight = masters[place] if masters else self.common.module[name]
+            state = self.common.optimizer.get(place, {})
             self.optimizer_step = float(state.get("step", 0))
             tensors = {WEIGHT: weight, **{key: value for key, value in state.items() if _like(value, weight)}}
             flat = {key: value.reshape(-1) for key, value in tensors.items()}
             self._pieces[name] = [_Piece(flat, 0, weight.numel())]
 
-    def _index_slices(self, states: dict[str, Any]) -> None:
-        """Stages 1 and 2: each group is one flat tensor, cut evenly over the ranks wherever that falls."""
-        saved = states["base_optimizer_state"]
-        saved = saved["state"] if isinstance(saved, dict) else saved
-        for group, flat in enumerate(states["single_partition_of_fp32_groups"]):
-            tensors = self._tensors(flat, saved[group])
-            for name, place in states["param_slice_mappings"][group].items():
-                self._pieces.setdefault(name, []).append(_Piece(tensors, place.start, place.numel))
+    def _index_slices(self, saved: dict[str, Any]) -> None:
+        """Stages 1 and 2: each group is one flat tensor, split evenly over the ranks wherever that falls."""
+        for flat, state, places in compat.saved_slices(saved):
+            tensors = self._tensors(flat, state)
+            for name, (start, count) in places.items():
+                self._pieces.setdefault(name, []).append(_Piece(tensors, start, count))
 
-    def _index_partition(self, states: dict[str, Any]) -> None:
-        """Stage 3: each parameter is cut evenly over the ranks, the last parts padded."""
-        for group, shapes in enumerate(self.common["param_shapes"]):
-            tensors = self._tensors(states["fp32_flat_groups"][group], states["optimizer_state_dict"]["state"][group])
+    def _index_partitions(self, saved: dict[str, Any]) -> None:
+        """Stage 3: each parameter is split evenly over the ranks, the last parts padded."""
+        for shapes, (flat, state) in zip(self.common.trained_shapes, compat.saved_partitions(saved), strict=True):
+            tensors = self._tensors(flat, state)
             start = 0
             for name, shape in shapes.items():
-                share = -(-prod(shape) // self._ranks)
+                size = -(-prod(shape) // self._ranks)
                 known = self._pieces.setdefault(name, [])
-                real = min(share, prod(shape) - share * len(known))
+                real = min(size, prod(shape) - size * len(known))
                 if real > 0:
                     known.append(_Piece(tensors, start, real))
-                start += share
+                start += size
 
     def _tensors(self, flat: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.optimizer_step = float(state.get("step", 0))
@@ -134,21 +128,16 @@ class Shards:
         return {WEIGHT: flat, **{key: value for key, value in state.items() if torch.is_tensor(value) and value.ndim}}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(shape) for group in self.common["param_shapes"] for name, shape in group.items()}
+        return {name: tuple(shape) for group in self.common.trained_shapes for name, shape in group.items()}
 
     def _frozen(self) -> dict[str, torch.Tensor]:
-        """Stage 3: parameters that are not trained are cut over the model states' files."""
-        shapes = self.common["frozen_param_shapes"] or {}
-        files = (
-            [
-                _mapped(self._checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")["frozen_param_fragments"]
-                for rank in range(self._ranks)
-            ]
-            if shapes
-            else []
-        )
+        """Stage 3: parameters that are not trained are split over the model files of the ranks."""
+        shapes = self.common.frozen_shapes
+        if not shapes:
+            return {}
+        files = [compat.read_common_state(self._checkpoint, 3, rank).frozen_partitions for rank in range(self._ranks)]
         return {
-            name: torch.cat([fragments[name].reshape(-1) for fragments in files])[: prod(shape)].reshape(tuple(shape))
+            name: torch.cat([partitions[name].reshape(-1) for partitions in files])[: prod(shape)].reshape(tuple(shape))
             for name, shape in shapes.items()
         }
 
@@ -159,7 +148,7 @@ def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
     Raises:
         UserError: `checkpoint` has not those of all these `ranks` here.
     """
-    lacking = [rank for rank in ranks if stage > 0 and not list(checkpoint.glob(f"*{_optimizer_file(rank)}"))]
+    lacking = [rank for rank in ranks if stage > 0 and not list(checkpoint.glob(compat.optimizer_files(rank)))]
     if lacking:
         ranks_there = ", ".join(map(str, lacking))
         raise UserError(
@@ -168,34 +157,83 @@ def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
         )
 
 
-def _optimizer_file(rank: int) -> str:
-    return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-@contextlib.contextmanager
-def plain_values_only() -> Iterator[None]:
-    """Inside, torch.load reads tensors, plain values and a few of DeepSpeed's classes, whatever it is passed."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _mapped(path: Path) -> dict[str, Any]:
-    with plain_values_only():
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
 def _like(value: Any, weight: torch.Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == weight.shape
+
+
+def fill_engine(engine: Any, shards: Shards) -> None:
+    """Fill a fresh DeepSpeed engine: float32 weights, the model's own copy of them, optimizer state, counters.
+
+    Raises:
+        UserError: the checkpoint is of another model, or DeepSpeed's optimizer wrapper is one that is not known here.
+    """
+    names = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if names != set(shards.names):
+        raise UserError(
+            f"the checkpoint trains {len(shards.names)} parameters, this run {len(names)}, and not the "
+            f"same ones ({', '.join(sorted(names ^ set(shards.names))[:3])} ...)"
+        )
+    stage = engine.zero_optimization_stage()
+    {0: _fill_full, 1: _fill_slices, 2: _fill_slices, 3: _fill_partitions}[stage](engine, shards)
+    common = shards.common
+    compat.set_counters(engine, common.steps, common.samples, common.skipped)
+    if engine.lr_scheduler is not None and common.schedule is not None:
+        engine.lr_scheduler.load_state_dict(common.schedule)
+
+
+def _fill_full(engine: Any, shards: Shards) -> None:
+    """Stage 0: torch's optimizer on the parameters themselves, or on float32 copies of them."""
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    masters = compat.master_weights(outer) if inner is not outer else {}
+    if masters is None:
+        raise UserError(
+            f"a checkpoint of another kind cannot be loaded into DeepSpeed's {type(outer).__name__}: "
+            "resume with --deepspeed_config zero1"
+        )
+    for parameter, name in compat.parameter_names(engine).items():
+        if not parameter.requires_grad:
+            continue
+        found = {key: value.view(parameter.shape) for key, value in shards.read(name).items()}
+        master = masters.get(parameter, parameter)
+        weight = found.pop(WEIGHT)
+        master.data.copy_(weight)
+        parameter.data.copy_(weight)
+        moments = {key: value.to(master.device).clone() for key, value in found.items()}
+        inner.state[master] = _state_of(shards, master.device, moments)
+
+
+def _fill_slices(engine: Any, shards: Shards) -> None:
+    """Stages 1 and 2: this rank's flat partition of each group, with slices of parameters in it."""
+    _fill_flats(engine, shards, compat.slices(engine.optimizer))
+    compat.publish_slices(engine.optimizer)
+
+
+def _fill_partitions(engine: Any, shards: Shards) -> None:
+    """Stage 3: this rank's partition of each parameter, one after another in the flat tensor of each sub-group."""
+    optimizer = engine.optimizer
+    if compat.keeps_state_on_nvme(optimizer):
+        raise UserError(
+            "a checkpoint of another kind cannot be loaded into optimizer state on NVMe: resume with "
+            "--deepspeed_config zero3_offload"
+        )
+    with compat.all_partitioned(optimizer):
+        _fill_flats(engine, shards, compat.partitions(optimizer, dist.rank()))
+        compat.publish_partitions(optimizer)
+
+
+def _fill_flats(engine: Any, shards: Shards, flats: list[tuple[torch.Tensor, list[compat.Slice]]]) -> None:
+    """Copy weights and optimizer state into flat tensors, by the places of the parameters in them."""
+    names = compat.parameter_names(engine)
+    for flat, parts in flats:
+        moments: dict[str, torch.Tensor] = {}
+        for part in parts:
+            for key, value in shards.read(names[part.parameter]).items():
+                target = flat.data if key == WEIGHT else moments.setdefault(key, torch.zeros_like(flat.data))
+                target.narrow(0, part.target, part.count).copy_(value.narrow(0, part.source, part.count))
+        engine.optimizer.optimizer.state[flat] = _state_of(shards, flat.device, moments)
+
+
+def _state_of(shards: Shards, device: torch.device, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An optimizer's state of one (flat) parameter."""
+    return {"step": torch.tensor(shards.optimizer_step, device=device)} | moments

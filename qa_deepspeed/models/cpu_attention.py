@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
+from qa_deepspeed.models.transformers_compat import (
+    masks_padding_only,
+    torch_attention,
+    torch_attention_mask,
+    uses_torch_attention,
+)
 
 NAME = "rows"
 """Under which Transformers knows this attention."""
@@ -38,7 +42,7 @@ def speed_up_on_cpu(model: Any, keep_attention: bool = False) -> None:
                 setattr(module, name, CpuDropout(child.p).train(child.training))
     if keep_attention:
         return
-    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+    if uses_torch_attention(model):
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _rows_or_mask)
         model.set_attn_implementation(NAME)
@@ -47,11 +51,11 @@ def speed_up_on_cpu(model: Any, keep_attention: bool = False) -> None:
 def _rows_or_mask(*, mask_function: Any, attention_mask: Tensor | None, **rest: Any) -> Tensor | None:
     """What the attention gets as its mask: `[rows, 2]`, first and last + 1 real token of each row, if padding is all
     that is masked (real tokens are one run); else the `[rows, 1, length, length]` mask of torch's attention."""
-    if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
+    if masks_padding_only(mask_function) and attention_mask is not None and attention_mask.ndim == 2:
         real = attention_mask.to(torch.int8)
         begin = real.argmax(dim=1)
         return torch.stack([begin, begin + attention_mask.sum(dim=1)], dim=1)
-    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
+    return torch_attention_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
 
 
 def _attention(
@@ -67,13 +71,11 @@ def _attention(
     """Transformers' attention interface; `query`, `key`, `value` `[rows, heads, length, width]`."""
     same_shape = query.shape == key.shape == value.shape
     if attention_mask is None or attention_mask.ndim != 2 or not same_shape or query.device.type != "cpu":
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
-        )
+        return torch_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if not 0.0 < dropout < 1.0:
         mask = _added_to_scores(attention_mask, query)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, dropout=dropout, **rest)
+        return torch_attention(module, query, key, value, mask, scaling=scale, dropout=dropout, **rest)
     return _DroppedAttention.apply(query, key, value, attention_mask.tolist(), scale, dropout), None
 
 

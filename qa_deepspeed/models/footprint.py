@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qa_deepspeed.models.lora import LoraSettings, adapted_modules, add_adapters
+from qa_deepspeed.models.transformers_compat import repeated_layers
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -59,7 +59,7 @@ def footprint(
             raise UserError(f"no question-answering model of type {config.model_type}: {error}") from None
         if lora is not None:
             add_adapters(model, lora, base="", seed=0)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(model)
     parameters = [parameter.numel() for parameter in model.parameters()]
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     largest_layer = max((sum(each.numel() for each in layer.parameters()) for layer in layers), default=sum(parameters))
@@ -101,7 +101,7 @@ def _by_formula(config: PretrainedConfig, rows: int, length: int, element: int) 
 class _Kept:
     """Bytes that the forward pass of a model keeps, by the repeated layer that keeps them (None: outside of all)."""
 
-    def __init__(self, model: torch.nn.Module, layers: list[GradientCheckpointingLayer], rows: int, length: int):
+    def __init__(self, model: torch.nn.Module, layers: list[Any], rows: int, length: int):
         self.bytes_of: dict[int | None, int] = defaultdict(int)
         self.attention_of: dict[int | None, int] = defaultdict(int)
         self.layer_input = 0
@@ -111,8 +111,8 @@ class _Kept:
         self._half = next(model.parameters()).dtype != torch.float32
         self._layer: int | None = None
         self._calls = 0
-        # Kept alive, so that no storage takes another's place while they are counted.
-        self._seen: dict[int, torch.Tensor] = {_storage(parameter): parameter for parameter in model.parameters()}
+        # By identity: a storage's Python object is the same for all tensors that view it, while it is kept here.
+        self._seen = {id(storage): storage for storage in (each.untyped_storage() for each in model.parameters())}
         for layer in layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._leave)
@@ -148,10 +148,10 @@ class _Kept:
         self.adapted += output.nbytes
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = _storage(tensor)
-        if key not in self._seen:
-            self._seen[key] = tensor
-            size = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._seen:
+            self._seen[id(storage)] = storage
+            size = storage.nbytes()
             if tensor.dim() > 2 and tensor.shape[-2:] == (self._length, self._length):
                 self.attention_of[self._layer] += size
             elif self._half and self._of_heads(tensor):
@@ -164,7 +164,3 @@ class _Kept:
         shape = tensor.shape
         of_rows = tensor.dim() == 3 and shape[0] > self._rows and shape[0] % self._rows == 0
         return of_rows and tensor.dtype == torch.float32 and self._length in shape[1:]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

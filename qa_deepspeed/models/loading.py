@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.heads import BEAM_CLASSES
 from qa_deepspeed.models.lora import base_of, load_adapters
+from qa_deepspeed.models.transformers_compat import check_supported, keep_used_renamings, model_of_class
 from qa_deepspeed.utils.errors import UserError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError)
@@ -80,6 +81,7 @@ def load_model(
     Raises:
         UserError: no weights found, or no question-answering head exists for this architecture.
     """
+    check_supported()
     name = options.model_name_or_path
     base = base_of(name)
     model, report = _from_pretrained(
@@ -91,22 +93,11 @@ def load_model(
         output_loading_info=True,
         attn_implementation=options.attn_implementation,
     )
-    _forget_unused_renamings(model)
+    keep_used_renamings(model)
     fresh = set(report["missing_keys"])
     if base is not None:
         fresh -= set(load_adapters(model, str(name), put))
     return model, sorted(fresh)
-
-
-def _forget_unused_renamings(model: Any) -> None:
-    """Keep the renamings of weights that the loading used: saving applies them backwards.
-
-    Loading into partitioned parameters keeps all it knows of, so that names of TensorFlow's days would be saved
-    (LayerNorm.gamma), which the checkpoint itself did not have.
-    """
-    renamings = getattr(model, "_weight_conversions", None)
-    if renamings:
-        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
 def require_trained_head(name: str | None, fresh: list[str]) -> None:
@@ -121,9 +112,9 @@ def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> t
     Raises:
         UserError: as `load_model`.
     """
-    kind = _model_class(config, qa_head)
-    make = kind.from_config if kind is AutoModelForQuestionAnswering else kind._from_config
-    return make(config, dtype=torch.float32)
+    check_supported()
+    model: torch.nn.Module = model_of_class(_model_class(config, qa_head), config, torch.float32)
+    return model
 
 
 def head_kind(config: PretrainedConfig, qa_head: str | None) -> str:

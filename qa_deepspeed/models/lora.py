@@ -18,15 +18,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.transformers_compat import (
+    ADAPTER,
+    NAME_PREFIX,
+    adapted_names,
+    adapter_layers,
+    check_peft_supported,
+    name_in_adapter_file,
+)
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import apply_umask
 from qa_deepspeed.utils.progress import write_progress
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
-
-_ADAPTER = "default"  # the name that peft gives a model's only adapter; files leave it out
-_IN_FILES = "base_model.model."  # where peft's wrapper has the model; what names in files begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +84,13 @@ def require_peft() -> Any:
     """The peft package.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or of a version that is not supported.
     """
     try:
         import peft
     except ImportError:
         raise UserError("LoRA adapters need peft, which is not installed: pip install 'qa_deepspeed[lora]'") from None
+    check_peft_supported()
     return peft
 
 
@@ -120,7 +126,7 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> An
     )
     torch.manual_seed(seed)  # what was drawn before differs from one ZeRO stage to another
     tuner = _inject(model, config, f"lora_target_modules {','.join(settings.target_modules)}")
-    config.target_modules, config.exclude_modules = sorted(tuner.targeted_module_names), None
+    config.target_modules, config.exclude_modules = adapted_names(tuner), None
     config.modules_to_save = heads  # for those who load it; here the head needs no wrapper
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in heads:
@@ -130,7 +136,7 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> An
 
 def _inject(model: Any, config: Any, what: str) -> Any:
     try:
-        return require_peft().LoraModel(model, config, _ADAPTER)
+        return require_peft().LoraModel(model, config, ADAPTER)
     except ValueError as error:
         known = sorted({name.split(".")[-1] for name, part in model.named_modules() if hasattr(part, "weight")})
         reason = str(error).split(". ")[0].splitlines()[0]
@@ -139,16 +145,12 @@ def _inject(model: Any, config: Any, what: str) -> Any:
 
 def has_adapters(model: Any) -> bool:
     """Whether adapters were put into the model."""
-    return _ADAPTER in getattr(model, "peft_config", {})
+    return ADAPTER in getattr(model, "peft_config", {})
 
 
 def adapted_modules(model: Any) -> list[Any]:
     """The modules that adapters were put into."""
-    if not has_adapters(model):
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return adapter_layers(model) if has_adapters(model) else []
 
 
 def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any) -> Mapping[str, torch.Tensor]:
@@ -168,7 +170,7 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **
     saved = {name: value.detach().cpu().contiguous() for name, value in adapter_state(model, state).items()}
     save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     apply_umask(folder / WEIGHTS_FILE)
-    dataclasses.replace(model.peft_config[_ADAPTER], inference_mode=True).save_pretrained(folder)
+    dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True).save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -190,7 +192,7 @@ def adapter_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, to
     heads = head_names(model)
     found = require_peft().get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
     found |= {name: value for name, value in state.items() if name.split(".")[0] in heads}
-    return {_IN_FILES + name: value for name, value in found.items()}
+    return {NAME_PREFIX + name: value for name, value in found.items()}
 
 
 def base_of(name: str | None) -> str | None:
@@ -235,15 +237,11 @@ def load_adapters(model: Any, name: str, put: Callable[[torch.Tensor, torch.Tens
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    names = {_file_name(own): own for own in parameters}
-    wanted = {_file_name(own) for own in parameters if f".{_ADAPTER}." in own}
+    names = {name_in_adapter_file(own): own for own in parameters}
+    wanted = {name_in_adapter_file(own) for own in parameters if f".{ADAPTER}." in own}
     unknown = sorted(set(saved) - set(names)) or sorted(wanted - set(saved))
     if unknown:
         raise UserError(f"the adapter in {name} does not fit its base model: {', '.join(unknown[:3])} ...")
     for stored, value in saved.items():
         put(parameters[names[stored]], value)
     return [names[stored] for stored in saved]
-
-
-def _file_name(own: str) -> str:
-    return _IN_FILES + own.replace(f".{_ADAPTER}.", ".").replace(".base_layer.", ".")

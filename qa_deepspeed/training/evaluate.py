@@ -85,7 +85,7 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         UserError: as `evaluation_head`.
     """
     head = evaluation_head(reader.module, options)
-    with reader.evaluating(), dist.explain_collective_errors("evaluation"):
+    with reader.evaluating(), dist.explain_collective_errors("the evaluation"):
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
         )
@@ -98,7 +98,7 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
             save_null_threshold(output_dir, result.metrics["null_score_diff_threshold"])
-    with dist.explain_collective_errors("evaluation"):
+    with dist.explain_collective_errors("the evaluation"):
         return Evaluation(dist.broadcast_json(result.metrics if result is not None else {}), result)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from qa_deepspeed.config.run_options import RunOptions, check_counts, check_objective
-from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine import deepspeed_compat, ds_config
 from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.models import transformers_compat
 from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.runs.hub_upload import check_upload
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
@@ -18,8 +19,10 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     """The DeepSpeed config and the options of a training run, agreed and checked.
 
     Raises:
-        UserError: they disagree, or ask for what cannot be had.
+        UserError: they disagree, ask for what cannot be had, or a library's version is not supported.
     """
+    deepspeed_compat.check_supported()
+    transformers_compat.check_supported()
     resolved = ds_config.resolve(options, world_size, device_type, bf16_supported)
     ds_config.check_trainable(resolved)
     options = evaluation_options(resolved.options)

@@ -1,8 +1,8 @@
 """Ranks and the few collectives this project needs.
 
 The only file that names `torch.distributed`. Everything here works with one process and no process group. Rank and
-world size are read from the variables that every launcher sets (`deepspeed`, `torchrun`, Slurm scripts); what is
-exchanged between ranks travels over a host-side (gloo) group, as plain bytes: nothing is pickled.
+world size are read from the variables that every launcher sets (`deepspeed`, `torchrun`, Slurm scripts); data between
+ranks goes over a host-side (gloo) group as plain bytes: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import socket
 import sys
@@ -25,36 +24,56 @@ import torch.distributed as torch_distributed
 from tqdm import tqdm
 
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.supported import require_names
 
 GATHER_ROWS = 8192
 """Rows of one exchange in `gather_rows`, so that its buffers stay small however many rows there are."""
 
-LOST_RANK = r"closed by peer|connection reset|broken pipe|timed out|timeout|remote process exited|socket error"
-"""How gloo and NCCL speak of a rank that is gone or does not come."""
+NAMES = {"torch.distributed.distributed_c10d": "default_pg_timeout default_pg_nccl_timeout _get_default_store"}
+"""Private names of torch in use: module -> names in it."""
+
+LOST_RANK_TEXTS = (
+    # gloo, and the store in which the ranks meet
+    "closed by peer",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "failed to recv, got 0 bytes",
+    "failed to send",
+    # NCCL and its watchdog
+    "connection closed by remote peer",
+    "remote process exited",
+    "socket error",
+    "watchdog",
+    "communicator was aborted",
+)
+"""Parts of the messages, in lower case, by which gloo and NCCL report a rank that has ended or does not answer."""
 
 _host_group: Any = None
 _stage = "the start"
-_handed_on = 0
-"""How often the store was used to hand something on; the same on all ranks."""
+_store_broadcasts = 0
+"""Number of broadcasts through the store so far; the same on all ranks."""
 
 
 def rank() -> int:
-    """This process's number among all processes of the run."""
+    """This process's rank among all processes of the run."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's number among those on its node; also the number of its GPU."""
+    """This process's rank among those on its node; also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """How many processes of the run are on this node (torchrun and deepspeed name the variable differently)."""
+    """Number of processes of the run on this node (torchrun and deepspeed name the variable differently)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -64,19 +83,19 @@ def is_rank_zero() -> bool:
 
 
 def log0(message: str) -> None:
-    """Print one line on rank 0, at once, whatever stdout is."""
+    """Print one line on rank 0 and flush it."""
     if is_rank_zero():
         _print(message)
 
 
 def log_rank(message: str) -> None:
-    """Print one line on this rank, whichever it is, with its number where there are several."""
+    """Print one line on this rank, with the rank's number where there are several."""
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     _print(prefix + message)
 
 
 def _print(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)  # a progress bar on the screen makes way for it
+    tqdm.write(line, file=sys.stdout)  # above a progress bar, not into it
     sys.stdout.flush()
 
 
@@ -90,11 +109,11 @@ OPENMPI_NAMES = {
 
 
 def ensure_rank_env() -> None:
-    """Give a process that no launcher of torch's or DeepSpeed's started their variables, so that nothing looks for
-    mpi4py: those of a run of one rank, or where OpenMPI's mpirun started it, those of this rank.
+    """Set the variables of torchrun and deepspeed in a process that neither started, so that nothing looks for mpi4py:
+    for a run of one rank, or from OpenMPI's variables where mpirun started it.
 
     Raises:
-        UserError: mpirun was not told to pass on where rank 0 is.
+        UserError: mpirun does not pass on the address of rank 0.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
@@ -114,15 +133,25 @@ def ensure_rank_env() -> None:
     )
 
 
+def check_supported() -> None:
+    """Check that all private names of torch are there.
+
+    Raises:
+        UserError: one is missing.
+    """
+    require_names("torch", {place: names.split() for place, names in NAMES.items()})
+
+
 def init(device: torch.device, timeout_seconds: int) -> None:
-    """Join the process group; returns when all ranks have. Called after the features are built, never before."""
+    """Join the process group; returns when all ranks have joined. Called after the features are built, never before."""
     global _host_group
     if torch_distributed.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)
-    # The groups that ZeRO makes for itself name no timeout: they take these.
-    torch_distributed.distributed_c10d.default_pg_timeout = timeout
-    torch_distributed.distributed_c10d.default_pg_nccl_timeout = timeout
+    # ZeRO makes its own groups without a timeout: they take these defaults.
+    defaults: Any = torch_distributed.distributed_c10d
+    defaults.default_pg_timeout = timeout
+    defaults.default_pg_nccl_timeout = timeout
     if device.type == "cuda":
         torch_distributed.init_process_group("nccl", timeout=timeout, device_id=device)
         _host_group = torch_distributed.new_group(backend="gloo", timeout=timeout)
@@ -132,24 +161,26 @@ def init(device: torch.device, timeout_seconds: int) -> None:
 
 
 def set_stage(stage: str) -> None:
-    """Note what this rank is about to do, for `explain_lost_rank`."""
+    """Note what this rank does from here on, for `explain_lost_rank`."""
     global _stage
     _stage = stage
 
 
 def explain_lost_rank(error: RuntimeError) -> str | None:
-    """If a collective failed since another rank died or hangs: that, with this rank and where it waited; else None."""
-    text = str(error)
-    if not any(words in text for words in ("Connection closed by peer", "Connection reset", "Timed out", "timed out")):
+    """One line on a collective that failed because another rank has ended or does not answer: this rank, the stage in
+    which it waited, the library's message. None for any other error."""
+    text = " ".join(str(error).split())
+    lost = any(part in text.lower() for part in LOST_RANK_TEXTS)
+    if world_size() == 1 or not lost or "CUDA error" in text:  # the last is a timeout of a kernel
         return None
     return (
-        f"rank {rank()} waited in {_stage} for a rank that died or hangs ({text.splitlines()[0][:200]}); the rank "
-        "that does not say this is the one to look at"
+        f"rank {rank()} waited in {_stage} for a rank that has ended or hangs; the rank that does not print this line "
+        f"is the one to look at ({text[:200]})"
     )
 
 
 def destroy() -> None:
-    """Leave the process group after everyone has arrived here, so that no rank is ended in mid-work."""
+    """Leave the process group when all ranks have arrived here, so that none is ended during its work."""
     global _host_group
     if torch_distributed.is_initialized():
         barrier()
@@ -163,20 +194,22 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def explain_collective_errors(stage: str) -> Iterator[None]:
-    """Inside, a collective that fails since another rank has ended, or does not come within the timeout, says so.
+    """Inside, which is `stage`, a collective that fails for the loss of another rank says so.
 
     Raises:
-        UserError: in place of the communication library's error.
+        UserError: in place of the communication library's error, as `explain_lost_rank`.
     """
+    before = _stage
+    set_stage(stage)
     try:
         yield
     except RuntimeError as error:
-        if _alone() or not re.search(LOST_RANK, str(error), re.IGNORECASE):
+        lost = explain_lost_rank(error)
+        if lost is None:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"rank {rank()} ends in the {stage}: another rank has ended or hangs, see what it said before ({reason})"
-        ) from None
+        raise UserError(lost) from None
+    finally:
+        set_stage(before)
 
 
 def barrier() -> None:
@@ -186,7 +219,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Each value summed over the ranks, in float64; every rank gets the same."""
+    """The sum of each value over the ranks, in float64, on every rank."""
     if _alone():
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64)
@@ -195,7 +228,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def all_reduce_max(values: Sequence[float]) -> list[float]:
-    """The greatest of each value over the ranks; every rank gets the same."""
+    """The maximum of each value over the ranks, on every rank."""
     if _alone():
         return [float(value) for value in values]
     greatest = torch.tensor(values, dtype=torch.float64)
@@ -204,7 +237,7 @@ def all_reduce_max(values: Sequence[float]) -> list[float]:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Rank 0's JSON-able value on every rank; the others' argument is not looked at."""
+    """Rank 0's JSON-able value on every rank; the others' argument is ignored."""
     if _alone():
         return value
     payload = json.dumps(value).encode() if is_rank_zero() else b""
@@ -218,12 +251,12 @@ def broadcast_json(value: Any) -> Any:
 
 
 def run_on_rank_zero(act: Callable[[], Any], no_timeout: bool = False) -> Any:
-    """What `act` returns on rank 0 (JSON-able), on every rank. Collective.
+    """Call `act` on rank 0 and return its result (JSON-able) on every rank. Collective.
 
     The others wait for it until the timeout; with `no_timeout`, as long as rank 0 lives.
 
     Raises:
-        UserError: on every rank, what `act` raised on rank 0.
+        UserError: on every rank, if `act` raises it on rank 0.
     """
     answer: dict[str, Any] = {}
     if is_rank_zero():
@@ -231,17 +264,17 @@ def run_on_rank_zero(act: Callable[[], Any], no_timeout: bool = False) -> Any:
             answer = {"value": act()}
         except UserError as error:
             answer = {"error": str(error)}
-    answer = _hand_on_at_last(answer) if no_timeout and not _alone() else broadcast_json(answer)
+    answer = _broadcast_by_store(answer) if no_timeout and not _alone() else broadcast_json(answer)
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
 
 
-def _hand_on_at_last(value: Any) -> Any:
-    """`broadcast_json` through the store in which the ranks met: no collective is open that could run out of time."""
-    global _handed_on
-    _handed_on += 1
-    store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/{_handed_on}"
+def _broadcast_by_store(value: Any) -> Any:
+    """`broadcast_json` through the store in which the ranks met: no collective is open that could time out."""
+    global _store_broadcasts
+    _store_broadcasts += 1
+    store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/{_store_broadcasts}"
     if is_rank_zero():
         store.set(key, json.dumps(value))
     else:
@@ -252,7 +285,7 @@ def _hand_on_at_last(value: Any) -> Any:
 
 
 class _Works:
-    """Several collectives that are under way, waited for as one."""
+    """Handles of several collectives in progress, waited for as one."""
 
     def __init__(self, works: list[Any]) -> None:
         self._works = works
@@ -265,10 +298,10 @@ class _Works:
 def gather_by_broadcasts(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> _Works | None:
-    """`torch.distributed.all_gather_into_tensor`, each rank broadcasting its part, straight into place.
+    """`torch.distributed.all_gather_into_tensor`, by a broadcast of each rank's part into its place.
 
-    gloo's own copies everything twice on its way, which makes it two to five times slower between the ranks of one
-    host. Over a network its ring sends less when there are many ranks.
+    gloo's own copies all data twice, which makes it two to five times slower between the ranks of one host. Over a
+    network its ring sends less when there are many ranks.
     """
     parts = output_tensor.view(-1).chunk(torch_distributed.get_world_size(group))
     mine = parts[torch_distributed.get_rank(group)]
@@ -289,8 +322,8 @@ def gather_by_broadcasts(
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """All ranks' rows of the named arrays `[rows, ...]`, in rank order, on rank 0; None on the other ranks.
 
-    The number of rows may differ from rank to rank (0 included); names, dtypes and trailing shapes must not. Rows
-    travel as bytes, `GATHER_ROWS` at a time.
+    The number of rows may differ between ranks (0 included); names, dtypes and trailing shapes must not. Rows are sent
+    as bytes, `GATHER_ROWS` at a time.
     """
     if _alone():
         return dict(arrays)
@@ -332,10 +365,10 @@ def _all_gather_counts(count: int) -> list[int]:
 
 
 def is_first_on_filesystem(folder: Path) -> bool:
-    """Whether this rank is the one that acts for its filesystem: one rank on a shared disk, one a node on local disks.
+    """Whether this rank writes for its filesystem: one rank on a shared disk, one per node on local disks. Collective.
 
-    Rank 0 acts for its own. Found out, not configured: all ranks try to create the same new file in `folder` (which
-    must exist), rank 0 before the others know its name; who succeeds is first. Collective: every rank must call it.
+    Rank 0 writes for its own. Nothing is configured: all ranks try to create the same new file in `folder` (which must
+    exist), rank 0 before the others know its name; the rank that succeeds is first.
     """
     if _alone():
         return True
@@ -358,11 +391,11 @@ def _create(path: Path) -> bool:
 
 
 def torchrun(arguments: Sequence[str]) -> int:
-    """Run torchrun; 0, or the exit status of the rank that failed first, or 128 + the number of the signal that ended
-    that rank or torchrun itself.
+    """Run torchrun; returns 0, or the exit status of the rank that failed first, or 128 + the number of the signal that
+    ended that rank or torchrun itself.
 
-    Nodes that meet again after a loss get a new store: by default torch 2.13 hands them the old one, in which they find
-    each other's ports of before, whoever comes first (pytorch/pytorch issue 135712).
+    Nodes that meet again after a loss get a new store: by default torch 2.13 gives them the old one, in which they find
+    each other's old ports (pytorch/pytorch issue 135712).
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -28,8 +28,8 @@ import qa_deepspeed.training.train as trainer
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint
 from qa_deepspeed.engine.checkpoint_files import LoopState, damage, total_bytes
+from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
-from qa_deepspeed.engine.shards import plain_values_only
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils import dist

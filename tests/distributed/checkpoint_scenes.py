@@ -27,7 +27,8 @@ from qa_deepspeed.cli.export import export
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoint import whole_weights
 from qa_deepspeed.engine.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
-from qa_deepspeed.engine.shards import Shards, plain_values_only
+from qa_deepspeed.engine.deepspeed_compat import plain_values_only
+from qa_deepspeed.engine.shards import Shards
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
 from qa_deepspeed.training import stopping
 from qa_deepspeed.training.train import train

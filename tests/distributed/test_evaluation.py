@@ -114,6 +114,6 @@ def test_when_a_rank_dies_the_other_ends_with_a_clear_error(
         for process in ranks:
             process.kill()
     assert ranks[0].returncode not in (0, None)
-    assert "error: rank 0 ends in the evaluation: another rank has ended or hangs" in errors, errors[-3000:]
+    assert "error: rank 0 waited in the evaluation for a rank that has ended or hangs" in errors, errors[-3000:]
     assert time.perf_counter() - began < 90
     assert not (tmp_path / f"{config}-17/predictions.json").exists()

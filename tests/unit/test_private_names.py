@@ -1,0 +1,133 @@
+"""Private names of DeepSpeed, Transformers, peft and torch stand in the compat files only, and each is checked."""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qa_deepspeed.engine import deepspeed_compat
+from qa_deepspeed.models import transformers_compat
+from qa_deepspeed.utils import dist, supported
+from qa_deepspeed.utils.errors import UserError
+from tests.paths import REPOSITORY
+
+PACKAGE = REPOSITORY / "qa_deepspeed"
+COMPAT = {
+    PACKAGE / "engine/deepspeed_compat.py": deepspeed_compat.NAMES,
+    PACKAGE / "models/transformers_compat.py": {
+        place: " ".join(names)
+        for place, names in {**transformers_compat.TRANSFORMERS_NAMES, **transformers_compat.PEFT_NAMES}.items()
+    },
+    PACKAGE / "utils/dist.py": dist.NAMES,
+}
+"""Compat file -> module or class of the library -> names used of it."""
+
+PUBLIC = {"PreTrainedModel", "DeepSpeedConfig"}
+"""Of the names in the tables those that the libraries document."""
+
+ALLOWED = {
+    "config/options.py": {"_actions"},  # argparse
+    "qa/data/hub.py": {"_fingerprint"},  # the only file that uses datasets
+    "qa/metrics/prediction_files.py": {"_replace"},  # documented: namedtuple
+    "cli/train.py": {"_exit"},  # documented: os._exit
+    "training/stopping.py": {"_exit"},
+}
+"""Names with an underscore that are used of other objects than one's own."""
+
+FILES = sorted(set(PACKAGE.rglob("*.py")) - set(COMPAT))
+
+
+def names_in(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, name, whether it is one's own: of self, cls or this package) of attributes, imports and texts."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            yield node.lineno, node.attr, own
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, alias.name, (node.module or "").startswith("qa_deepspeed")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value, True
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stand_in_the_compat_files_only(path: Path) -> None:
+    private = {name for table in COMPAT.values() for names in table.values() for name in names.split()} - PUBLIC
+    allowed = ALLOWED.get(str(path.relative_to(PACKAGE)), set())
+    for line, name, own in names_in(path):
+        underscore = name.startswith("_") and not name.startswith("__") and not own
+        assert (name not in private and not underscore) or name in allowed, f"{path}:{line}: {name}"
+
+
+@pytest.mark.parametrize("path", COMPAT, ids=lambda path: path.stem)
+def test_the_tables_list_what_the_compat_files_use(path: Path) -> None:
+    """Every name with an underscore of another object, and no name in a table that is not used."""
+    listed = {name for names in COMPAT[path].values() for name in names.split()}
+    text = path.read_text(encoding="utf-8")
+    used = {name for _, name, own in names_in(path) if name.startswith("_") and not own}
+    assert used - listed <= {"_last_lr"}  # of torch's schedule
+    for name in listed:
+        assert text.count(name) > 1, f"{name} is listed and not used"
+
+
+CHECKS: dict[str, tuple[Callable[[], None], dict[str, str]]] = {
+    "deepspeed": (deepspeed_compat.check_supported, deepspeed_compat.NAMES),
+    "transformers": (
+        transformers_compat.check_supported,
+        {place: " ".join(names) for place, names in transformers_compat.TRANSFORMERS_NAMES.items()},
+    ),
+    "peft": (
+        transformers_compat.check_peft_supported,
+        {place: " ".join(names) for place, names in transformers_compat.PEFT_NAMES.items()},
+    ),
+    "torch": (dist.check_supported, dist.NAMES),
+}
+REMOVED = [
+    (library, f"{place}.{name}")
+    for library, (_, table) in CHECKS.items()
+    for place, names in table.items()
+    for name in names.split()
+]
+
+
+@pytest.mark.parametrize(("library", "name"), REMOVED, ids=[name for _, name in REMOVED])
+def test_a_missing_name_ends_the_start_in_one_line(library: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a version of the library would that has the name no longer."""
+    real = supported.names_used_in
+    place, _, removed = name.rpartition(".")
+
+    def without(owner: object) -> set[str]:
+        kind = getattr(owner, "__qualname__", None) if isinstance(owner, type) else None
+        here = f"{owner.__module__}:{kind}" if kind else getattr(owner, "__name__", "")  # type: ignore[attr-defined]
+        return real(owner) - ({removed} if here.split(":")[-1] == place.split(":")[-1] else set())
+
+    check, _ = CHECKS[library]
+    monkeypatch.setattr(supported, "names_used_in", without)
+    with pytest.raises(UserError) as error:
+        getattr(check, "__wrapped__", check)()
+    line = str(error.value)
+    assert f"lacks {name}; supported: {library} {supported.SUPPORTED[library]}" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("library", CHECKS)
+def test_the_installed_versions_have_all_names(library: str) -> None:
+    CHECKS[library][0]()
+
+
+def test_a_checkpoint_key_of_another_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(deepspeed_compat.CHECKPOINT_KEYS, "PARAM_SHAPES", "parameter_shapes")
+    with pytest.raises(UserError, match=r"calls 'parameter_shapes' in checkpoints otherwise \(PARAM_SHAPES\)"):
+        deepspeed_compat.check_supported.__wrapped__()
+
+
+def test_a_message_of_another_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_compat, "LOSS_SCALE_EXHAUSTED", "no such message")
+    with pytest.raises(UserError, match="has no message 'no such message'"):
+        deepspeed_compat.check_supported.__wrapped__()
+
+
+def test_a_reader_of_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_compat, "READER_ARGUMENTS", ["model", "files"])
+    with pytest.raises(UserError, match=r"reads weights by other arguments \(model, state_dict"):
+        transformers_compat.check_supported.__wrapped__()
