@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+NO_SPAN = float("-inf")
+"""The score of what is no valid span."""
+
 
 def span_loss(
     start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor, possible: Tensor, smoothing: float = 0.0
@@ -71,47 +74,59 @@ def best_spans(
     count: int,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `count` best spans of each row, exactly: all starts that are allowed, all ends up to max_length - 1 further.
+    """The `count` best spans of each row among all valid ones, in two stages.
 
-    Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads.
+    First the best end of every start gives the `count` best starts; then only their spans are ranked. Nothing is lost:
+    a start that is not among the best has at least `count` starts before it, whose best spans all rank before each of
+    its own. Adding a start logit and rounding keeps the order of the end logits, so the best end is that of the highest
+    logit.
+
+    Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads. A span
+    whose score is NaN or -inf is not valid; NaN ranks before all numbers, so a row of NaN has no span at all.
 
     Args:
-        start_logits, end_logits: `[rows, length]`.
+        start_logits, end_logits: `[rows, length]`, any float type.
         first_start, stop_start: `[rows]`; an answer may start at tokens [first, stop) of the row.
-        context_end: `[rows]`; it ends before this token.
+        context_end: `[rows]`; an answer ends before this token.
         count: spans to keep for each row.
         max_length: longest span in tokens.
 
     Returns:
         start, end (int64), start logit, end logit (float32), each `[rows, kept]` with kept = min(count, length *
-        band width), best first; start and end are -1 and the logits 0 where a row has fewer valid spans.
+        min(max_length, length)), best first; start and end are -1 and the logits 0 where a row has fewer valid spans.
     """
-    rows, length = start_logits.shape
+    length = start_logits.shape[1]
     width = min(max_length, length)
-    starts = start_logits.float()
-    ends = functional.pad(end_logits.float(), (0, width - 1), value=float("-inf"))
-    band = starts.unsqueeze(2) + ends.unfold(1, width, 1)  # [rows, length, width]: start s, end s + offset
+    starts, ends = start_logits.float(), end_logits.float()
     token = torch.arange(length, device=starts.device)
-    offset = torch.arange(width, device=starts.device)
-    inside = _context(first_start, stop_start, length)
-    valid = inside.unsqueeze(2) & (token.unsqueeze(1) + offset < context_end.view(-1, 1, 1))
-    scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
+    may_start = _context(first_start, stop_start, length)
+    context_ends = ends.masked_fill(token >= context_end.unsqueeze(1), NO_SPAN)
+    context_ends = functional.pad(context_ends, (0, width - 1), value=NO_SPAN)
+    best_end = functional.max_pool1d(context_ends.unsqueeze(1), width, stride=1).squeeze(1)
+    best_of_start = (starts + best_end).masked_fill(~may_start, NO_SPAN)
+    # by position, so that the spans of the second stage are ordered by start, then end
+    chosen = _descending_key(best_of_start).topk(min(count, length), dim=1).indices.sort(dim=1).values
+
+    span_end = chosen.unsqueeze(2) + torch.arange(width, device=starts.device)  # [rows, starts, width]
+    valid = may_start.gather(1, chosen).unsqueeze(2) & (span_end < context_end.view(-1, 1, 1))
+    end_of_span = context_ends.gather(1, span_end.flatten(1)).view_as(span_end)
+    scores = (starts.gather(1, chosen).unsqueeze(2) + end_of_span).masked_fill(~valid, NO_SPAN).flatten(1)
     order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices
-    found = scores.gather(1, order) > float("-inf")
-    start = order.div(width, rounding_mode="floor")
-    end = (start + order % width).clamp(max=length - 1)
+    found = scores.gather(1, order) > NO_SPAN
+    start = chosen.gather(1, order.div(width, rounding_mode="floor"))
+    end = span_end.flatten(1).gather(1, order).clamp(max=length - 1)
     start_logit = starts.gather(1, start).masked_fill(~found, 0)
-    end_logit = end_logits.float().gather(1, end).masked_fill(~found, 0)
+    end_logit = ends.gather(1, end).masked_fill(~found, 0)
     return start.masked_fill(~found, -1), end.masked_fill(~found, -1), start_logit, end_logit
 
 
 def _descending_key(scores: Tensor) -> Tensor:
-    """int64 keys `[rows, spans]` without ties: ordered by score, equal scores by position (the first is greatest).
+    """int64 keys `[rows, n]` without ties: ordered by score, equal scores by position (the first is greatest).
 
     The bits of a float32, read as an integer, have the floats' order for positive numbers and the reverse of it for
-    negative ones; the low 32 bits hold the position.
+    negative ones; the low 32 bits hold the position. NaN, whose sign differs between devices, ranks first.
     """
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0, which must tie with it
-    ordered = torch.where(bits < 0, -(bits + 2**31) - 1, bits)
+    ordered = torch.where(bits < 0, -(bits + 2**31) - 1, bits).masked_fill(scores.isnan(), 2**31 - 1)
     position = torch.arange(scores.shape[1], device=scores.device)
     return ordered * 2**32 + (2**32 - 1 - position)

@@ -18,6 +18,69 @@ def brute_force(start: list[float], end: list[float], begin: int, stop: int, cou
     return sorted(spans, key=lambda span: (-span[0], span[1], span[2]))[:count]
 
 
+def band_search(start_logits, end_logits, first_start, stop_start, context_end, count, max_length):
+    """As `best_spans`, in one stage: every valid span is scored, and a stable sort keeps equal ones in their order."""
+    rows, length = start_logits.shape
+    width = min(max_length, length)
+    starts = start_logits.float()
+    ends = torch.nn.functional.pad(end_logits.float(), (0, width - 1), value=float("-inf"))
+    band = starts.unsqueeze(2) + ends.unfold(1, width, 1)
+    start, offset = torch.arange(length).view(1, -1, 1), torch.arange(width)
+    valid = (start >= first_start.view(-1, 1, 1)) & (start < stop_start.view(-1, 1, 1))
+    valid = valid & (start + offset < context_end.view(-1, 1, 1))
+    scores = band.masked_fill(~valid, float("-inf")).view(rows, -1)
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    found = scores.gather(1, order) > float("-inf")
+    start = order // width
+    end = (start + order % width).clamp(max=length - 1)
+    logits = (starts.gather(1, start), end_logits.float().gather(1, end))
+    return *(place.masked_fill(~found, -1) for place in (start, end)), *(x.masked_fill(~found, 0) for x in logits)
+
+
+def random_rows(data: st.DataObject, values: list[float], length: int, rows: int) -> torch.Tensor:
+    row = st.lists(st.sampled_from(values), min_size=length, max_size=length)
+    return torch.tensor([data.draw(row) for _ in range(rows)])
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_two_stages_find_what_a_search_of_all_spans_finds(data: st.DataObject) -> None:
+    """Few values make many ties; -0.0 ties with 0.0, sums round, and -inf is no score."""
+    length, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
+    values = [-2.5, -1.0, -0.0, 0.0, 0.5, 1.0, 1e8, 3.25, float("-inf")]
+    if data.draw(st.booleans()):
+        values = [*values, float("nan"), -float("nan")]
+    start, end = (random_rows(data, values, length, rows) for _ in range(2))
+    place = st.lists(st.integers(0, length), min_size=rows, max_size=rows).map(torch.tensor)
+    first, stop, context_end = data.draw(place), data.draw(place), data.draw(place)
+    count, max_length = data.draw(st.integers(1, 25)), data.draw(st.integers(1, 45))
+    arguments = (start, end, first, torch.minimum(stop, context_end), context_end, count, max_length)
+    for found, expected in zip(best_spans(*arguments), band_search(*arguments), strict=True):
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+def test_two_stages_agree_on_rows_of_real_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length, count, max_length in ((384, 20, 30), (192, 1, 30), (384, 20, 1), (16, 20, 512)):
+        start, end = torch.randn(2, 16, length, generator=generator).mul(3)
+        start[8:], end[8:] = start[8:].mul(2).round().div(2), end[8:].mul(2).round().div(2)  # ties
+        begin, stop = torch.full((16,), length // 16), torch.full((16,), length - 1)
+        arguments = (start, end, begin, stop, stop, count, max_length)
+        for found, expected in zip(best_spans(*arguments), band_search(*arguments), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_row_of_nan_has_no_span_and_changes_no_other() -> None:
+    start, end = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    limits = torch.zeros(3, dtype=torch.long), torch.full((3,), 10), torch.full((3,), 10)
+    before = best_spans(start, end, *limits, 5, 4)
+    start[1], end[1] = float("nan"), float("nan")
+    for found, expected in zip(best_spans(start, end, *limits, 5, 4), before, strict=True):
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
+        assert (found[1] == (0 if found.is_floating_point() else -1)).all()
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_best_spans_are_those_of_brute_force(data: st.DataObject) -> None:
