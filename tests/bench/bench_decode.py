@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_decode.py [--file en-v1-dev.json] [--repeats 5]
 
 The logits are random (seeded normal, deviation 3): no decoder's work depends on what they say, only on how many spans
-there are. The peer decodes full logits (its `decode`, files written as its `main` writes them); ours decodes the
-candidates that the device keeps (`models.heads.best_spans`, part of the forward, timed apart as `reduce`).
-The ways take turns, --repeats times, each turn repeating a way for half a second; a ratio is the median of the turns'
-ratios, since the speed of a shared core changes from second to second. `ours` keeps all n-best lists, as the peer does;
-streamed it makes them and lets them go, as writing does.
+there are. The peer decodes full logits (its `decode`, files written as its `main` writes them). Ours first takes the
+candidates of each row (`spans.best_spans`, in the evaluation part of the forward on the device, here on one CPU thread)
+and then decodes them (`exact.decode`): the main figures compare both steps with the peer's decoding, those named
+"after candidates" the second step alone. The ways take turns, --repeats times, each turn repeating a way for half a
+second; a ratio is the median of the turns' ratios, since the speed of a shared core changes from second to second.
+"ours" keeps all n-best lists, as the peer does; "streamed" makes them and lets them go, as writing does.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from qa_deepspeed.qa.features.families import family_of
 from tests.paths import DATA, MINILM, SHARED
 
 LENGTH, OVERLAP = 384, 128
+ROWS_OF_A_MICRO_BATCH = 16
 SECONDS_OF_A_TURN = 0.5
 
 
@@ -68,19 +70,24 @@ def peer_inputs(peer, path, tokenizer, settings):
     return args, examples, features
 
 
-def reduce_logits(start_logits, end_logits, store, settings):
-    """What the device does in the forward, 16 rows at a time."""
-    kept = []
-    for begin in range(0, len(store), 16):
-        rows = store.take(np.arange(begin, min(begin + 16, len(store))))
-        part = (torch.from_numpy(logits[rows.feature_id]) for logits in (start_logits, end_logits))
-        bounds = (torch.from_numpy(limit) for limit in (rows.context_begin, rows.context_end, rows.context_end))
-        kept.append(best_spans(*part, *bounds, settings.n_best_size, settings.max_answer_length))
+def cut_micro_batches(start_logits, end_logits, store):
+    """(logits, bounds) of ROWS_OF_A_MICRO_BATCH rows at a time, as the forward has them."""
+    batches = []
+    for begin in range(0, len(store), ROWS_OF_A_MICRO_BATCH):
+        rows = store.take(np.arange(begin, min(begin + ROWS_OF_A_MICRO_BATCH, len(store))))
+        logits = (start_logits[rows.feature_id], end_logits[rows.feature_id])
+        bounds = (rows.context_begin, rows.context_end, rows.context_end)
+        batches.append([torch.from_numpy(array) for array in (*logits, *bounds)])
+    return batches
+
+
+def take_candidates(batches, null_score, settings):
+    """The candidates of all rows, a micro-batch at a time."""
+    with torch.inference_mode():
+        kept = [best_spans(*batch, settings.n_best_size, settings.max_answer_length) for batch in batches]
     start, end, start_logit, end_logit = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
-    null_score = start_logits[:, 0] + end_logits[:, 0]
-    return Candidates(
-        np.arange(len(store)), start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, null_score
-    )
+    feature_id = np.arange(len(null_score))
+    return Candidates(feature_id, start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, null_score)
 
 
 def in_turn(ways, repeats):
@@ -118,7 +125,8 @@ def main():
         assert len(store) == len(features), "both systems decode the same windows"
         generator = np.random.default_rng(0)
         logits = [generator.normal(0, 3, (len(store), LENGTH)).astype(np.float32) for _ in range(2)]
-        candidates = reduce_logits(*logits, store, settings)
+        batches, null_score = cut_micro_batches(*logits, store), logits[0][:, 0] + logits[1][:, 0]
+        candidates = take_candidates(batches, null_score, settings)
 
         def write_peer():
             answers, nbest = peer.decode(examples, features, logits, args)
@@ -126,21 +134,30 @@ def main():
                 with open(folder / name, "w", encoding="utf-8") as handle:
                     json.dump(value, handle)
 
+        def ours():
+            return decode(take_candidates(batches, null_score, settings), store, settings)
+
+        def after_candidates():
+            return decode(candidates, store, settings)
+
         seconds = in_turn(
             {
                 "peer": lambda: peer.decode(examples, features, logits, args),
-                "ours": lambda: list(decode(candidates, store, settings)),
-                "ours, streamed": lambda: deque(decode(candidates, store, settings), maxlen=0),
                 "peer, files written": write_peer,
-                "ours, files written": lambda: write_predictions(
-                    decode(candidates, store, settings), folder / "out", settings
+                "ours": lambda: list(ours()),
+                "ours, streamed": lambda: deque(ours(), maxlen=0),
+                "ours, files written": lambda: write_predictions(ours(), folder / "out", settings),
+                "candidates alone": lambda: take_candidates(batches, null_score, settings),
+                "after candidates": lambda: list(after_candidates()),
+                "after candidates, streamed": lambda: deque(after_candidates(), maxlen=0),
+                "after candidates, files written": lambda: write_predictions(
+                    after_candidates(), folder / "out", settings
                 ),
-                "reduce": lambda: reduce_logits(*logits, store, settings),
             },
             arguments.repeats,
         )
     for name, turns in seconds.items():
-        print(f"{name:22} {len(examples) / statistics.median(turns):10,.0f} questions/s")
+        print(f"{name:32} {len(examples) / statistics.median(turns):10,.0f} questions/s")
 
     def faster(way, other):
         return round(statistics.median(b / a for a, b in zip(seconds[way], seconds[other], strict=True)), 1)
@@ -152,6 +169,9 @@ def main():
         "speedup_streamed": faster("ours, streamed", "peer"),
         "speedup_files_written": faster("ours, files written", "peer, files written"),
         "files_written_to_peer_lists": faster("ours, files written", "peer"),
+        "after_candidates": faster("after candidates", "peer"),
+        "after_candidates_streamed": faster("after candidates, streamed", "peer"),
+        "after_candidates_files_written": faster("after candidates, files written", "peer, files written"),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cpu": platform.processor() or platform.machine(),

@@ -5,11 +5,13 @@ Shapes: `[rows, length]` for logits over a padded micro-batch; positions are tok
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-NO_SPAN = float("-inf")
+NO_SPAN = -math.inf
 """The score of what is no valid span."""
 
 
@@ -82,7 +84,7 @@ def best_spans(
     logit.
 
     Equal scores are ordered by start, then end, so that the choice does not depend on the device or its threads. A span
-    whose score is NaN or -inf is not valid; NaN ranks before all numbers, so a row of NaN has no span at all.
+    whose score is NaN or -inf is not valid; NaN ranks with +inf, so a row of NaN has no span at all.
 
     Args:
         start_logits, end_logits: `[rows, length]`, any float type.
@@ -99,34 +101,36 @@ def best_spans(
     width = min(max_length, length)
     starts, ends = start_logits.float(), end_logits.float()
     token = torch.arange(length, device=starts.device)
-    may_start = _context(first_start, stop_start, length)
+    no_start = (token < first_start.unsqueeze(1)) | (token >= stop_start.unsqueeze(1))
     context_ends = ends.masked_fill(token >= context_end.unsqueeze(1), NO_SPAN)
     context_ends = functional.pad(context_ends, (0, width - 1), value=NO_SPAN)
     best_end = functional.max_pool1d(context_ends.unsqueeze(1), width, stride=1).squeeze(1)
-    best_of_start = (starts + best_end).masked_fill(~may_start, NO_SPAN)
+    best_of_start = (starts + best_end).masked_fill_(no_start, NO_SPAN)
     # by position, so that the spans of the second stage are ordered by start, then end
     chosen = _descending_key(best_of_start).topk(min(count, length), dim=1).indices.sort(dim=1).values
 
-    span_end = chosen.unsqueeze(2) + torch.arange(width, device=starts.device)  # [rows, starts, width]
-    valid = may_start.gather(1, chosen).unsqueeze(2) & (span_end < context_end.view(-1, 1, 1))
-    end_of_span = context_ends.gather(1, span_end.flatten(1)).view_as(span_end)
-    scores = (starts.gather(1, chosen).unsqueeze(2) + end_of_span).masked_fill(~valid, NO_SPAN).flatten(1)
+    span_end = chosen.unsqueeze(2) + token[:width]  # [rows, starts, width]
+    invalid = no_start.gather(1, chosen).unsqueeze(2) | (span_end >= context_end.view(-1, 1, 1))
+    span_end = span_end.flatten(1)
+    scores = starts.gather(1, chosen).unsqueeze(2) + context_ends.gather(1, span_end).view_as(invalid)
+    scores = scores.masked_fill_(invalid, NO_SPAN).flatten(1)
     order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices
-    found = scores.gather(1, order) > NO_SPAN
+    missing = ~(scores.gather(1, order) > NO_SPAN)
     start = chosen.gather(1, order.div(width, rounding_mode="floor"))
-    end = span_end.flatten(1).gather(1, order).clamp(max=length - 1)
-    start_logit = starts.gather(1, start).masked_fill(~found, 0)
-    end_logit = ends.gather(1, end).masked_fill(~found, 0)
-    return start.masked_fill(~found, -1), end.masked_fill(~found, -1), start_logit, end_logit
+    end = span_end.gather(1, order).clamp_(max=length - 1)
+    start_logit = starts.gather(1, start).masked_fill_(missing, 0)
+    end_logit = ends.gather(1, end).masked_fill_(missing, 0)
+    return start.masked_fill_(missing, -1), end.masked_fill_(missing, -1), start_logit, end_logit
 
 
 def _descending_key(scores: Tensor) -> Tensor:
     """int64 keys `[rows, n]` without ties: ordered by score, equal scores by position (the first is greatest).
 
-    The bits of a float32, read as an integer, have the floats' order for positive numbers and the reverse of it for
-    negative ones; the low 32 bits hold the position. NaN, whose sign differs between devices, ranks first.
+    The bits of a float32, read as an integer, have the floats' order for positive numbers; for negative ones the order
+    is reversed, so all bits but the sign are flipped. The position is subtracted below them. NaN, whose sign differs
+    between devices, ranks with +inf.
     """
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0, which must tie with it
-    ordered = torch.where(bits < 0, -(bits + 2**31) - 1, bits).masked_fill(scores.isnan(), 2**31 - 1)
-    position = torch.arange(scores.shape[1], device=scores.device)
-    return ordered * 2**32 + (2**32 - 1 - position)
+    scores = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
+    ordered = bits ^ ((bits >> 31) & (2**31 - 1))
+    return torch.add(torch.arange(0, -scores.shape[1], -1, device=scores.device), ordered, alpha=2**32)
