@@ -136,6 +136,7 @@ def _config(checked: PreflightState) -> list[str]:
     lines = [
         f"{resolved.name}: ZeRO stage {resolved.zero_stage}, {resolved.precision}, on {'CPUs' if on_cpu else 'GPUs'}",
         str(plan),
+        *(f"note: {note}" for note in resolved.notes),
     ]
     if resolved.options.max_tokens_per_batch:
         lines.append(

@@ -20,12 +20,17 @@ from typing import Any
 from qa_deepspeed.config.batch_plan import BatchPlan, plan_batches
 from qa_deepspeed.config.options import nearest
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.config_keys import SECTIONS, unknown_keys
+from qa_deepspeed.engine.config_check import AUTO, check_config
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
 DEFAULT_CONFIG = "zero2"
-AUTO = "auto"
+
+SECTIONS = ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "checkpoint")
+"""Keys that are looked into here, and must hold a JSON object."""
+
+OLD_OFFLOAD = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+"""Old keys of zero_optimization -> sections that replace them."""
 
 OWNER_OF = {
     "train_micro_batch_size_per_gpu": "per_gpu_train_batch_size",
@@ -55,6 +60,8 @@ class ResolvedConfig:
     options: RunOptions
     plan: BatchPlan
     name: str
+    notes: tuple[str, ...] = ()
+    """What the user may not expect of this config, a phrase each."""
 
     @property
     def zero_stage(self) -> int:
@@ -77,12 +84,16 @@ def shipped() -> dict[str, Path]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Read the config `name`, a shipped name or a path.
+    """Read the config `name`, a shipped name or a path; old keys for offload become today's.
 
     Raises:
-        UserError: no such config (the nearest shipped name is given), not a JSON object, or keys that DeepSpeed would
-            pass over.
+        UserError: no such config (the nearest shipped name is given), not a JSON object, or a key twice.
     """
+    return _load(name)[0]
+
+
+def _load(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The config, and a phrase for each old key."""
     known = shipped()
     path = known.get(name.removesuffix(".json"), Path(name))
     if not path.is_file():
@@ -91,19 +102,30 @@ def load(name: str) -> dict[str, Any]:
             + nearest(name, known)
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed_config {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config {path} must hold a JSON object")
-    sections = (*SECTIONS, "optimizer", "scheduler", "torch_autocast")
-    flat = [name for name in sections if name in config and not isinstance(config[name], dict)]
+    flat = [name for name in SECTIONS if name in config and not isinstance(config[name], dict)]
     if flat:
         raise UserError(f"deepspeed_config {path}: {', '.join(flat)} must hold a JSON object")
-    unknown = unknown_keys(config)
-    if unknown:
-        raise UserError(f"deepspeed_config {path}: DeepSpeed does not know {', '.join(unknown)}")
-    return config
+    zero, notes = config.get("zero_optimization", {}), []
+    old_keys = [old for old, new in OLD_OFFLOAD.items() if isinstance(zero.get(old), bool) and new not in zero]
+    for old in old_keys:
+        if zero.pop(old):
+            zero[OLD_OFFLOAD[old]] = {"device": "cpu"}
+            notes.append(f'{path}: {old} is read as {OLD_OFFLOAD[old]}: {{"device": "cpu"}}')
+    return config, notes
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return found
 
 
 def resolve(
@@ -111,12 +133,16 @@ def resolve(
 ) -> ResolvedConfig:
     """Agree config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
 
+    A config of the user's own is checked by DeepSpeed, which is imported for it.
+
     Raises:
-        UserError: everything on which config and command line disagree, in one message; batch sizes that do not come
-            out; a precision that the device cannot do.
+        UserError: DeepSpeed refuses the config; everything on which config and command line disagree, in one message;
+            batch sizes that do not divide; a precision that the device cannot do.
     """
     name = options.deepspeed_config or default
-    config = copy.deepcopy(load(name))
+    config, notes = _load(name)
+    if name.removesuffix(".json") not in shipped():
+        notes += check_config(config, name)
     conflicts: list[str] = []
     precision = _precision_asked(options, config, device_type, bf16_supported)
     _set_precision(config, precision, name, conflicts)
@@ -128,7 +154,8 @@ def resolve(
             f"{name} and the command line disagree: {'; '.join(conflicts)}. Say each in one place only, "
             'or put "auto" into the config'
         )
-    resolved = ResolvedConfig(config, options, _plan(options, world_size), name)
+    options = _derive_micro_batch(config, options, name, world_size)
+    resolved = ResolvedConfig(config, options, _plan(options, world_size), name, tuple(notes))
     if resolved.precision == "fp16" and device_type == "cpu":
         raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
     attention = options.attn_implementation or ""
@@ -150,6 +177,11 @@ def check_trainable(resolved: ResolvedConfig) -> None:
 
     Its writers that work in the background: engine/checkpoint.py says why they cannot be had.
     """
+    if resolved.config.get("sequence_parallel_size", 1) != 1:
+        raise UserError(
+            f"{resolved.name}: sequence_parallel_size {resolved.config['sequence_parallel_size']}: each rank trains on "
+            "rows of its own here; take it out, or put 1"
+        )
     for key in ("writer", "load_universal"):
         if resolved.config.get("checkpoint", {}).get(key):
             raise UserError(
@@ -247,6 +279,27 @@ def _agree_numbers(config: dict[str, Any], options: RunOptions, name: str, confl
         else:
             adopted[owner] = said
     return dataclasses.replace(options, **adopted, given=options.given | adopted.keys())
+
+
+def _derive_micro_batch(config: dict[str, Any], options: RunOptions, name: str, world_size: int) -> RunOptions:
+    """Where only the config's train_batch_size is given, its micro-batch follows from it, as DeepSpeed derives it.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    rows = config.get("train_batch_size", AUTO)
+    silent = "train_micro_batch_size_per_gpu" not in config and "per_gpu_train_batch_size" not in options.given
+    if rows == AUTO or not silent:
+        return options
+    given = "gradient_accumulation_steps" in options.given
+    parts = world_size * (options.gradient_accumulation_steps if given else 1)
+    if rows % parts:
+        raise UserError(
+            f"{name}: train_batch_size {rows} does not divide into {parts} parts ({world_size} ranks x accumulation "
+            f"steps): take a multiple of {parts}, or say train_micro_batch_size_per_gpu too"
+        )
+    adopted = options.given | {"per_gpu_train_batch_size"}
+    return dataclasses.replace(options, per_gpu_train_batch_size=rows // parts, given=adopted)
 
 
 def _plan(options: RunOptions, world_size: int) -> BatchPlan:

@@ -167,6 +167,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     """
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
+    for note in resolved.notes:
+        dist.log0(f"note: {note}")
     options = evaluation_options(resolved.options)
     check_counts(options)
     quiet_transformers(options.verbose_logging)

@@ -79,6 +79,8 @@ def _train(options: RunOptions, output_dir: Path, pacing: StopController, best: 
     device = choose_device(options.no_cuda)
     resolved = validate_options(options, dist.world_size(), device.type, bf16_supported(device))
     options = resolved.options
+    for note in resolved.notes:
+        dist.log0(f"note: {note}")
     compiled_ops.require(resolved.config)
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)

@@ -1,18 +1,14 @@
 """DeepSpeed configs: found by name or path, agreed with the options, every "auto" filled, conflicts all at once."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import compiled_ops, ds_config
-from qa_deepspeed.engine.config_keys import SECTIONS
+from qa_deepspeed.engine import compiled_ops, config_check, ds_config
+from qa_deepspeed.engine.config_check import check_config
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -177,45 +173,150 @@ def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
         ds_config.finish(ds_config.resolve(options(deepspeed_config=name), 1, "cpu"), 10, 10)
 
 
+ZERO2 = {"stage": 2}
+
+
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
-        ({"gradient_cliping": 1.0}, "'gradient_cliping'; did you mean 'gradient_clipping'?"),
-        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "'zero_optimization.overlap_com'; did you mean"),
-        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise"),
-        ({"amp": {"enabled": True}}, "'amp'"),
+        ({"zero_optimization": {**ZERO2, "overlap_com": True}}, "'zero_optimization.overlap_com'; did you mean 'over"),
+        (
+            {"zero_optimization": {**ZERO2, "offload_optimizer": {"devise": "cpu"}}},
+            "offload_optimizer.devise'",
+        ),
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage is 9: input should be 0, 1, 2"),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage is "3", a number in quotes'),
+        ({"zero_optimization": {**ZERO2, "reduce_bucket_size": -1}}, "reduce_bucket_size is -1: input"),
+        ({"zero_optimization": {**ZERO2, "reduce_bucket_size": "2e8"}}, '"2e8", a number in quotes'),
+        (
+            {"zero_optimization": {**ZERO2, "reduce_bucket_size": "big"}},
+            'reduce_bucket_size is "big"',
+        ),
+        ({"zero_optimization": {**ZERO2, "cpu_offload": True, "offload_optimizer": {}}}, "parameter 'cpu_offload'"),
+        ({"gradient_accumulation_steps": "8"}, 'gradient_accumulation_steps is "8", a number in quotes'),
+        ({"steps_per_print": "10"}, 'steps_per_print is "10", a number in quotes'),
+        ({"gradient_clipping": "some"}, 'gradient_clipping is "some": it must be a number'),
+        ({"train_batch_size": [4]}, "train_batch_size is [4]: it must be an integer"),
+        ({"train_batch_size": -4}, "train_batch_size is -4: it must be at least 1"),
+        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown is "yes": it must be true or false'),
+        ({"communication_data_type": "fp19"}, "communication_data_type: Invalid communication_data_type"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bfloat16 and fp16 modes cannot"),
+        ({"bf16": [True]}, "bf16 must hold a JSON object"),
+        ({"flops_profiler": 3}, "flops_profiler: 'int' object"),
+        ({"eigenvalue": {"enabled": True}}, "'eigenvalue' configuration block is no longer supported"),
+        ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),
+        (
+            {"optimizer": {"type": "AdamV"}},
+            "optimizer.type AdamV is neither DeepSpeed's nor torch's; did",
+        ),
+        ({"optimizer": {"params": {}}}, "optimizer.type is missing"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "3e-5"}}},
+            'optimizer.params.lr is "3e-5", a number',
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"weight_decai": 0}}},
+            "weight_decai is no argument of AdamW",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentun": 0}}},
+            "momentun is no argument of SGD; did you mean",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}}, "max_grad_norm is no argument"),
+        (
+            {"scheduler": {"type": "WarmupLL", "params": {}}},
+            "torch's; did you mean 'WarmupLR'?",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler.params is missing"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "warmup_steps is no argument of WarmupLR"),
+        ({"wandb": {"enabled": True}}, "wandb.enabled needs the package wandb: pip install wandb"),
+        ({"wandb": {"enabld": True}}, "'wandb.enabld'; did you mean 'enabled'?"),
     ],
 )
-def test_keys_that_deepspeed_would_pass_over_are_told_with_the_nearest(tmp_path: Path, config: Any, told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_what_deepspeed_refuses_is_one_line_with_file_and_key(
+    tmp_path: Path, config: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_check, "_is_installed", lambda package: False)
+    with pytest.raises(UserError) as error:
         ds_config.resolve(options(deepspeed_config=write(tmp_path, config)), 1, "cpu")
+    assert message in str(error.value) and "mine.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
-    """In a process of its own: importing DeepSpeed decides on an accelerator."""
-    code = """if True:
-        import json
-        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-        from deepspeed.runtime.zero.offload_config import (
-            DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig)
-        models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
-                  "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
-                  "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
-        print(json.dumps({name: [field.alias or key for key, field in model.model_fields.items()]
-                          for name, model in models.items()}))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    assert {name: set(keys.split()) for name, keys in SECTIONS.items() if name} == {
-        name: set(keys) for name, keys in theirs.items()
-    }
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
+    with pytest.raises(UserError, match="mine.json is not valid JSON: the key 'stage' stands twice"):
+        ds_config.load(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "notes"),
+    [
+        (
+            {"gradient_cliping": 1.0},
+            ["DeepSpeed ignores 'gradient_cliping', which it does not know; did"],
+        ),
+        ({"sequence_parallel_size": 1, "log_level": "info", "train_batch_size": 8}, []),
+        ({"wandb": {"enabled": False, "project": "7"}, "gradient_clipping": "auto"}, []),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": True, "lr": 1, "bias_correction": False}}}, []),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 3}}}, []),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.1}}}, []),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {}}},
+            ["DeepSpeed's WarmupLR has a learning rate of 0"],
+        ),
+        (
+            {"zero_optimization": {**ZERO2, "cpu_offload": True}},
+            ["cpu_offload is read as offload_optimizer"],
+        ),
+    ],
+)
+def test_what_the_user_may_not_expect_is_noted(tmp_path: Path, config: Any, notes: list[str]) -> None:
+    resolved = ds_config.resolve(options(deepspeed_config=write(tmp_path, config)), 1, "cpu")
+    ds_config.check_trainable(resolved)
+    assert len(resolved.notes) == len(notes)
+    assert all(expected in note for expected, note in zip(notes, resolved.notes, strict=True))
+
+
+@pytest.mark.parametrize("name", ds_config.shipped())
+def test_shipped_configs_pass_deepspeeds_check(name: str) -> None:
+    """They are not checked at start, so that an evaluation needs no DeepSpeed."""
+    assert check_config(ds_config.load(name), name) == []
+
+
+def test_old_keys_of_offload_become_todays(tmp_path: Path) -> None:
+    old = {"stage": 3, "cpu_offload": True, "cpu_offload_param": False}
+    config = ds_config.load(write(tmp_path, {"zero_optimization": old, "optimizer": {"type": "Adam"}}))
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert compiled_ops.needed_operators(config) == ["cpu_adam"]
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "micro", "accumulation"),
+    [
+        ({"train_batch_size": 24}, {}, 12, 1),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, {}, 4, 3),
+        ({"train_batch_size": 24}, {"gradient_accumulation_steps": 2}, 6, 2),
+        ({"train_batch_size": 24}, {"per_gpu_train_batch_size": 3}, 3, 4),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": "auto"}, {}, 8, 2),
+    ],
+)
+def test_the_micro_batch_follows_from_train_batch_size_alone(
+    tmp_path: Path, config: Any, given: Any, micro: int, accumulation: int
+) -> None:
+    """As DeepSpeed derives it; on two ranks."""
+    plan = ds_config.resolve(options(deepspeed_config=write(tmp_path, config), **given), 2, "cpu").plan
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (micro, accumulation)
+
+
+def test_a_train_batch_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mine.json: train_batch_size 5 does not divide into 2 parts"):
+        ds_config.resolve(options(deepspeed_config=write(tmp_path, {"train_batch_size": 5})), 2, "cpu")
+
+
+def test_sequence_parallelism_is_refused_in_training(tmp_path: Path) -> None:
+    resolved = ds_config.resolve(options(deepspeed_config=write(tmp_path, {"sequence_parallel_size": 2})), 2, "cpu")
+    with pytest.raises(UserError, match="sequence_parallel_size 2: each rank trains on rows of its own"):
+        ds_config.check_trainable(resolved)
 
 
 @pytest.mark.parametrize("asked", [{"writer": {"type": "fast", "decoupled": True}}, {"load_universal": True}])
