@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.config import options
+from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.qa.cache.prepare import prepare_features
@@ -26,12 +26,11 @@ BAR = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `audit`: those of a training run, with their defaults and help."""
+    """Declare the options of `audit`: the data, and what shapes its features."""
     parser.add_argument("data", metavar="DATA", nargs="+", help="files, or patterns of files, to train on")
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a question was rejected")
-    options.add_arguments(parser, RunOptions, "train")
+    add_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,9 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    own = ("command", "config", "data", "json", "strict")
-    given = {name: value for name, value in vars(arguments).items() if name not in own}
-    run_options = options.build(RunOptions, "train", given, arguments.config)
+    run_options = read_run_options(arguments)
     found = audit(data_source(run_options, "train", DataSource.resolve(arguments.data)), run_options)
     print(json.dumps(found) if arguments.json else "\n".join(table(found)))
     return 1 if arguments.strict and found["questions"]["rejected"] else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.config import options
+from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.batch_plan import total_steps
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
@@ -62,13 +62,12 @@ class SkipCheck(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `check`: those of a training run, and of its launch."""
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    """Declare the options of `check`: those of a training run and of its launch."""
     parser.add_argument("--hostfile", help="DeepSpeed hostfile of the run")
     parser.add_argument("--ranks", type=int, help="ranks of a run without hostfile (default: one on each GPU, or one)")
     parser.add_argument("--master_port", type=int, default=DEFAULT_PORT, help=f"rank 0's port (default {DEFAULT_PORT})")
     parser.add_argument("--ssh_port", type=int, help="port of the hosts' ssh servers")
-    options.add_arguments(parser, RunOptions, "train")
+    add_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,9 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: flags that cannot be read.
     """
-    own = ("command", "config", "hostfile", "ranks", "master_port", "ssh_port")
-    given = {name: value for name, value in vars(arguments).items() if name not in own}
-    run_options = options.build(RunOptions, "train", given, arguments.config)
+    run_options = read_run_options(arguments)
     return check(run_options, arguments.hostfile, arguments.ranks, arguments.master_port, arguments.ssh_port)
 
 
@@ -160,7 +157,7 @@ def _config(checked: PreflightState) -> list[str]:
             if name == "gradient_accumulation_steps"
             else getattr(resolved.options, name)
         )
-        owner = resolved.name if in_config else "the command line" if name in checked.options.given else "default"
+        owner = resolved.name if in_config else checked.options.origin(name)
         if name == "gradient_accumulation_steps" and resolved.options.global_batch_size is not None:
             owner = "from global_batch_size"
         lines.append(f"  {name} {value}   ({owner})")
@@ -202,7 +199,7 @@ def _data(checked: PreflightState) -> list[str]:
         if not run_options.data_file(purpose) and run_options.dataset_name:
             lines.append(f"{purpose}: {run_options.dataset_name} of the hub, looked at when the run starts")
             continue
-        fingerprint, counts = look_up_features(run_options, purpose, facts)  # type: ignore[arg-type]
+        fingerprint, counts = look_up_features(run_options, purpose, facts)
         checked.features[purpose] = fingerprint, counts
         if counts is None:
             lines.append(f"{purpose}: {run_options.data_file(purpose)}, not in the cache: features are built first")
@@ -292,7 +289,7 @@ def free_host_memory() -> int:
 def _disk(checked: PreflightState) -> list[str]:
     model, run_options = _known(checked.footprint), checked.options
     if not run_options.output_dir:
-        raise UserError("where to? pass --output_dir (a folder for the model, checkpoints and predictions)")
+        raise UserError("--output_dir is required (a folder for the model, checkpoints and predictions)")
     every = save_interval(run_options.save_steps, checked.steps) if checked.steps else 0
     kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
     if run_options.save_total_limit is not None:

@@ -1,4 +1,4 @@
-"""`qa-deepspeed compare`: runs side by side, what differs, and whether their F1 differ by more than chance."""
+"""`qa-deepspeed compare`: runs side by side, what differs, and whether F1 differs by more than chance."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qa_deepspeed.utils.errors import UserError
 CHANCE = 0.05
 """A difference with a smaller p value is called more than chance."""
 
-UNTOLD = "-"
+ABSENT = "-"
 
 SHOWN_DIGITS = 12
 """Of a checksum: enough to tell two apart."""
 
 IGNORED_OPTIONS = {"output_dir", "overwrite_output_dir", "overwrite_cache", "cache_dir"}
-"""Where a run puts things says nothing about its outcome."""
+"""Places of files, which do not change the outcome."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         if rows:
             print("\n".join(_table(title, arguments.runs, rows)) + "\n")
     for test in tests:
-        print(_told(test))
+        print(_test_in_words(test))
     return 0
 
 
@@ -70,7 +70,7 @@ def _read(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} holds no run: {path} cannot be read ({reason})") from None
+        raise UserError(f"{folder} holds no training run: {path} cannot be read ({reason})") from None
     if not isinstance(record, dict) or "identity" not in record:
         raise UserError(f"{path} is not the record of a training run")
     return record
@@ -122,7 +122,7 @@ def _table(title: str, runs: list[str], rows: dict[str, list[Any]]) -> list[str]
 
 def _cell(value: Any) -> str:
     if value is None:
-        return UNTOLD
+        return ABSENT
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text[:SHOWN_DIGITS] + "..." if re.fullmatch("[0-9a-f]{64}", text) else text
 
@@ -148,9 +148,9 @@ def _significance(
     return {**names, **{name: report[name] for name in kept}, "more_than_chance": report["f1_p_value"] < CHANCE}
 
 
-def _told(test: dict[str, Any]) -> str:
+def _test_in_words(test: dict[str, Any]) -> str:
     if "reason" in test:
-        return f"{test['b']} against {test['a']}: whether F1 differ by more than chance is not known: {test['reason']}"
+        return f"{test['b']} against {test['a']}: whether F1 differs by more than chance is unknown: {test['reason']}"
     low, high = test["f1_difference_interval"]
     verdict = "more than chance" if test["more_than_chance"] else "no more than chance explains"
     return (

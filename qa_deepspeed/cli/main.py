@@ -8,56 +8,118 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from qa_deepspeed.config.options import fate_of, nearest, separate_flags
+from qa_deepspeed.cli.run_arguments import commands_with
+from qa_deepspeed.config.options import hint, nearest, separate_flags
 from qa_deepspeed.utils.errors import UserError
 
 COMMANDS = {
-    "train": ("qa_deepspeed.cli.train", "fine-tune a reader (alone, or under deepspeed or torchrun)"),
-    "evaluate": ("qa_deepspeed.cli.train", "answer and score a file with a trained reader"),
-    "export": ("qa_deepspeed.cli.export", "make a normal model out of a checkpoint, and prove it"),
-    "score": ("qa_deepspeed.cli.score", "score any system's predictions against a gold file, without a model"),
-    "predict": ("qa_deepspeed.cli.predict", "answer questions with a trained reader, from a file or one by one"),
-    "ensemble": ("qa_deepspeed.cli.ensemble", "one set of answers out of the n-best files of several runs"),
-    "compare": ("qa_deepspeed.cli.compare", "runs side by side: what differs, and whether F1 does by more than chance"),
-    "prepare": ("qa_deepspeed.cli.prepare", "build the features of a run beforehand"),
-    "audit": ("qa_deepspeed.cli.audit", "what training on a file would do: faults, lengths, windows"),
-    "check": ("qa_deepspeed.cli.check", "say whether a run would start and what it would do, without loading weights"),
-    "plan": ("qa_deepspeed.cli.plan", "memory and traffic of a model under every shipped DeepSpeed config"),
-    "sample": ("qa_deepspeed.cli.sample", "make the quickstart's corpus and tiny model"),
+    "train": (
+        "qa_deepspeed.cli.train",
+        "fine-tune a model (alone, or under deepspeed or torchrun)",
+        "deepspeed --num_gpus 8 --module qa_deepspeed train --model_name_or_path roberta-base --train_file "
+        "train-v1.1.json --predict_file dev-v1.1.json --do_eval --output_dir runs/one",
+    ),
+    "evaluate": (
+        "qa_deepspeed.cli.evaluate",
+        "answer and score a file with a trained model",
+        "qa-deepspeed evaluate --model_name_or_path runs/one --predict_file dev-v1.1.json --output_dir runs/one-dev",
+    ),
+    "predict": (
+        "qa_deepspeed.cli.predict",
+        "answer questions with a trained model, from a file or one by one",
+        "qa-deepspeed predict questions.jsonl --model_name_or_path runs/one --output answers.jsonl",
+    ),
+    "score": (
+        "qa_deepspeed.cli.score",
+        "score any system's predictions against a gold file, without a model",
+        "qa-deepspeed score dev-v2.0.json predictions.json --null_odds null_odds.json",
+    ),
+    "compare": (
+        "qa_deepspeed.cli.compare",
+        "runs side by side: what differs, and whether F1 differs by more than chance",
+        "qa-deepspeed compare runs/one runs/other",
+    ),
+    "ensemble": (
+        "qa_deepspeed.cli.ensemble",
+        "one set of answers from the n-best files of several runs",
+        "qa-deepspeed ensemble runs/a/nbest_predictions.json runs/b/nbest_predictions.json --output_dir runs/both",
+    ),
+    "export": (
+        "qa_deepspeed.cli.export",
+        "make a normal model of a checkpoint and verify it",
+        "qa-deepspeed export runs/one/checkpoint-500 model --dtype bf16",
+    ),
+    "audit": (
+        "qa_deepspeed.cli.audit",
+        "what training on a file would do: rejected questions, lengths, windows",
+        "qa-deepspeed audit train-v2.0.json --model_name_or_path roberta-base --version_2_with_negative",
+    ),
+    "prepare": (
+        "qa_deepspeed.cli.prepare",
+        "build the features of a run beforehand",
+        "qa-deepspeed prepare --config run.yaml --num_proc 8",
+    ),
+    "check": (
+        "qa_deepspeed.cli.check",
+        "say whether a run would start and what it would do, without loading weights",
+        "qa-deepspeed check --config run.yaml --hostfile hosts",
+    ),
+    "plan": (
+        "qa_deepspeed.cli.plan",
+        "memory and traffic of a model under every shipped DeepSpeed config",
+        "qa-deepspeed plan --model_name_or_path bert-large-uncased --gpus_per_node 8 --gpu_memory 80GiB --bf16",
+    ),
+    "sample": (
+        "qa_deepspeed.cli.sample",
+        "generate the quickstart's corpus and tiny model",
+        "qa-deepspeed sample quickstart/sample",
+    ),
 }
-"""Sub-command -> module that has its add_arguments and run, and what it does."""
+"""Sub-command -> module with its add_arguments and run, what it does, an example."""
+
+PACKAGES = ("torch", "transformers", "deepspeed")
+"""Whose versions --version prints besides this package's."""
 
 OTHER_RANKS_WAIT_SECONDS = 20
-"""Ranks other than 0 wait so long before they tell an error: when rank 0 has the same one, the launcher ends them."""
+"""Other ranks delay their error this long, so that rank 0's is printed alone: the launcher then ends them."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line and the nearest known flag named."""
+    """argparse with one-line errors that name the nearest known flag."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the whole usage."""
+        """Raise instead of printing the usage."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; an unknown argument is an error that names the nearest known flag.
+        """Parse; unknown arguments are one error that says where each belongs or which flag is nearest.
 
         Raises:
             UserError: anything that argparse would exit for.
         """
         namespace, unknown = self.parse_known_args(separate_flags(self, arguments))
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            told = fate_of(unknown[0].split("=")[0], flags)
-            raise UserError(f"unknown argument {unknown[0]}{told} (see {self.prog} --help)")
+            known = [flag for action in self._actions for flag in action.option_strings]
+            flags = [one for one in unknown if one.startswith("-")] or unknown[:1]
+            raise UserError("; ".join(_unknown(one, known) for one in flags) + f" (see {self.prog} --help)")
         return namespace
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 if all went well, 2 for a user's mistake, 130 when interrupted.
+def _unknown(argument: str, known: list[str]) -> str:
+    flag = argument.split("=")[0]
+    commands = commands_with(flag) if flag.startswith("--") else []
+    if commands:
+        return f"{flag} is an option of {', '.join(commands)}, not of this command"
+    return f"unknown argument {argument}{hint(flag, known)}"
 
-    A command may have statuses of its own: `train` returns 75 when it was stopped with work left.
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 for success, 2 for a user's mistake, 130 when interrupted.
+
+    A command may have statuses of its own: `train` returns 75 after preemption.
     """
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -68,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.stdout.flush()
@@ -77,25 +139,55 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
+    # The deepspeed launcher puts --local_rank=N before everything else; the environment holds the same number.
     while arguments and arguments[0].split("=")[0] in ("--local_rank", "--local-rank"):
         del arguments[: 1 if "=" in arguments[0] else 2]
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        _print_help()
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(_versions())
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
-    module_name, description = COMMANDS[command]
+        raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    module_name, description, example = COMMANDS[command]
     module = importlib.import_module(module_name)
-    parser = Parser(prog=f"qa-deepspeed {command}", description=description, allow_abbrev=False)
+    parser = Parser(
+        prog=f"qa-deepspeed {command}",
+        description=f"{description[0].upper()}{description[1:]}. Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.set_defaults(command=command)
     module.add_arguments(parser)
-    return module.run(parser.parse_all(rest))
+    positional = [action.metavar or action.dest.upper() for action in parser._actions if not action.option_strings]
+    parser.usage = " ".join([parser.prog, *map(str, positional), "[options]"])
+    status: int = module.run(parser.parse_all(rest))
+    return status
 
 
-def _print_help() -> None:
-    print("usage: qa-deepspeed COMMAND ...   (the same as python -m qa_deepspeed COMMAND ...)\n")
-    for command, (_, description) in COMMANDS.items():
-        print(f"  {command:10}{description}")
-    print("\nqa-deepspeed COMMAND --help tells a command's options.")
+def _help() -> str:
+    lines = [
+        "usage: qa-deepspeed COMMAND [options]   (or python -m qa_deepspeed COMMAND [options])",
+        "",
+        "Fine-tune Transformers models for extractive question answering with DeepSpeed, for example:",
+        f"  {COMMANDS['train'][2]}",
+        "",
+        *(f"  {command:10}{description}" for command, (_, description, _) in COMMANDS.items()),
+        "",
+        "qa-deepspeed help COMMAND lists the options of a command, qa-deepspeed --version the versions in use.",
+    ]
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    found = []
+    for name in ("qa_deepspeed", *PACKAGES):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} (not installed)")
+    return "\n".join(found)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.config import options
+from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device
@@ -64,7 +64,6 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `plan`: the machines, and those of a training run."""
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     parser.add_argument(
         "--gpus_per_node", type=int, default=1, help="ranks on each, a GPU each, or with --no_cuda none (default 1)"
@@ -72,24 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu_memory", default="80GiB", help="memory of one GPU (default 80GiB)")
     parser.add_argument("--cpu_memory", default="1TiB", help="memory of one machine (default 1TiB)")
     parser.add_argument(
-        "--measure-roof",
+        "--measure_peak",
+        "--measure-roof",  # its name before
         action="store_true",
-        help="measure how fast this machine's device multiplies "
-        "matrices, and say how long a step takes at least; without a model, only that",
+        help="measure this device's matrix throughput and compute the least time of a step; without a model, only that",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    options.add_arguments(parser, RunOptions, "train")
+    add_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 if no config fits, else 0.
 
     Raises:
-        UserError: no such model or config, sizes that are none.
+        UserError: no such model or config, sizes that cannot be read.
     """
-    own = ("command", "config", "nodes", "gpus_per_node", "gpu_memory", "cpu_memory", "measure_roof", "json")
-    given = {name: value for name, value in vars(arguments).items() if name not in own}
-    run_options = options.build(RunOptions, "train", given, arguments.config)
+    run_options = read_run_options(arguments)
     for name in ("nodes", "gpus_per_node"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(arguments, name)}")
@@ -100,24 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
         parse_size(arguments.cpu_memory, "cpu_memory"),
     )
     quiet_transformers(run_options.verbose_logging)
-    roofs = roofs_here(choose_device(run_options.no_cuda)) if arguments.measure_roof else {}
-    if roofs and not run_options.model_name_or_path:
-        print(json.dumps({"roof": roofs}) if arguments.json else "\n".join(told_roofs(roofs, None)))
+    peaks = measured_peaks(choose_device(run_options.no_cuda)) if arguments.measure_peak else {}
+    if peaks and not run_options.model_name_or_path:
+        print(json.dumps({"peak_flops": peaks}) if arguments.json else "\n".join(peak_lines(peaks, None)))
         return 0
     model_config = load_config(run_options)
     model, rows = plan(run_options, model_config, machines)
     chosen, why = recommend(rows)
     if arguments.json:
-        print(json.dumps(_plain(model, rows, chosen, why) | {"roof": roofs}))
+        print(json.dumps(_plain(model, rows, chosen, why) | {"peak_flops": peaks}))
     else:
-        work = step_work(run_options, model_config) if roofs else None
-        print("\n".join([*told_roofs(roofs, work), *table(run_options, model, machines, rows, why)]))
+        work = step_work(run_options, model_config) if peaks else None
+        print("\n".join([*peak_lines(peaks, work), *table(run_options, model, machines, rows, why)]))
     return 0 if chosen else 1
 
 
-def roofs_here(device: torch.device) -> dict[str, float]:
-    """Matrix operations a second of `device` in each type that a training can have there; torch_autocast has the half
-    types' ones."""
+def measured_peaks(device: torch.device) -> dict[str, float]:
+    """Measured matrix FLOP/s of `device` in each type of training; torch_autocast has those of the half types."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if device.type == "cuda":
         kinds["float16"] = torch.float16
@@ -133,13 +129,13 @@ def step_work(run_options: RunOptions, model_config: Any) -> float:
     return run_options.per_gpu_train_batch_size * (by_token * length + by_pair * length**2)
 
 
-def told_roofs(roofs: Mapping[str, float], work: float | None) -> list[str]:
-    """A line for each type: the roof, and how long `work` takes there at least."""
+def peak_lines(peaks: Mapping[str, float], work: float | None) -> list[str]:
+    """A line for each type: measured peak FLOP/s, and the least time of `work` at that rate."""
     lines = []
-    for name, roof in roofs.items():
-        line = f"roof of this device in {name}: {roof / 1e9:,.0f} GFLOP/s"
+    for name, peak in peaks.items():
+        line = f"measured matrix throughput of this device in {name}: {peak / 1e9:,.0f} GFLOP/s"
         if work is not None:
-            line += f"; a micro-batch of {work / 1e9:,.0f} GFLOP takes at least {work / roof:.3g} s"
+            line += f"; a micro-batch of {work / 1e9:,.0f} GFLOP takes at least {work / peak:.3g} s"
         lines.append(line)
     return [*lines, ""] if lines else []
 

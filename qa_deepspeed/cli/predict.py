@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for row in answered:
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     if report.rejected:
-        print(f"left out: {report.summary()}", file=sys.stderr)
+        print(f"{report.summary()}", file=sys.stderr)
     return 0
 
 
@@ -115,7 +115,7 @@ def _answered(examples: Iterator[Example], arguments: argparse.Namespace) -> Ite
         arguments.model_name_or_path, device=arguments.device, dtype=arguments.dtype, batch_size=arguments.batch_size
     )
     names = ("top_k", "n_best_size", "max_seq_len", "doc_stride", "max_answer_len")
-    asked, told = tee(examples)  # what is asked but not answered yet is all that this holds
+    asked, examples = tee(examples)  # holds the questions that are asked and not answered yet
     impossible = arguments.handle_impossible_answer
     found = answerer(
         asked,
@@ -124,7 +124,7 @@ def _answered(examples: Iterator[Example], arguments: argparse.Namespace) -> Ite
         progress=True,
         **{name: getattr(arguments, name) for name in names},
     )
-    for example, answer in zip(told, found, strict=True):
+    for example, answer in zip(examples, found, strict=True):
         row: dict[str, Any] = {"id": example.example_id, "question": example.question}
         if arguments.top_k > 1:
             yield row | {"answers": answer if isinstance(answer, list) else [answer]}
@@ -150,7 +150,7 @@ def _examples(passages: Iterator[Passage], report: ReadReport) -> Iterator[Examp
 
 @contextmanager
 def _passages(arguments: argparse.Namespace) -> Iterator[Iterator[Passage]]:
-    """The passages of a file, or of standard input, which is put into a file first: formats are told by looking."""
+    """The passages of a file, or of standard input, which is copied first: formats are detected from content."""
     columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in COLUMNS})
     if arguments.input != STANDARD_INPUT:
         files = resolve_files([arguments.input])

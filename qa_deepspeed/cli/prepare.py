@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from qa_deepspeed.config import options
+from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.loading import quiet_transformers
@@ -18,10 +18,9 @@ from qa_deepspeed.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `prepare`: those of `train`, so that the command line of a run serves for both."""
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win")
+    """Declare the options of `prepare`: what shapes the features; --config takes the file of a whole run."""
     parser.add_argument("--num_proc", type=int, default=1, help="processes that build at once (default 1)")
-    options.add_arguments(parser, RunOptions, "train")
+    add_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,11 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: neither is given, or features cannot be built of one.
     """
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "num_proc")}
-    run_options = options.build(RunOptions, "train", given, arguments.config)
-    purposes = [purpose for purpose in ("train", "evaluate") if run_options.data_file(purpose)]
+    run_options = read_run_options(arguments)
+    purposes = [one for one in ("train", "evaluate") if run_options.data_file(one) or run_options.dataset_name]
     if not purposes:
-        raise UserError("which data? pass --train_file, --predict_file or --data_dir")
+        raise UserError("no data is named: pass --train_file, --predict_file, --data_dir or --dataset_name")
     if arguments.num_proc < 1:
         raise UserError(f"num_proc must be at least 1, not {arguments.num_proc}")
     if arguments.num_proc > 1:
@@ -71,8 +69,9 @@ def _build(run_options: RunOptions, purposes: list[Any]) -> list[str]:
         began = time.perf_counter()
         store = load_features(run_options, purpose, facts)
         counts = store.counts
+        source = run_options.data_file(purpose) or run_options.dataset_name
         lines.append(
-            f"{run_options.data_file(purpose)}: {counts['examples']:,} questions, {counts['features']:,} features "
+            f"{source}: {counts['examples']:,} questions, {counts['features']:,} features "
             f"({'built' if store.built else 'found'} in {time.perf_counter() - began:.1f} s, "
             f"{store.fingerprint[:12]}); {store.report.summary()}"
         )

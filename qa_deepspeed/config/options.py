@@ -1,7 +1,4 @@
-"""Dataclass fields as options: the command line and the run YAML are both read off one dataclass.
-
-An option touches two places: its field, with the help text, and its use.
-"""
+"""Dataclass fields as options: the command line and the run YAML are both read off one dataclass."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qa_deepspeed.config.migration import MOVED
+from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
 from qa_deepspeed.utils.errors import UserError
 
 Options = TypeVar("Options")
@@ -26,47 +23,71 @@ _TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 def option(
     default: Any,
+    commands: Sequence[str],
     help: str,
     *,
     choices: Sequence[str] | None = None,
     words: Sequence[str] = (),
-    only: str | None = None,
-    retired: bool = False,
+    deprecated: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
-    `words` are taken as they are in place of a value of the field's type; `only` names the one sub-command that takes
-    it; `retired` marks a flag that is accepted and answered, but whose work something else does now.
+    commands: the sub-commands that use it. words: accepted as they are in place of a value of the field's type.
+    deprecated: accepted, but something else does its work now.
     """
-    metadata = {"help": help, "choices": choices, "words": words, "only": only, "retired": retired}
+    metadata = {"help": help, "commands": commands, "choices": choices, "words": words, "deprecated": deprecated}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def fields_of(options_class: type, command: str) -> list[dataclasses.Field]:
-    """The fields of `options_class` that the sub-command `command` takes."""
+def fields_of(options_class: type, command: str | None = None) -> list[dataclasses.Field[Any]]:
+    """The fields of `options_class` that are options; of one sub-command, if it is named."""
     return [
         field
         for field in dataclasses.fields(options_class)
-        if "help" in field.metadata and field.metadata["only"] in (None, command)
+        if "help" in field.metadata and (command is None or command in field.metadata["commands"])
     ]
 
 
 def add_arguments(parser: argparse.ArgumentParser, options_class: type, command: str) -> None:
-    """Declare a flag for each field. Flags that are not given stay out of the namespace, so that YAML can fill them."""
+    """Declare a flag for each field, in the groups of the classes that define them.
+
+    Flags that are not given stay out of the namespace, so that YAML can fill them.
+    """
     kinds = typing.get_type_hints(options_class)
-    for field in fields_of(options_class, command):
-        kind = _plain_kind(kinds[field.name])
-        help_text = field.metadata["help"]
-        if field.default not in (None, False, True) and not field.metadata["retired"]:
-            help_text += f" (default {field.default})"
-        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-        parser.add_argument(
-            f"--{field.name}",
-            default=argparse.SUPPRESS,
-            metavar="true|false" if kind is bool else "|".join([kind.__name__.upper(), *field.metadata["words"]]),
-            help=help_text.replace("%", "%%"),
-            **extra,
-        )
+    wanted = {field.name: field for field in fields_of(options_class, command)}
+    for group_class in reversed(options_class.__mro__):
+        own = [name for name in vars(group_class).get("__annotations__", {}) if name in wanted]
+        if not own:
+            continue
+        group = parser.add_argument_group(group_class.GROUP)  # type: ignore[attr-defined]  # of the option groups
+        for name in own:
+            kind = _plain_kind(kinds[name])
+            extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+            flags = [f"--{name}", *(f"--{alias}" for alias, alias_of in ALIASES.items() if alias_of == name)]
+            group.add_argument(
+                *flags,
+                dest=name,
+                default=argparse.SUPPRESS,
+                metavar=_placeholder(kind, wanted[name].metadata),
+                help=_help_text(wanted[name]),
+                **extra,
+            )
+
+
+def _placeholder(kind: type, metadata: Mapping[str, Any]) -> str:
+    if metadata["choices"]:
+        return "{" + ",".join(metadata["choices"]) + "}"
+    if kind is bool:
+        return "true|false"
+    return "|".join([kind.__name__.upper(), *metadata["words"]])
+
+
+def _help_text(field: dataclasses.Field[Any]) -> str:
+    text: str = field.metadata["help"]
+    if field.default is not None and not field.metadata["deprecated"]:
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
 
 
 def separate_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -79,21 +100,47 @@ def separate_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
     return separate
 
 
-def build(options_class: type[Options], command: str, given: dict[str, Any], yaml_path: str | None) -> Options:
+def build(
+    options_class: type[Options],
+    command: str,
+    given: Mapping[str, Any],
+    yaml_path: str | None,
+    whole_file: bool = False,
+) -> Options:
     """The options of a run: flags win over the YAML file, which wins over the defaults.
 
+    whole_file: the YAML file may set any option, as the file of a training run does for the commands that look at one.
+
     Raises:
-        UserError: unknown key (the nearest known one is named), a value of the wrong type, an unreadable file.
+        UserError: unknown keys (with the nearest known ones), a value of the wrong type, an unreadable file.
     """
-    known = {field.name: field for field in fields_of(options_class, command)}
+    of_command = {field.name: field for field in fields_of(options_class, command)}
+    in_file = {field.name: field for field in fields_of(options_class)} if whole_file else of_command
     kinds = typing.get_type_hints(options_class)
     values: dict[str, Any] = {}
-    for origin, settings in ((yaml_path, _read_yaml(yaml_path) if yaml_path else {}), ("the command line", given)):
+    from_file = _read_yaml(yaml_path) if yaml_path else {}
+    for origin, settings, known in ((yaml_path, from_file, in_file), ("the command line", given, of_command)):
+        settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise UserError("; ".join(f"unknown option '{name}' in {origin}{hint(name, known)}" for name in unknown))
         for name, raw in settings.items():
-            if name not in known:
-                raise UserError(f"unknown option '{name}' in {origin}{fate_of(name, known)}")
             values[name] = _convert(name, raw, kinds[name], known[name].metadata, str(origin))
-    return options_class(**values, given=frozenset(values))  # type: ignore[call-arg]
+    from_file_only = frozenset(from_file).intersection(values).difference(given)
+    internal = {"given": frozenset(values), "given_in_file": from_file_only, "config_file": yaml_path}
+    names = {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]  # a dataclass
+    return options_class(**values, **{name: value for name, value in internal.items() if name in names})
+
+
+def as_yaml(options: Any, command: str) -> str:
+    """The resolved options as YAML that --config reads: given ones as keys, defaults as comments."""
+    lines = []
+    for field in fields_of(type(options), command):
+        if field.metadata["deprecated"] and field.name not in options.given:
+            continue
+        entry = yaml.safe_dump({field.name: getattr(options, field.name)}, allow_unicode=True, width=10**6).strip()
+        lines.append(entry if field.name in options.given else f"# {entry}")
+    return "\n".join(lines)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -102,10 +149,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def fate_of(flag: str, known: Iterable[str]) -> str:
-    """What an error about an unknown option goes on with: what does its work here, or the nearest known one, or ''."""
-    told = MOVED.get(flag.lstrip("-"))
-    return f", a flag of run_qa.py: {told}" if told else nearest(flag, known)
+def hint(flag: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown option: what replaces it here, or the nearest known one, or ''."""
+    name, known = flag.lstrip("-"), list(known)
+    if name in MOVED:
+        return f", a flag of run_qa.py: {MOVED[name]}"
+    dashes = flag[: len(flag) - len(name)]
+    short = dashes + SHORT_NAMES.get(name, "")
+    return f"; did you mean '{short}'?" if name in SHORT_NAMES and short in known else nearest(flag, known)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -113,8 +164,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the run file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the run file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"the run file {path} must be a mapping of option names to values, like 'learning_rate: 5e-5'")
     return settings
@@ -122,9 +175,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _plain_kind(kind: Any) -> type:
     """`int` of `int | None`."""
+    plain: type = kind
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
+        plain = next(part for part in typing.get_args(kind) if part is not type(None))
+    return plain
 
 
 def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin: str) -> Any:
@@ -146,13 +200,13 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
                 raise ValueError
         elif plain is str:
             value = str(raw)
-    except (TypeError, ValueError):
-        expected = " or ".join([_spoken(plain), *map(repr, words)])
+    except (TypeError, ValueError, OverflowError):
+        expected = " or ".join([_kind_in_words(plain), *map(repr, words)])
         raise UserError(f"option '{name}' in {origin} must be {expected}, not {raw!r}") from None
     if choices and value not in choices:
         raise UserError(f"option '{name}' in {origin} must be one of {', '.join(choices)}, not {raw!r}")
     return value
 
 
-def _spoken(kind: type) -> str:
+def _kind_in_words(kind: type) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

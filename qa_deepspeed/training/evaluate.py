@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.config.run_options import AUTO, RunOptions, check_counts
+from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.run_options import RunOptions, check_counts
 from qa_deepspeed.engine import checkpoint, ds_config, zero3_loading
 from qa_deepspeed.engine.checkpoint_files import checkpoints, read_loop_state
 from qa_deepspeed.engine.device import bf16_supported, choose_device

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.config.run_options import AUTO, RunOptions
+from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.decoding.classic import classic_text, decode_classic
 from qa_deepspeed.qa.decoding.exact import Candidates, decode
 from qa_deepspeed.qa.decoding.full_logits import FullLogits

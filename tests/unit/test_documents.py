@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from qa_deepspeed.config.migration import MOVED
+from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
 from qa_deepspeed.config.run_options import RunOptions
 from tests.paths import REPOSITORY
 
@@ -93,9 +93,10 @@ def test_every_flag_of_run_qa_is_in_the_migration_table() -> None:
     section = (REPOSITORY / "launch/MIGRATING.md").read_text().split("## From run_qa.py")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)(?: FILE)?`", section))
     ours = {field.name for field in dataclasses.fields(RunOptions)}
-    assert not {*RUN_QA.split(), *MOVED} - named
-    assert set(RUN_QA.split()) <= ours | MOVED.keys()
-    assert not ours & MOVED.keys()
+    assert not {*RUN_QA.split(), *MOVED, *ALIASES} - named
+    assert set(RUN_QA.split()) <= ours | MOVED.keys() | ALIASES.keys()
+    assert not ours & (MOVED.keys() | ALIASES.keys())
+    assert set(ALIASES.values()) | set(SHORT_NAMES.values()) <= ours
     same = set(re.findall(r"`(\w+)`", section.split("A file of arguments")[0]))
     assert len(same) > 25 and not same - ours
 

@@ -111,7 +111,7 @@ def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[
     for tokens in (None, 130, 100_000):
         assert check(changed(run, max_tokens_per_batch=tokens, global_batch_size=32), ranks=2, port=free_port()) == 0
         told.append(capsys.readouterr().out)
-    assert "micro-batches" not in told[0]
+    assert "cut into micro-batches" not in told[0]
     assert "at most 130 padded tokens on a rank: 2 of the longest rows" in told[1]
     assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in told[2]
     assert reckoned == [4, 2, 16]

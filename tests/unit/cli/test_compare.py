@@ -69,12 +69,12 @@ def test_why_nothing_can_be_said_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "are not at gone.json" in capsys.readouterr().out
     (other / "predictions.json").unlink()
     assert compare(one, other, "--gold", tmp_path / "gold.json") == 0
-    assert "is not known" in capsys.readouterr().out
+    assert "is unknown" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = make_run(tmp_path / "one", 50)
     assert compare(one) == 2 and "two runs or more" in capsys.readouterr().err
-    assert compare(one, tmp_path) == 2 and "holds no run" in capsys.readouterr().err
+    assert compare(one, tmp_path) == 2 and "holds no training run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("[]")
     assert compare(one, tmp_path) == 2 and "not the record" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig
 
-from qa_deepspeed.cli.plan import Machines, parse_size, plan, recommend, step_work, told_roofs
+from qa_deepspeed.cli.plan import Machines, parse_size, peak_lines, plan, recommend, step_work
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
 from qa_deepspeed.models.footprint import Footprint
@@ -181,7 +181,7 @@ def test_the_command(tmp_path: Path) -> None:
         "--model_name_or_path",
         str(tmp_path),
         "--bf16",
-        "--measure-roof",
+        "--measure_peak",
     ]
     done = subprocess.run([*command, "--nodes", "2", "--json"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
@@ -189,14 +189,15 @@ def test_the_command(tmp_path: Path) -> None:
     shipped = sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json"))
     uncounted = ["zero2_autocast", "zero3_nvme", "zero3_zeropp"]
     assert [row["config"] for row in found["configs"]] == [name for name in shipped if name not in uncounted]
-    assert min(found["roof"].values()) > 1e8
+    assert min(found["peak_flops"].values()) > 1e8
     assert found["recommended"] in found["why"]
 
 
-def test_a_step_takes_as_long_as_its_matrix_products_at_the_roof() -> None:
+def test_a_step_takes_as_long_as_its_matrix_products_at_the_peak() -> None:
     """Kaplan et al. 2020: 6 operations for each weight and token; 12 for each pair of tokens, layer and channel."""
     weights = 2 * (4 * 256**2 + 2 * 256 * 1024) + 2 * 256
     work = step_work(RunOptions(per_gpu_train_batch_size=4, max_seq_length=100), CONFIG)
     assert work == 4 * (6 * weights * 100 + 12 * 2 * 256 * 100**2)
-    (line, _) = told_roofs({"float32": 2e9}, 1e9)
-    assert line == "roof of this device in float32: 2 GFLOP/s; a micro-batch of 1 GFLOP takes at least 0.5 s"
+    (line, _) = peak_lines({"float32": 2e9}, 1e9)
+    assert line.startswith("measured matrix throughput of this device in float32: 2 GFLOP/s")
+    assert line.endswith("a micro-batch of 1 GFLOP takes at least 0.5 s")

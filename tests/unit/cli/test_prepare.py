@@ -44,7 +44,7 @@ def test_features_are_built_once_by_all_and_found_by_the_next(tmp_path: Path, mo
     first = prepare(*run, "--num_proc", 2)
     assert first.returncode == 0, first.stderr
     assert "9 questions, 9 features" in first.stdout and "4 questions, 4 features" in first.stdout
-    second = prepare(*run, "--learning_rate", "1e-5")
+    second = prepare(*run, "--seed", "7")
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("(found in") == 2
 
@@ -52,7 +52,7 @@ def test_features_are_built_once_by_all_and_found_by_the_next(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "which data?"),
+        ((), "no data is named"),
         (("--train_file", "gone.json"), "gone.json"),
         (("--train_file", "x", "--num_proc", 0), "num_proc"),
     ],

@@ -167,7 +167,7 @@ def test_pieces_are_those_of_byte_pair_merging(words, merges):
 def write_in_a_process(directory, hash_seed):
     """The sample by the command's own functions in a fresh process; the digest of every file by name."""
     code = (
-        "import sys; from pathlib import Path; from qa_deepspeed import sample; "
+        "import sys; from pathlib import Path; from qa_deepspeed.cli import sample; "
         "sample.write_sample(Path(sys.argv[1]), 3, 30, 6)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(REPOSITORY)}

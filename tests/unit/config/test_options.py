@@ -99,8 +99,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
         (["train", "--max_steps", "many"], "must be a whole number, not 'many'"),
         (["train", "--config", "nowhere.yaml"], "cannot read the run file nowhere.yaml"),
-        (["evaluate", "--learning_rate", "1"], "unknown argument --learning_rate"),
-        (["train", "--validation_file=x"], "--validation_file=x, a flag of run_qa.py: --predict_file here"),
+        (["evaluate", "--learning_rate", "1"], "--learning_rate is an option of train, check, not of this command"),
+        (["train", "--warmup_ratio=x"], "--warmup_ratio=x, a flag of run_qa.py: --warmup_steps here"),
+        (["train", "--lr", "1", "--foo"], "did you mean '--learning_rate'?; unknown argument --foo"),
         (["train", "--deepspeed", "ds.json"], "pass it as --deepspeed_config ds.json"),
     ],
 )

@@ -1,0 +1,262 @@
+"""The command line as a whole: the options of every command, help, versions, and errors that name the right place."""
+
+import argparse
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qa_deepspeed.cli.main import COMMANDS, main
+from qa_deepspeed.config import options
+from qa_deepspeed.config.run_options import RunOptions
+
+OPTIONS = {
+    "train": (
+        "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config "
+        "config_name context_column data_dir dataset_config dataset_config_name dataset_name ddp_timeout "
+        "decode_mode deepspeed deepspeed_config do_eval do_lower_case do_train doc_stride doc_stride_is dry_run "
+        "early_stopping_patience eval_all_checkpoints evaluate_during_training fp16 fp16_opt_level gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing id_column is_impossible_column "
+        "label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps lora_alpha "
+        "lora_dropout lora_rank lora_target_modules lr_scheduler_type max_answer_length max_eval_examples "
+        "max_grad_norm max_query_length max_seq_length max_steps max_time max_tokens_per_batch max_train_examples "
+        "merge_duplicate_texts metric_for_best_model metric_language model_name_or_path model_type n_best_size "
+        "no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
+        "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
+        "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
+        "resume_from_checkpoint resume_with_changes save_on_time save_steps save_total_limit seed server_ip "
+        "server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file verbose_logging "
+        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
+    ),
+    "evaluate": (
+        "answers_column attn_implementation best_window_only bf16 cache_dir config config_name context_column "
+        "data_dir dataset_config dataset_config_name dataset_name ddp_timeout decode_mode deepspeed "
+        "deepspeed_config do_lower_case doc_stride doc_stride_is eval_all_checkpoints fp16 fp16_opt_level gather "
+        "id_column is_impossible_column lang_id local_rank max_answer_length max_eval_examples max_query_length "
+        "max_seq_length merge_duplicate_texts metric_language model_name_or_path model_type n_best_size no_cuda "
+        "null_score_diff_threshold output_dir overwrite_cache per_device_eval_batch_size per_gpu_eval_batch_size "
+        "predict_file predict_split print_config qa_head question_column seed server_ip server_port threads "
+        "timeout tokenizer_name use_cpu validation_file verbose_logging version_2_with_negative"
+    ),
+    "predict": (
+        "align_to_words batch_size context context_column device doc_stride dtype handle_impossible_answer "
+        "id_column max_answer_len max_seq_len model_name_or_path n_best_size output question question_column top_k"
+    ),
+    "score": "confidence explain json metric_language null_odds null_odds_threshold",
+    "compare": "gold json",
+    "ensemble": "n_best_size null_score_diff_threshold output_dir version_2_with_negative",
+    "export": "dtype max_shard_size merge_lora",
+    "audit": (
+        "answers answers_column cache_dir config config_name context_column do_lower_case doc_stride doc_stride_is "
+        "id_column is_impossible_column json max_answer_length max_query_length max_seq_length max_train_examples "
+        "model_name_or_path model_type per_device_train_batch_size per_gpu_train_batch_size print_config "
+        "question_column seed strict tokenizer_name verbose_logging version_2_with_negative windows_without_answer"
+    ),
+    "prepare": (
+        "answers answers_column cache_dir config config_name context_column data_dir dataset_config "
+        "dataset_config_name dataset_name do_lower_case doc_stride doc_stride_is id_column is_impossible_column "
+        "max_eval_examples max_query_length max_seq_length max_train_examples model_name_or_path model_type "
+        "num_proc overwrite_cache predict_file predict_split print_config question_column seed tokenizer_name "
+        "train_file train_split validation_file verbose_logging version_2_with_negative windows_without_answer"
+    ),
+    "check": (
+        "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config "
+        "config_name context_column data_dir dataset_config dataset_config_name dataset_name ddp_timeout "
+        "decode_mode deepspeed_config do_eval do_lower_case do_train doc_stride doc_stride_is dry_run "
+        "early_stopping_patience eval_all_checkpoints evaluate_during_training fp16 fp16_opt_level gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing hostfile id_column "
+        "is_impossible_column label_smoothing lang_id learning_rate load_best_model_at_end local_rank "
+        "logging_steps lora_alpha lora_dropout lora_rank lora_target_modules lr_scheduler_type master_port "
+        "max_answer_length max_eval_examples max_grad_norm max_query_length max_seq_length max_steps max_time "
+        "max_tokens_per_batch max_train_examples merge_duplicate_texts metric_for_best_model metric_language "
+        "model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs nvme_path "
+        "objective output_dir overwrite_cache overwrite_output_dir per_device_eval_batch_size "
+        "per_device_train_batch_size per_gpu_eval_batch_size per_gpu_train_batch_size predict_file predict_split "
+        "print_config push_to_hub qa_head question_column ranks resume_from_checkpoint resume_with_changes "
+        "save_on_time save_steps save_total_limit seed server_ip server_port ssh_port threads timeout "
+        "tokenizer_name train_file train_split use_cpu validation_file verbose_logging version_2_with_negative "
+        "warmup_steps weight_decay windows_without_answer"
+    ),
+    "plan": (
+        "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level "
+        "global_batch_size gpu_memory gpus_per_node gradient_accumulation_steps gradient_checkpointing json "
+        "lora_alpha lora_dropout lora_rank lora_target_modules max_seq_length max_tokens_per_batch measure-roof "
+        "measure_peak model_name_or_path model_type no_cuda nodes nvme_path per_device_train_batch_size "
+        "per_gpu_train_batch_size print_config qa_head tokenizer_name use_cpu verbose_logging"
+    ),
+    "sample": "dev_articles seed train_articles",
+}
+"""Every option of every command, written down: a new flag is a decision."""
+
+TRAIN_BEFORE = (
+    "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config config_name "
+    "context_column data_dir dataset_config dataset_name decode_mode deepspeed deepspeed_config do_eval "
+    "do_lower_case do_train doc_stride doc_stride_is dry_run early_stopping_patience eval_all_checkpoints "
+    "evaluate_during_training fp16 fp16_opt_level gather global_batch_size gradient_accumulation_steps "
+    "gradient_checkpointing id_column is_impossible_column label_smoothing lang_id learning_rate "
+    "load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank lora_target_modules "
+    "lr_scheduler_type max_answer_length max_eval_examples max_grad_norm max_query_length max_seq_length "
+    "max_steps max_time max_tokens_per_batch max_train_examples merge_duplicate_texts metric_for_best_model "
+    "metric_language model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs "
+    "nvme_path objective output_dir overwrite_cache overwrite_output_dir per_gpu_eval_batch_size "
+    "per_gpu_train_batch_size predict_file predict_split push_to_hub qa_head question_column "
+    "resume_from_checkpoint resume_with_changes save_on_time save_steps save_total_limit seed server_ip "
+    "server_port threads timeout tokenizer_name train_file train_split verbose_logging version_2_with_negative "
+    "warmup_steps weight_decay windows_without_answer "
+)
+EVALUATE_BEFORE = (
+    "answers_column attn_implementation best_window_only bf16 cache_dir config config_name context_column "
+    "data_dir dataset_config dataset_name decode_mode deepspeed deepspeed_config do_lower_case doc_stride "
+    "doc_stride_is eval_all_checkpoints fp16 fp16_opt_level gather id_column is_impossible_column lang_id "
+    "local_rank max_answer_length max_eval_examples max_query_length max_seq_length merge_duplicate_texts "
+    "metric_language model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold output_dir "
+    "overwrite_cache per_gpu_eval_batch_size predict_file predict_split qa_head question_column seed server_ip "
+    "server_port threads timeout tokenizer_name verbose_logging version_2_with_negative "
+)
+"""The options of `train` and `evaluate` in version 0.1: they stay."""
+
+GROUPS = (
+    "data",
+    "model",
+    "training",
+    "evaluation",
+    "checkpoints",
+    "DeepSpeed and precision",
+    "logging",
+    "deprecated",
+)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.set_defaults(command=command)
+    importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
+    return parser
+
+
+def options_of(command: str) -> set[str]:
+    flags = [flag for action in parser_of(command)._actions for flag in action.option_strings]
+    return {flag.lstrip("-") for flag in flags}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_are_those_written_down(command: str) -> None:
+    assert options_of(command) == set(OPTIONS[command].split())
+
+
+def test_options_of_before_stay() -> None:
+    assert set(TRAIN_BEFORE.split()) <= options_of("train")
+    assert set(EVALUATE_BEFORE.split()) <= options_of("evaluate")
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "qa_deepspeed", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_groups_choices_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "train", "--help")
+    for group in GROUPS:
+        assert f"\n{group}:\n" in out
+    assert "--decode_mode {exact,hf,classic}" in out
+    words = " ".join(out.split())
+    assert "--warmup_steps INT optimizer steps of linear warm-up (default: 0)" in words
+    assert "--do_eval [true|false] evaluate at the end (default: false)" in words
+    assert "Example: deepspeed --num_gpus 8 --module qa_deepspeed train" in words
+    assert "learning_rate" not in printed(capsys, "audit", "--help")
+    assert printed(capsys, "help", "audit") == printed(capsys, "audit", "--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"Example: {COMMANDS[command][2].split()[0]}" in " ".join(printed(capsys, command, "--help").split())
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--help")
+    assert all(f"  {command}" in out for command in COMMANDS)
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "--version").splitlines()
+    assert [line.split()[0] for line in lines] == ["qa_deepspeed", "torch", "transformers", "deepspeed"]
+    assert all(line.split()[1][0].isdigit() for line in lines)
+
+
+def test_help_and_versions_import_nothing_heavy() -> None:
+    program = (
+        "import sys; from qa_deepspeed.cli.main import main\n"
+        "try: main([sys.argv[1]])\n"
+        "except SystemExit: print([name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    for flag in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "x.json", "--learning_rate", "1"], "--learning_rate is an option of train, check, not of this"),
+        (["plan", "--validation_file", "x"], "--validation_file is an option of train, evaluate, check, prepare, not"),
+        (["train", "--model", "x", "--lr", "1"], "'--model_name_or_path'?; unknown argument --lr; did you mean"),
+        (
+            ["train", "--warmup_ratio", "1", "--optim", "x"],
+            "--warmup_steps here, a number of steps; unknown argument --optim",
+        ),
+        (["tain"], "unknown command 'tain'; did you mean 'train'?"),
+    ],
+)
+def test_errors_name_the_right_place(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert message in error
+
+
+def test_print_config_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is YAML that --config reads, and stands for the same run."""
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nnull_score_diff_threshold: auto\nversion_2_with_negative: true\n")
+    given = ["--config", str(file), "--output_dir", "runs/[one]", "--per_device_train_batch_size", "4", "--bf16"]
+    out = printed(capsys, "train", *given, "--print_config")
+    assert "# weight_decay: 0.0" in out.splitlines()
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    flags = {"output_dir": "runs/[one]", "per_gpu_train_batch_size": "4", "bf16": "true"}
+    expected = options.build(RunOptions, "train", flags, str(file))
+    assert options.build(RunOptions, "train", {}, str(again)) == expected
+    assert set(yaml.safe_load(out)) == set(expected.given)
+
+
+def test_a_value_comes_from_the_command_line_the_file_or_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nseed: 3\n")
+    found = options.build(RunOptions, "train", {"seed": "4"}, str(file))
+    origins = {name: found.origin(name) for name in ("seed", "learning_rate", "weight_decay")}
+    assert origins == {"seed": "the command line", "learning_rate": str(file), "weight_decay": "default"}
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "prepare"])
+def test_commands_that_look_at_a_run_take_its_whole_file(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also keys that the command has no use for."""
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nsave_steps: 3\nmax_seq_length: 96\nn_best_size: 4\n")
+    assert "max_seq_length: 96" in printed(capsys, command, "--config", str(file), "--print_config").splitlines()
+    file.write_text("learning_rat: 1e-4\n")
+    with pytest.raises(SystemExit):
+        main([command, "--config", str(file)])
+    assert "did you mean 'learning_rate'?" in capsys.readouterr().err
