@@ -1,4 +1,4 @@
-"""The model card: README.md of a saved model, with the header that the hub reads."""
+"""The model card: README.md of a saved model, with the metadata header that the hub reads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CARD_FILE = "README.md"
 TASK = "question-answering"
 
 EARLIER_CARDS_MARK = "<!-- written by qa_deepspeed: it is written anew by the next training into this folder -->"
-"""By this a card is known as ours; one that a person wrote is left alone."""
+"""Marks a generated card; the text is that of earlier versions, so that their cards are recognised too."""
 
 
 def write_model_card(
     folder: Path, options: RunOptions, record: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]
 ) -> bool:
-    """Write the card of the model in `folder`, unless there is one that somebody else wrote; whether it was written.
+    """Write the card of the model in `folder`, unless it has a card without the mark; returns whether it was written.
 
     Args:
-        record: as run.json holds it (metrics, data, software, hardware, identity, seconds).
+        record: the content of run.json (metrics, data, software, hardware, identity, seconds).
         intervals: low and high end of the 95% intervals of exact and f1 in percent; empty if nothing was evaluated.
     """
     path = folder / CARD_FILE
@@ -40,7 +40,7 @@ def model_card(
 ) -> str:
     """The text of the card of the model that is loaded by `name`.
 
-    Nothing of this machine's folders is in its header: local models and data go unnamed.
+    It names no folder of this machine: local models and data appear by their base name or not at all.
     """
     title = name.split("/")[-1]
     parts = [
@@ -84,7 +84,7 @@ def _eval_results(options: RunOptions, metrics: Mapping[str, Any]) -> list[EvalR
 
 
 def _public_name(name: str | None) -> str | None:
-    """The hub's name of a model, or None for a folder of this machine."""
+    """The hub's name of a model, or None for a local folder."""
     if not name or Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         return None
     return name
@@ -114,9 +114,9 @@ def _purpose(options: RunOptions, record: Mapping[str, Any]) -> str:
 
 def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
     lengths = f"max_seq_len={options.max_seq_length}, max_answer_len={options.max_answer_length}"
-    kept = options.null_score_diff_threshold == AUTO  # only then does the model's config hold it
-    threshold = (record.get("metrics") or {}).get("null_score_diff_threshold") if kept else None
-    told = (
+    tuned = options.null_score_diff_threshold == AUTO  # only then does the model's config hold it
+    threshold = (record.get("metrics") or {}).get("null_score_diff_threshold") if tuned else None
+    threshold_note = (
         ""
         if threshold is None
         else f'\n\nNo answer (`""`) is given where the null odds exceed {threshold:.4g}, the threshold of the '
@@ -132,7 +132,7 @@ def _loading(name: str, options: RunOptions, record: Mapping[str, Any]) -> str:
         f'answerer = QuestionAnswerer.from_pretrained("{name}")\n'
         f'answerer(question="...", context="...", {lengths})\n'
         "```\n\n"
-        f"or the bare model: `{bare}`.{told}"
+        f"or the bare model: `{bare}`.{threshold_note}"
     )
 
 
@@ -183,7 +183,7 @@ def _training(options: RunOptions, record: Mapping[str, Any]) -> str:
 
 
 def training_command(options: RunOptions) -> str:
-    """The command line that trains this again: the options that were given, without where things were put."""
+    """The command line that repeats the training: the options that were given, without folders for output and cache."""
     words = ["qa-deepspeed", "train"]
     for name in sorted(options.given - {"local_rank", "output_dir", "overwrite_output_dir", "cache_dir"}):
         value = getattr(options, name)

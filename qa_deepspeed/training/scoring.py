@@ -1,4 +1,4 @@
-"""Rank 0's part of an evaluation: from what was gathered to answers, scores and files."""
+"""Decoding and scoring on rank 0: from gathered candidates to answers, metrics, report and files."""
 
 from __future__ import annotations
 
@@ -30,32 +30,36 @@ Decoder = Callable[[DecodeSettings], Iterator[Prediction]]
 
 
 def evaluation_options(options: RunOptions) -> RunOptions:
-    """The options with what they imply.
+    """The options with those that they imply.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: the options contradict each other.
     """
     if options.null_score_diff_threshold == AUTO and not options.version_2_with_negative:
-        raise UserError(
-            "null_score_diff_threshold auto weighs answers against no answer: it needs --version_2_with_negative"
-        )
+        raise UserError("null_score_diff_threshold auto needs unanswerable questions: pass --version_2_with_negative")
     if options.decode_mode == "exact":
         return options
     if "gather" in options.given and options.gather != "full":
         raise UserError(f"decode_mode {options.decode_mode} ranks whole rows of logits: it needs --gather full")
     for name in ("merge_duplicate_texts", "best_window_only"):
         if getattr(options, name):
-            raise UserError(f"decode_mode {options.decode_mode} has its own rules: leave --{name} out, or decode exact")
+            raise UserError(
+                f"decode_mode {options.decode_mode} has its own rules: leave --{name} out, or use --decode_mode exact"
+            )
     return dataclasses.replace(options, gather="full")
 
 
 def decoder(
     candidates: Candidates, logits: FullLogits | None, store: FeatureStore, tokenizer: Any, mode: str
 ) -> Decoder:
-    """The way from settings to predictions; it can be gone several times. `logits` is for the modes hf and classic."""
+    """A function from settings to predictions that may be called repeatedly.
+
+    Args:
+        logits: for the modes hf and classic.
+    """
     if mode == "exact":
         return lambda settings: decode(candidates, store, settings)
-    assert logits is not None, "evaluation_options has asked for whole rows"
+    assert logits is not None, "evaluation_options sets --gather full"
     if mode == "hf":
         return lambda settings: decode_like_transformers(logits, store, settings)
     how = classic_text(tokenizer)
@@ -113,7 +117,7 @@ def _decode_settings(options: RunOptions, null_score_is_odds: bool) -> DecodeSet
 def _scores_for_threshold(
     predictions: Iterator[Prediction], store: FeatureStore, options: RunOptions, output_dir: Path
 ) -> dict[str, Any]:
-    """The metrics of predictions that are not kept, the best threshold among them."""
+    """The metrics of these predictions, including the best threshold."""
     scorer = Scorer(True, options.metric_language, output_dir)
     with ProgressBar("tuning the null threshold", len(store.examples), "question") as bar:
         for example, prediction in zip(store.examples, _counted(predictions, bar), strict=True):
@@ -134,7 +138,7 @@ def _write_report(result: EvaluationResult, output_dir: Path, title: str) -> Non
 
 
 def _windows_of_examples(store: FeatureStore) -> Iterator[int]:
-    """The number of features of each example, in order."""
+    """The number of features (windows) of each example, in order."""
     row, count = 0, len(store.examples)
     for begin in range(0, count, EXAMPLES_AT_ONCE):
         ends = np.searchsorted(store.example_index, np.arange(begin + 1, min(begin + EXAMPLES_AT_ONCE, count) + 1))
@@ -143,9 +147,9 @@ def _windows_of_examples(store: FeatureStore) -> Iterator[int]:
 
 
 def save_logits(logits: FullLogits, store: FeatureStore, path: Path) -> None:
-    """Write a .npz of feature_id, example_id, start_logits and end_logits, one row a feature.
+    """Write a .npz of feature_id, example_id, start_logits and end_logits, one row per feature.
 
-    Rows are aligned to the left; places after a row's last token hold -inf. Nothing in the file is pickled.
+    Rows are left-aligned; positions after a row's last token hold -inf. Nothing in the file is pickled.
     """
     ids = np.array(store.examples.ids, dtype=np.str_)
     partial = path.with_name(f".{path.name}")

@@ -1,4 +1,4 @@
-"""On the device: from a micro-batch's logits to the best spans and the null score of each of its rows."""
+"""Candidates of a micro-batch, selected on its device: the best spans and the null score of each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qa_deepspeed.qa.features.batching import FILLER, Batch
 
 
 class BestSpans(NamedTuple):
-    """The best spans of each row, best first, `[rows, kept]`; null_score is `[rows]`, the other scores float32 too.
+    """The best spans of each row, best first, `[rows, spans]`; null_score is `[rows]`. All scores are float32.
 
     start and end are positions in the padded row, -1 (and the logits 0) where a row has fewer valid spans.
     """
@@ -25,7 +25,7 @@ class BestSpans(NamedTuple):
 
 
 def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[str, Tensor]:
-    """The columns of `decode.Candidates` for the real rows of a micro-batch, on its device; filler is dropped."""
+    """The columns of `exact.Candidates` for the real rows of a micro-batch, on its device; dummy rows are dropped."""
     shift = batch.shift.unsqueeze(1) * (found.start >= 0)
     columns = {
         "feature_id": torch.from_numpy(batch.feature_id).to(found.start.device),
@@ -40,7 +40,7 @@ def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[
 
 
 def real_rows(batch: Batch) -> int:
-    """How many rows of a micro-batch are real: all, or none of filler."""
+    """Number of rows of a micro-batch that are no dummy rows."""
     return int((batch.feature_id != FILLER).sum())
 
 
@@ -51,9 +51,10 @@ def null_scores(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tenso
 
 
 def normalizers(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:
-    """Log of what the start softmax and the end softmax over the possible answers divide by, added; float32 `[rows]`.
+    """Log of the product of the denominators of the start and the end softmax over all positions that an answer can
+    have; float32 `[rows]`.
 
-    exp(start logit + end logit - this) is the product of a span's two shares.
+    exp(start logit + end logit - this) is the product of the span's two probabilities.
     """
     length = start_logits.shape[1]
     possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
@@ -64,5 +65,5 @@ def normalizers(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tenso
 
 
 def _fixed_width(values: Tensor, width: int, fill: int) -> Tensor:
-    """`[rows, kept]` as `[rows, width]`: very short rows, and beams, have fewer spans than n_best_size."""
+    """`[rows, spans]` padded to `[rows, width]`: very short rows and beam heads have fewer spans than n_best_size."""
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)

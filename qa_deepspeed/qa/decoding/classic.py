@@ -2,11 +2,11 @@
 
 Rules: `compute_predictions_logits` in Transformers 4 (data/metrics/squad_metrics.py), after run_squad.py of
 https://github.com/google-research/bert. Per window the n_best_size best starts and ends of the whole row are paired;
-a start counts only in the window that gives its token most context; texts are made again from the word pieces
-(`classic_text.final_text`) and each text counts once; the null answer is position 0; a question without any span is
-answered with the word "empty". Scores are summed in float64.
+a start counts only in the window that gives its token most context; texts are rebuilt from the word pieces
+(`final_text`) and each text counts once; the null answer is position 0; a question without any span is answered with
+the word "empty". Scores are summed in float64.
 
-Differs where the original ends in an error: a question of v2 data without a feature, or with blank spans only, is
+Differs where the original raises an error: a question of v2 data without a feature, or with blank spans only, is
 answered with "".
 """
 
@@ -35,7 +35,7 @@ _HAN = re.compile(
 
 
 def basic_tokens(text: str, do_lower_case: bool) -> list[str]:
-    """Words, punctuation marks and Han characters, each by itself; lower case also takes off the accents."""
+    """Words, punctuation marks and Han characters as separate tokens; lower-casing also strips accents."""
     cleaned = "".join(_cleaned(character) for character in text)
     words = unicodedata.normalize("NFC", _HAN.sub(r" \1 ", cleaned)).split()
     if do_lower_case:
@@ -59,9 +59,9 @@ def _is_punctuation(character: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def final_text(predicted: str, original: str, do_lower_case: bool) -> str:
-    """The part of `original` (whole words) that the tokenised `predicted` stands for.
+    """The part of `original` (whole words) that corresponds to the tokenised `predicted`.
 
-    Both are aligned by their characters other than spaces; where that fails, all of `original` is the answer.
+    Both are aligned by their characters other than spaces; if that fails, all of `original` is the answer.
     """
     tokenized = " ".join(basic_tokens(original, do_lower_case))
     begin = tokenized.find(predicted)
@@ -75,14 +75,14 @@ def final_text(predicted: str, original: str, do_lower_case: bool) -> str:
     return original[places[order[begin]] : places[order[end]] + 1]
 
 
-_WORD = re.compile(r"[^ \t\r\n\u202f]+")  # the classic scripts split contexts at these blanks only
+_WORD = re.compile(r"[^ \t\r\n\u202f]+")  # run_squad.py splits contexts at these blanks only
 
 
 @dataclass(frozen=True)
 class ClassicText:
-    """How texts are made.
+    """How the tokens of a span become its text.
 
-    tokens_to_text: from the ids of a span's tokens to its text as the tokenizer joins them (`wordpiece_joiner`).
+    tokens_to_text: from token ids to the text as the tokenizer joins them (`wordpiece_joiner`).
     """
 
     tokens_to_text: Callable[[np.ndarray], str]
@@ -90,12 +90,12 @@ class ClassicText:
 
 
 def wordpiece_joiner(vocabulary: Sequence[str]) -> Callable[[np.ndarray], str]:
-    """`tokens_to_text` of BERT's slow tokenizer. `vocabulary` gives the token of each id."""
+    """`tokens_to_text` of BERT's slow tokenizer. `vocabulary` holds the token of each id."""
     return lambda ids: " ".join(vocabulary[i] for i in ids).replace(" ##", "").strip()
 
 
 def classic_text(tokenizer: Any) -> ClassicText:
-    """How a Transformers tokenizer joins its tokens, and whether it lower-cases."""
+    """`ClassicText` of a Transformers tokenizer: how it joins tokens, and whether it lower-cases."""
     vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     lower = bool(getattr(tokenizer, "do_lower_case", False))
     if any(piece.startswith("##") for piece in vocabulary):
@@ -204,7 +204,7 @@ def _prediction(
 def _distinct(
     context: str, spans: Iterator[_Span], null: tuple[float, float] | None, size: int, how: ClassicText
 ) -> list[_Entry]:
-    """The `size` best entries with different texts, the null entry in its place if it is among them."""
+    """The `size` best entries with different texts, with the null entry by rank if it is among them."""
     words = [(match.start(), match.end()) for match in _WORD.finditer(context)]
     word_begins = [begin for begin, _ in words]
     entries: list[_Entry] = []
@@ -233,5 +233,5 @@ def _distinct(
 def _nbest(entries: list[_Entry]) -> list[NBestEntry]:
     scores = np.array([entry.start_logit + entry.end_logit for entry in entries])
     exponential = np.exp(scores - scores.max())
-    shares = (exponential / exponential.sum()).astype(np.float32).tolist()
-    return [(e.text, p, e.start_logit, e.end_logit, e.begin) for e, p in zip(entries, shares, strict=True)]
+    probabilities = (exponential / exponential.sum()).astype(np.float32).tolist()
+    return [(e.text, p, e.start_logit, e.end_logit, e.begin) for e, p in zip(entries, probabilities, strict=True)]

@@ -1,14 +1,13 @@
-"""From the best candidates of every feature to one n-best list and one answer per question (numpy only).
+"""Decode candidates: the best spans of every feature become one n-best list and one answer per question (numpy only).
 
-The device hands over, per feature, its best valid spans and the null score. Here the windows of a question are
-joined: candidates are sorted by score, the same characters reached from two windows count once (the better one
-stays), blanks around a slice are trimmed, the `n_best_size` best are kept, and one softmax runs over them and, with
-unanswerable questions, the null entry. Many questions are decoded at once in chunks of bounded size, and answers are
-yielded as they are made, so memory does not grow with the number of questions.
+The device selects, per feature, its best valid spans and the null score. This module joins the windows of a question:
+it sorts the candidates by score, drops a span with the same characters as a better one, trims blanks around a
+slice, takes the `n_best_size` best, and runs one softmax over them and, for v2.0 data, the null entry. Questions are
+decoded in chunks of bounded size and yielded one by one, so memory does not grow with their number.
 
-Rules that differ from other decoders, on purpose: an answer is never the literal "empty"; no span is missed because its
-start or end is not among the best of its window; ties are settled by character start, then end, then feature id.
-A list is shorter than n_best_size only where the windows' candidates, less blank and repeated ones, are fewer.
+Deliberate differences from other decoders: an answer is never the literal "empty"; no span is missed because its start
+or end is not among the best of its window; ties are broken by character start, then end, then feature id. A list is
+shorter than n_best_size only where the windows have fewer candidates that are neither blank nor repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from qa_deepspeed.utils.errors import UserError
 
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
-ROWS_PER_CHUNK = 384  # the lists of a chunk stay in the processor's cache
+ROWS_PER_CHUNK = 384  # so that the lists of a chunk fit the processor's cache
 
 
 @dataclass
@@ -48,11 +47,11 @@ class Candidates:
 
 
 class FeatureSource(Protocol):
-    """What decoding needs of a feature store."""
+    """The part of a feature store that decoding uses."""
 
-    example_index: np.ndarray  # int64 [features], never falling
-    # len() and iter() over Examples; where it has ids_and_contexts(begin, end) -> (ids, contexts), lists for a range
-    # of examples, that is used instead, because making whole Examples takes longer than decoding them
+    example_index: np.ndarray  # int64 [features], non-decreasing
+    # len() and iter() over Examples; ids_and_contexts(begin, end) -> (ids, contexts), lists for a range of examples,
+    # is preferred where it exists, since building whole Examples takes longer than decoding them
     examples: Any
 
     def character_spans(
@@ -84,7 +83,10 @@ def decode(
     """Yield a `Prediction` for every example of the store, in the store's order.
 
     Examples without a feature or without a valid span are answered with "" and, for v2 data, null odds of
-    `NO_SPAN_NULL_ODDS`. Raises UserError if a logit is not a finite number.
+    `NO_SPAN_NULL_ODDS`.
+
+    Raises:
+        UserError: a logit is not a finite number.
     """
     example_count = len(store.examples)
     rows = len(candidates.feature_id)
@@ -109,9 +111,9 @@ def _cut_chunk(candidates: Candidates, store: FeatureSource, row: int, size: int
         if stop == rows:
             return stop, examples
         following = int(store.example_index[int(candidates.feature_id[stop])])
-        kept = int(np.searchsorted(examples, following, side="left"))
-        if kept:
-            return row + kept, examples[:kept]
+        complete = int(np.searchsorted(examples, following, side="left"))
+        if complete:
+            return row + complete, examples[:complete]
         size *= 2  # one example fills the whole chunk
 
 
@@ -130,23 +132,24 @@ def _decode_chunk(
     spans = _gather_spans(candidates, rows, question_of_row, store, settings)
     spans = _sorted_by_score(spans)
     spans = spans.without(_repeats(spans))
-    kept, answers = _best_spans(spans, contexts, settings)
+    best, answers = _best_spans(spans, contexts, settings)
     lowest_null = np.full(len(examples), np.inf, np.float32)
     np.minimum.at(lowest_null, question_of_row, np.asarray(candidates.null_score[rows]))
-    return _predictions(kept, answers, lowest_null, example_ids, settings)
+    return _predictions(best, answers, lowest_null, example_ids, settings)
 
 
 class _Texts:
-    """Ids and contexts of the examples, asked for in their order, a range at a time."""
+    """Ids and contexts of the examples, read in order, a range at a time."""
 
     def __init__(self, examples: Any):
         self._by_range = getattr(examples, "ids_and_contexts", None)
         self._one_by_one = iter(()) if self._by_range else iter(examples)
 
     def take(self, wanted: range) -> tuple[list[str], list[str]]:
-        """The ids and the contexts of the next examples, which are those of `wanted`."""
+        """The ids and the contexts of the next examples, whose numbers are `wanted`."""
         if self._by_range:
-            return self._by_range(wanted.start, wanted.stop)
+            ids, contexts = self._by_range(wanted.start, wanted.stop)
+            return ids, contexts
         chunk = list(islice(self._one_by_one, len(wanted)))
         return [example.example_id for example in chunk], [example.context for example in chunk]
 
@@ -182,7 +185,7 @@ def _gather_spans(
 
 
 def _sorted_by_score(spans: _Spans) -> _Spans:
-    """Sort by question, score (falling), begin, end. Questions of one window arrive sorted and are left alone."""
+    """Sort by question, score (descending), begin, end. Questions of one window arrive sorted and are left as is."""
     same = spans.question[1:] == spans.question[:-1]
     wrong = same & (spans.score[:-1] < spans.score[1:])
     tie = np.flatnonzero(same & (spans.score[:-1] == spans.score[1:]))
@@ -196,103 +199,104 @@ def _sorted_by_score(spans: _Spans) -> _Spans:
         return spans
     index = np.flatnonzero(np.isin(spans.question, disordered))
     part = spans.take(index)
-    # lexsort is stable, so what is still tied stays in the order of feature ids
+    # lexsort is stable: remaining ties stay in the order of feature ids
     order = np.arange(len(spans.question))
     order[index] = index[np.lexsort((part.end, part.begin, -part.score, part.question))]
     return spans.take(order)
 
 
 def _repeats(spans: _Spans) -> np.ndarray:
-    """Indices of spans whose characters an earlier, so better, span of the same question has."""
+    """Indices of spans with the same characters as an earlier, better span of the same question."""
     if not len(spans.question):
         return np.zeros(0, np.int64)
     length = int(spans.end.max()) + 1
     assert (int(spans.question[-1]) + 1) * length * length < 2**63, "a context is too long for the span keys"
     key = (spans.question * length + spans.begin) * length + spans.end
-    # a plain sort is many times faster than an argsort, which only the few keys that occur twice are put through
+    # a plain sort is many times faster than an argsort, which only the few repeated keys need
     ordered = np.sort(key)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(twice):
         return np.zeros(0, np.int64)
-    concerned = np.flatnonzero(twice[np.minimum(np.searchsorted(twice, key), len(twice) - 1)] == key)
-    order = concerned[np.argsort(key[concerned], kind="stable")]
-    return order[1:][key[order][1:] == key[order][:-1]]
+    repeated = np.flatnonzero(twice[np.minimum(np.searchsorted(twice, key), len(twice) - 1)] == key)
+    order = repeated[np.argsort(key[repeated], kind="stable")]
+    later: np.ndarray = order[1:][key[order][1:] == key[order][:-1]]
+    return later
 
 
 def _best_spans(spans: _Spans, contexts: list[str], settings: DecodeSettings) -> tuple[_Spans, list[str]]:
     """The n_best_size best spans of each question, blanks trimmed, and their texts."""
-    kept, texts, faulty = _trimmed_head(spans, contexts, settings)
+    best, texts, faulty = _trimmed_head(spans, contexts, settings)
     if faulty:
-        useless = [i for question in faulty for i in _useless(spans, question, contexts[question], settings)]
-        kept, texts, _ = _trimmed_head(spans.without(useless), contexts, settings)
-    return kept, texts
+        dropped = [i for question in faulty for i in _blank_or_repeated(spans, question, contexts[question], settings)]
+        best, texts, _ = _trimmed_head(spans.without(dropped), contexts, settings)
+    return best, texts
 
 
 def _trimmed_head(spans: _Spans, contexts: list[str], settings: DecodeSettings) -> tuple[_Spans, list[str], list[int]]:
     """The first n_best_size spans of each question without leading and trailing blanks, their texts, and the questions
-    among whose spans there are blank ones or, now that blanks are gone, equal ones.
+    that have blank spans or spans that are equal after trimming.
     """
     first = np.searchsorted(spans.question, np.arange(len(contexts)))
     rank = np.arange(len(spans.question)) - first[spans.question]
-    kept = spans.without(np.flatnonzero(rank >= settings.n_best_size))
+    best = spans.without(np.flatnonzero(rank >= settings.n_best_size))
     lengths = np.fromiter(map(len, contexts), np.int64, len(contexts))
-    assert (kept.begin <= kept.end).all() and (kept.end <= lengths[kept.question]).all(), "span outside its context"
-    counts = np.bincount(kept.question, minlength=len(contexts)).tolist()
+    assert (best.begin <= best.end).all() and (best.end <= lengths[best.question]).all(), "span outside its context"
+    counts = np.bincount(best.question, minlength=len(contexts)).tolist()
     context_of_span = chain.from_iterable(map(repeat, contexts, counts))
-    raw = [c[begin:end] for c, begin, end in zip(context_of_span, kept.begin.tolist(), kept.end.tolist(), strict=True)]
+    raw = [c[begin:end] for c, begin, end in zip(context_of_span, best.begin.tolist(), best.end.tolist(), strict=True)]
     texts = list(map(str.strip, raw))
     faulty: set[int] = set()
     if texts != raw:
         leading = np.fromiter((len(text) - len(text.lstrip()) for text in raw), np.int64, len(raw))
-        begin = kept.begin + leading
-        kept = replace(kept, begin=begin, end=begin + np.fromiter(map(len, texts), np.int64, len(texts)))
-        faulty.update(kept.question[_repeats(kept)].tolist())
-    faulty.update(kept.question[kept.begin == kept.end].tolist())
+        begin = best.begin + leading
+        best = replace(best, begin=begin, end=begin + np.fromiter(map(len, texts), np.int64, len(texts)))
+        faulty.update(best.question[_repeats(best)].tolist())
+    faulty.update(best.question[best.begin == best.end].tolist())
     if settings.merge_duplicate_texts:
-        pairs = Counter(zip(kept.question.tolist(), texts, strict=True))
+        pairs = Counter(zip(best.question.tolist(), texts, strict=True))
         faulty.update(question for (question, _), times in pairs.items() if times > 1)
-    return kept, texts, sorted(faulty)
+    return best, texts, sorted(faulty)
 
 
-def _useless(spans: _Spans, question: int, context: str, settings: DecodeSettings) -> list[int]:
+def _blank_or_repeated(spans: _Spans, question: int, context: str, settings: DecodeSettings) -> list[int]:
     """Indices of one question's spans that are blank or repeat a better one."""
     first, last = np.searchsorted(spans.question, [question, question + 1])
-    useless, seen = [], set()
+    dropped, seen = [], set()
     for i in range(first, last):
         begin, end = int(spans.begin[i]), int(spans.end[i])
         text = context[begin:end].strip()
         begin += len(context[begin:end]) - len(context[begin:end].lstrip())
         identity = text if settings.merge_duplicate_texts else (begin, begin + len(text))
         if not text or identity in seen:
-            useless.append(i)
+            dropped.append(i)
         seen.add(identity)
-    return useless
+    return dropped
 
 
 def _predictions(
-    kept: _Spans, texts: list[str], lowest_null: np.ndarray, example_ids: list[str], settings: DecodeSettings
+    best: _Spans, texts: list[str], lowest_null: np.ndarray, example_ids: list[str], settings: DecodeSettings
 ) -> Iterator[Prediction]:
     size = settings.n_best_size
-    first = np.searchsorted(kept.question, np.arange(len(example_ids) + 1))
-    # [questions, n_best_size + 1]; the last column is the null entry's. The width is fixed so that sums always run
-    # over the same number of terms, and the last digits do not depend on the neighbours in a chunk.
+    first = np.searchsorted(best.question, np.arange(len(example_ids) + 1))
+    # [questions, n_best_size + 1]; the last column holds the null entry. A fixed width gives every sum the same number
+    # of terms, so the last digits do not depend on the other questions of a chunk.
     score = np.full((len(example_ids), size + 1), -np.inf)
-    rank = np.arange(len(kept.question)) - first[kept.question]
-    score[kept.question, rank] = kept.score
+    rank = np.arange(len(best.question)) - first[best.question]
+    score[best.question, rank] = best.score
     answered = first[1:] > first[:-1]
     null_score = lowest_null.astype(np.float64)
     null_odds = null_score - score[:, 0]
     if settings.null_score_is_odds:
-        # The null entry's share of the softmax is then the logistic function of the odds. Questions without a span
-        # have no such share: -inf, or no number where there is no window either.
+        # The null entry's probability is then the logistic function of the odds. Questions without a span have no such
+        # probability: their null score is -inf, or NaN without any window.
         with np.errstate(invalid="ignore"):
             null_odds, null_score = null_score, null_score + np.logaddexp.reduce(score, axis=1)
     if settings.version_2_with_negative:
         score[:, size] = np.where(np.isfinite(null_score), null_score, -np.inf)
     exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
-    probability = np.zeros(score.shape, np.float32)  # float32 like the logits, so that files read back exactly
+    probability = np.zeros(score.shape, np.float32)  # float32 like the logits, for exact round-trips through files
     probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
-    columns = [probability[kept.question, rank], kept.start_logit, kept.end_logit, kept.begin]
+    columns = [probability[best.question, rank], best.start_logit, best.end_logit, best.begin]
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1)
     ends, v2, threshold = first[1:], settings.version_2_with_negative, settings.null_score_diff_threshold
     if v2:
@@ -326,11 +330,11 @@ def _predictions(
 
 
 def _null_entry(probability: Any, null_score: Any) -> tuple[str, Any, Any, float, int]:
-    """The null entry's `NBEST_FIELDS`; of several questions at once where arrays are given."""
+    """The `NBEST_FIELDS` of the null entry; arrays give those of several questions at once."""
     return "", probability, null_score, 0.0, -1
 
 
 def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:
-    known = null_score if settings.version_2_with_negative and null_score != float("inf") else 0.0
+    score = null_score if settings.version_2_with_negative and null_score != float("inf") else 0.0
     odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
-    return Prediction(example_id, "", columns_of([_null_entry(1.0, known)]), odds)
+    return Prediction(example_id, "", columns_of([_null_entry(1.0, score)]), odds)

@@ -1,4 +1,4 @@
-"""Whole rows of logits, for the decoders that rank all positions of a row, and what they need of the features."""
+"""Whole rows of logits, for the decoders that rank all positions of a row, and the features that they need."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROWS_AT_ONCE = 512
 class FullLogits:
     """Logits of every position. Rows are right-padded: column p is token p of the unpadded row.
 
-    Padding takes part in the ranking of a row, as it does in the decoders that are followed here; fill it with the
-    model's own logits for padding, or with a very low number.
+    Padding takes part in the ranking of a row, as in the original decoders; fill it with the model's own logits for
+    padding, or with a very low number.
     """
 
     feature_id: np.ndarray  # int64 [features], sorted, unique
@@ -25,9 +25,9 @@ class FullLogits:
 
 
 class FeatureRowSource(Protocol):
-    """What the decoders of full logits need of a feature store."""
+    """The part of a feature store that the decoders of full logits use."""
 
-    example_index: np.ndarray  # int64 [features], never falling
+    example_index: np.ndarray  # int64 [features], non-decreasing
     examples: Any  # len() and [i] -> Example
 
     def take(self, rows: np.ndarray) -> Any: ...  # has row_splits, input_ids, context_begin, context_end
@@ -40,11 +40,11 @@ class FeatureRowSource(Protocol):
 
 
 def question_chunks(logits: FullLogits, store: FeatureRowSource) -> Iterator[tuple[slice, range, np.ndarray]]:
-    """Cut into chunks of about ROWS_AT_ONCE rows, no question in two; chunks cover all examples of the store in order.
+    """Cut into chunks of about ROWS_AT_ONCE rows, each question whole; chunks cover all examples of the store in order.
 
     Yields:
-        rows of `logits`; the examples that end there; bounds int [examples + 1], the rows of each example, counted
-        from the first row of the chunk (an example without a feature has none).
+        rows of `logits`; the examples of the chunk; bounds int [examples + 1], the rows of each example, counted from
+        the first row of the chunk (an example without a feature has none).
     """
     example = np.asarray(store.example_index)[np.asarray(logits.feature_id)]
     assert (np.diff(example) >= 0).all(), "features of one example must be adjacent and in example order"

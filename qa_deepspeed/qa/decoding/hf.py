@@ -4,10 +4,10 @@ Rules: `postprocess_qa_predictions` in examples/pytorch/question-answering/utils
 https://github.com/huggingface/transformers. Per window the n_best_size best starts and ends of the whole row, padding
 and question included, are paired; so a good span may be missed where `exact` decoding finds it. Texts are not trimmed;
 the null answer is position 0; it competes for a place among the n_best_size; a question without any span is answered
-with the word "empty". Null odds are taken in float32, end logit after start logit, as there.
+with the word "empty". Null odds are computed in float32 in the same order as there: minus start logit, minus end logit.
 
-Differs in two places where the original ends in an error: a question of v2 data without a feature, and one whose spans
-are all blank, are answered with "".
+Differs where the original raises an error: a question of v2 data without a feature, and one whose spans are all blank,
+are answered with "".
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ def _prediction(
     example: Example, found: _Pairs, null: tuple[np.float32, np.float32, np.float32] | None, settings: DecodeSettings
 ) -> Prediction:
     size, v2 = settings.n_best_size, settings.version_2_with_negative
-    kept: list[tuple[str, float, float, float, int, int]] = [
+    entries: list[tuple[str, float, float, float, int, int]] = [
         (example.context[begin:end], float(score), float(start_logit), float(end_logit), int(begin), int(end))
         for score, start_logit, end_logit, begin, end in zip(*(column[:size] for column in found), strict=True)
     ]
     if v2 and null is not None:
         null_entry = ("", float(null[0]), float(null[1]), float(null[2]), 0, 0)
-        kept.insert(int((found.score >= null[0]).sum()), null_entry)
-        kept = kept[:size]
-        if not any(begin == end == 0 for *_, begin, end in kept):
-            kept.append(null_entry)
-    if not kept or (len(kept) == 1 and kept[0][0] == ""):
-        kept.insert(0, ("empty", 0.0, 0.0, 0.0, -1, -1))
-    nbest = _nbest(kept)
+        entries.insert(int((found.score >= null[0]).sum()), null_entry)
+        entries = entries[:size]
+        if not any(begin == end == 0 for *_, begin, end in entries):
+            entries.append(null_entry)
+    if not entries or (len(entries) == 1 and entries[0][0] == ""):
+        entries.insert(0, ("empty", 0.0, 0.0, 0.0, -1, -1))
+    nbest = _nbest(entries)
     if not v2:
         return Prediction(example.example_id, nbest[0][0], columns_of(nbest), None)
     best = next((entry for entry in nbest if entry[0]), None)
@@ -104,31 +104,31 @@ def _prediction(
     return Prediction(example.example_id, answer, columns_of(nbest), odds)
 
 
-def _nbest(kept: list[tuple[str, float, float, float, int, int]]) -> list[NBestEntry]:
-    scores = np.array([score for _, score, *_ in kept])
+def _nbest(entries: list[tuple[str, float, float, float, int, int]]) -> list[NBestEntry]:
+    scores = np.array([score for _, score, *_ in entries])
     exponential = np.exp(scores - scores.max())
-    shares = (exponential / exponential.sum()).astype(np.float32).tolist()
+    probabilities = (exponential / exponential.sum()).astype(np.float32).tolist()
     return [
-        (text, share, start_logit, end_logit, begin if text else -1)
-        for (text, _, start_logit, end_logit, begin, _), share in zip(kept, shares, strict=True)
+        (text, probability, start_logit, end_logit, begin if text else -1)
+        for (text, _, start_logit, end_logit, begin, _), probability in zip(entries, probabilities, strict=True)
     ]
 
 
 SAME = "same answer"
-WORD_EMPTY = "hf found no span and said 'empty'"
+WORD_EMPTY = "hf finds no span and answers 'empty'"
 BLANKS_TRIMMED = "exact trims blanks around a slice"
-BLANK_SPAN = "hf's best span is blank, which exact does not take for an answer"
-MISSED_SPAN = "hf pairs only the n_best_size best starts and ends of a window and missed a better span"
-TIE = "spans of equal score: exact takes the first in the text, hf the one its sort puts first"
-OTHER_NULL = "hf takes position 0 for the null answer where the model's null position is another"
-ODDS_ROUNDED = "null odds next to the threshold: hf rounds them to float32"
+BLANK_SPAN = "hf's best span is blank, which is no answer for exact"
+MISSED_SPAN = "hf pairs only the n_best_size best starts and ends of a window and misses a better span"
+TIE = "spans of equal score: exact takes the first in the text, hf the first of its sort"
+OTHER_NULL = "hf takes position 0 for the null answer, the model another position"
+ODDS_ROUNDED = "null odds close to the threshold: hf rounds them to float32"
 
 
 def difference_rule(exact: Prediction, hf: Prediction, settings: DecodeSettings) -> str:
     """The rule by which the two differ, or `SAME`.
 
     Raises:
-        AssertionError: no rule explains the difference; one of the decoders is wrong.
+        AssertionError: no rule explains the difference: one of the decoders is wrong.
     """
     if exact.text == hf.text:
         return SAME
@@ -161,7 +161,10 @@ def difference_rule(exact: Prediction, hf: Prediction, settings: DecodeSettings)
 def list_differences(
     exact: Iterable[Prediction], hf: Iterable[Prediction], settings: DecodeSettings
 ) -> list[dict[str, Any]]:
-    """Every question that the two answer differently: example_id, exact, hf (texts) and rule. Both in one order."""
+    """Every question that the two answer differently: example_id, exact, hf (texts) and rule.
+
+    Both give the same questions in the same order.
+    """
     differences = []
     for one, other in zip(exact, hf, strict=True):
         assert one.example_id == other.example_id, "predictions are in different orders"

@@ -1,16 +1,15 @@
-"""From candidates to answers by the rules of the question-answering pipeline that Transformers 4 had.
+"""Decoding by the rules of the question-answering pipeline of Transformers 4.
 
 Rules: `QuestionAnsweringPipeline.postprocess`, `select_starts_ends` and `decode_spans` in
 src/transformers/pipelines/question_answering.py of https://github.com/huggingface/transformers, release 4.57.6. A
-span's score is the product of its start's and its end's share of a softmax over the window's context tokens and the
-null position. Spans are widened to whole words; those of a question whose texts differ in nothing but case count as one
-answer, whose score is the sum of theirs and whose place is that of the first. The null answer's score is the smallest
-that a window gives it.
+span's score is the product of its start's and its end's probability in softmaxes over the window's context tokens and
+the null position. Spans are widened to whole words; spans of a question whose texts differ only in case are one answer
+with the sum of their scores and the position of the first. The null answer's score is its smallest over the windows.
 
-Differs on purpose: blanks at the edges of an answer are trimmed, and a span of blanks alone is none; a question about a
-context without tokens is answered with "" where the original gives an empty list; the null answer has the model's own
-null position where the original looks at the first token; and a threshold on the null odds, if there is one, decides
-between the null answer and the best span, whatever their scores.
+Deliberate differences: blanks at the edges of an answer are trimmed, and a span of only blanks is no answer; a question
+about a context without tokens is answered with "" where the original returns an empty list; the null answer uses the
+model's own null position where the original uses the first token; and a threshold on the null odds, if there is one,
+decides between the null answer and the best span regardless of their scores.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from qa_deepspeed.qa.decoding.exact import Candidates
 from qa_deepspeed.qa.features.in_memory import AnswerStore
 
 Answer = dict[str, Any]
-"""score, start, end, answer: as the pipeline's results, in its order."""
+"""score, start, end, answer: keys and order of the pipeline's results."""
 
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """How candidates become answers: the pipeline's arguments, and the threshold on null odds if there is one."""
+    """How candidates become answers: the pipeline's arguments, and an optional threshold on the null odds."""
 
     top_k: int = 1
     max_answer_len: int = 15  # tokens
     handle_impossible_answer: bool = False
     align_to_words: bool = True
     null_score_diff_threshold: float | None = None
-    null_score_is_odds: bool = False  # null scores are null odds by themselves (beam heads), not to be compared
+    null_score_is_odds: bool = False  # null scores are already null odds (beam heads)
 
     @property
     def spans_of_a_window(self) -> int:
-        """How many spans of a window are looked at: more than are asked for, since words make some of them equal."""
+        """Spans considered per window: more than requested, since some become equal when widened to words."""
         return self.top_k * 2 + 10 if self.align_to_words else self.top_k
 
 
@@ -51,16 +50,16 @@ def decode_like_pipeline(
     """Yield the answers to every example of the store, best first, at most `top_k` of them and at least one.
 
     Args:
-        candidates: of each feature, at least `settings.spans_of_a_window`, if it has so many.
-        normalizer: float32 `[features]`: log of the sums that the start and the end softmax divide by, added up.
+        candidates: at least `settings.spans_of_a_window` of each feature that has so many.
+        normalizer: float32 `[features]`, as `candidates.normalizers`.
     """
     score = (candidates.start_logit + candidates.end_logit)[:, : settings.spans_of_a_window]
     row, column = np.nonzero(candidates.start[:, : settings.spans_of_a_window] >= 0)
     spans_of = store.word_spans if settings.align_to_words else store.character_spans
     begin, end = spans_of(candidates.feature_id[row], candidates.start[row, column], candidates.end[row, column])
-    share = np.exp(score[row, column] - normalizer[row])
+    probability = np.exp(score[row, column] - normalizer[row])
     null_score = candidates.null_score.astype(np.float64)
-    null_share = 1 / (1 + np.exp(-null_score)) if settings.null_score_is_odds else np.exp(null_score - normalizer)
+    null_probability = 1 / (1 + np.exp(-null_score)) if settings.null_score_is_odds else np.exp(null_score - normalizer)
     question = store.example_index
     first_row = np.searchsorted(question, np.arange(len(store.examples) + 1))
     first_span = np.searchsorted(row, first_row)
@@ -68,37 +67,37 @@ def decode_like_pipeline(
     for index, context in enumerate(contexts):
         rows = slice(first_row[index], first_row[index + 1])
         spans = slice(first_span[index], first_span[index + 1])
-        found = _merged(context, share[spans].tolist(), begin[spans].tolist(), end[spans].tolist())
+        found = _merged(context, probability[spans].tolist(), begin[spans].tolist(), end[spans].tolist())
         if not found:
-            yield [_null_answer(float(null_share[rows].min(initial=1.0)))]
+            yield [_null_answer(float(null_probability[rows].min(initial=1.0)))]
             continue
         found.sort(key=lambda answer: -answer["score"])
         if settings.handle_impossible_answer:
             best = 0.0 if settings.null_score_is_odds else float(score[row[spans], column[spans]].max())
             odds = float(null_score[rows].min()) - best
-            null = _null_answer(float(null_share[rows].min()))
+            null = _null_answer(float(null_probability[rows].min()))
             _insert_null(found, null, odds, settings.null_score_diff_threshold)
         yield found[: settings.top_k]
 
 
-def _merged(context: str, shares: list[float], begins: list[int], ends: list[int]) -> list[Answer]:
+def _merged(context: str, probabilities: list[float], begins: list[int], ends: list[int]) -> list[Answer]:
     answers: dict[str, Answer] = {}
-    for share, begin, end in zip(shares, begins, ends, strict=True):
+    for probability, begin, end in zip(probabilities, begins, ends, strict=True):
         text = context[begin:end]
         answer = text.strip()
         if not answer:
             continue
         known = answers.get(answer.lower())
         if known is not None:
-            known["score"] += share
+            known["score"] += probability
             continue
         start = begin + len(text) - len(text.lstrip())
-        answers[answer.lower()] = {"score": share, "start": start, "end": start + len(answer), "answer": answer}
+        answers[answer.lower()] = {"score": probability, "start": start, "end": start + len(answer), "answer": answer}
     return list(answers.values())
 
 
 def _insert_null(found: list[Answer], null: Answer, odds: float, threshold: float | None) -> None:
-    """Put the null answer among the others: by its score, but before or behind the best as the threshold says."""
+    """Insert the null answer by its score; a threshold decides whether it comes before or after the best span."""
     place = sum(answer["score"] >= null["score"] for answer in found)
     if threshold is not None:
         place = 0 if odds > threshold else max(place, 1)

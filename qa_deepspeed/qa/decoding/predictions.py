@@ -1,4 +1,4 @@
-"""What decoding yields, and the three files it is written to."""
+"""Predictions: the outcome of decoding, and the three files that hold it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PREDICTIONS_FILE = "predictions.json"
 NBEST_FILE = "nbest_predictions.json"
 NULL_ODDS_FILE = "null_odds.json"
 
-# The null odds of a question for which there is no span to choose (an empty context): finite, so that every JSON
-# reader takes it, and far above any threshold that could be tuned.
 NO_SPAN_NULL_ODDS = 1e6
+"""The null odds of a question without any span (an empty context): finite, so that every JSON reader accepts it, and
+far above any tuned threshold."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class DecodeSettings:
     n_best_size: int = 20
     max_answer_length: int = 30  # tokens
     version_2_with_negative: bool = False
-    null_score_diff_threshold: float = 0.0  # the answer is "" where null odds exceed this
-    merge_duplicate_texts: bool = False  # keep only the best of several spans with the same text
-    null_score_is_odds: bool = False  # null scores are null odds by themselves (beam heads), not to be compared
+    null_score_diff_threshold: float = 0.0  # the answer is "" where the null odds exceed this
+    merge_duplicate_texts: bool = False  # of several spans with the same text only the best counts
+    null_score_is_odds: bool = False  # null scores are already null odds (beam heads)
 
 
 NBEST_FIELDS = ("text", "probability", "start_logit", "end_logit", "start")
 NBestEntry = tuple[str, float, float, float, int]
 """The values of `NBEST_FIELDS`. `start` is the character of the context where the text begins. The null entry (text "")
-has start -1 and, since only the sum of its logits is kept, that sum as start_logit and 0 as end_logit.
+has start -1, the sum of its logits as start_logit and 0 as end_logit, since only the sum is known.
 """
 NBestColumns = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""An n-best list by `NBEST_FIELDS`, a list of texts and arrays `[entries]`: making an entry of every span would take as
-long as finding the spans.
+"""An n-best list by columns, in the order of `NBEST_FIELDS`: a list of texts and arrays `[entries]`. One tuple per span
+would take as long to build as the spans take to find.
 """
 
 
@@ -56,7 +56,7 @@ def columns_of(entries: Iterable[NBestEntry]) -> NBestColumns:
 class Prediction(NamedTuple):
     """One question's outcome. Its n-best list is sorted best first and never empty.
 
-    `null_odds` is the null score less the best span's score (None for v1 data).
+    `null_odds` is the null score minus the best span's score (None for v1 data).
     """
 
     example_id: str
@@ -66,28 +66,28 @@ class Prediction(NamedTuple):
 
     @property
     def nbest(self) -> list[NBestEntry]:
-        """The n-best list, made anew at each call."""
+        """The n-best list by entries, built at each call."""
         texts, *numbers = self.nbest_columns
         return list(zip(texts, *(column.tolist() for column in numbers), strict=True))
 
     @property
     def best_span_text(self) -> str:
-        """The best answer if the question has one, whatever the null odds say; "" if there is no span at all."""
+        """The best span's text regardless of the null odds; "" if there is no span."""
         return next(filter(None, self.nbest_columns[0]), "")
 
 
 def write_predictions(predictions: Iterable[Prediction], output_dir: Path, settings: DecodeSettings) -> dict[str, Path]:
     """Write predictions.json {id: text}, nbest_predictions.json {id: [entry, ...]} and, for v2 data, null_odds.json
-    {id: number}, one question a line, as the predictions come in; return the paths by file name.
+    {id: number}, one question a line, while the predictions arrive; return the paths by file name.
 
-    Each file appears under its name only when all are complete. Answers and null odds read back exactly;
-    the numbers of the n-best lists read back exactly as float32.
+    Each file gets its name only when all are complete. Answers and null odds round-trip exactly, the numbers of the
+    n-best lists as float32.
     """
     names = [NBEST_FILE, PREDICTIONS_FILE]
     if settings.version_2_with_negative:
         names.insert(1, NULL_ODDS_FILE)
     else:
-        (output_dir / NULL_ODDS_FILE).unlink(missing_ok=True)  # of an earlier evaluation, no longer true
+        (output_dir / NULL_ODDS_FILE).unlink(missing_ok=True)  # of an earlier evaluation, no longer valid
     output_dir.mkdir(parents=True, exist_ok=True)
     with _replaced_when_complete([output_dir / name for name in names]) as files:
         separator = "{\n"
@@ -105,7 +105,7 @@ def write_predictions(predictions: Iterable[Prediction], output_dir: Path, setti
 
 
 def _nbest_json(columns: NBestColumns) -> str:
-    # Formatted in one go, since this takes most of the time of writing.
+    # One format call for the whole list: formatting takes most of the time of writing.
     texts, *numbers = columns
     values = zip(map(quoted, texts), *(column.tolist() for column in numbers), strict=True)
     return _list_format(len(texts)) % tuple(chain.from_iterable(values))
@@ -113,7 +113,7 @@ def _nbest_json(columns: NBestColumns) -> str:
 
 @cache
 def _list_format(entries: int) -> str:
-    # Nine significant digits name every float32 uniquely; '#' keeps the decimal point, so that readers see a float.
+    # Nine significant digits identify every float32; '#' forces a decimal point, so that readers see a float.
     formats = ("%s", "%#.9g", "%#.9g", "%#.9g", "%d")
     entry = f"{{{', '.join(f'{quoted(name)}: {one}' for name, one in zip(NBEST_FIELDS, formats, strict=True))}}}"
     return f"[{', '.join([entry] * entries)}]"
@@ -121,7 +121,7 @@ def _list_format(entries: int) -> str:
 
 @contextmanager
 def _replaced_when_complete(paths: list[Path]) -> Iterator[dict[str, TextIO]]:
-    """Text files by name, written beside their final places and moved there at the end, or removed on an error."""
+    """Text files by name, written under temporary names and renamed at the end, or removed on an error."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
     try:
         with ExitStack() as stack:

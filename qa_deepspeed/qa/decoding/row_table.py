@@ -1,4 +1,4 @@
-"""What arrives of each feature, in any order, kept on disk by row number (numpy only)."""
+"""A table on disk whose rows arrive in any order (numpy only)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The span head's mathematics: the loss of a row, and the best valid spans of a row. All in float32.
+"""Loss and search of the span head: the loss of a row, and the best valid spans of a row. All in float32.
 
 Shapes: `[rows, length]` for logits over a padded micro-batch; positions are tokens of the padded row.
 """
@@ -20,17 +20,18 @@ def span_loss(
 ) -> Tensor:
     """Mean of the start's and the end's cross-entropy, for each row (Devlin et al. 2019, section 4.2).
 
-    The softmax runs over the positions that an answer can have, as decoding does: question and special tokens need not
-    be learnt to be wrong, and a row's loss does not depend on the padding that its batch brings.
+    The softmax runs over the positions that an answer can have, as in decoding: the model need not learn to rule out
+    question and special tokens, and a row's loss does not depend on the padding of its batch.
 
     Args:
         start_logits, end_logits: `[rows, length]`, any float type.
         start, end: `[rows]` token positions; the null position for a row without an answer.
         possible: `[rows, length]` bool, true where an answer may start and end (`answer_positions`).
-        smoothing: share of the target that is spread evenly over the possible positions (Szegedy et al. 2016).
+        smoothing: label smoothing, the part of the target that is spread evenly over the possible positions (Szegedy et
+            al. 2016).
 
     Returns:
-        `[rows]` float32, not averaged: the mean is over the global batch, which one rank does not see.
+        `[rows]` float32, not averaged: the mean is over the global batch, of which one rank has a part.
     """
     return marginal_loss(start_logits, end_logits, start.unsqueeze(1), end.unsqueeze(1), possible, smoothing)
 
@@ -40,16 +41,16 @@ def marginal_loss(
 ) -> Tensor:
     """Half the negative logarithm of the probability of any of a row's gold spans (Clark & Gardner 2018, section 2.3).
 
-    With one gold span it is `span_loss`. Arguments and result as there, but for
-        starts, ends: `[rows, golds]`; -1 fills rows that have fewer, none has none.
+    With one gold span per row it equals `span_loss`. Arguments and result as there, except:
+        starts, ends: `[rows, golds]`, padded with -1 for rows with fewer gold spans; every row has at least one.
     """
     start_log_p, end_log_p = (_log_probabilities(logits, possible) for logits in (start_logits, end_logits))
-    together = start_log_p.gather(1, starts.clamp(min=0)) + end_log_p.gather(1, ends.clamp(min=0))
-    loss = -together.masked_fill(starts < 0, float("-inf")).logsumexp(dim=1) / 2
+    log_p_of_gold = start_log_p.gather(1, starts.clamp(min=0)) + end_log_p.gather(1, ends.clamp(min=0))
+    loss = -log_p_of_gold.masked_fill(starts < 0, float("-inf")).logsumexp(dim=1) / 2
     if smoothing == 0.0:
         return loss
-    everywhere = (start_log_p + end_log_p).masked_fill(~possible, 0).sum(dim=1) / (2 * possible.sum(dim=1))
-    return (1 - smoothing) * loss - smoothing * everywhere
+    uniform = (start_log_p + end_log_p).masked_fill(~possible, 0).sum(dim=1) / (2 * possible.sum(dim=1))
+    return (1 - smoothing) * loss - smoothing * uniform
 
 
 def _log_probabilities(logits: Tensor, possible: Tensor) -> Tensor:
@@ -57,7 +58,14 @@ def _log_probabilities(logits: Tensor, possible: Tensor) -> Tensor:
 
 
 def answer_positions(context_begin: Tensor, context_end: Tensor, null_position: Tensor, length: int) -> Tensor:
-    """bool `[rows, length]`: the context tokens [begin, end) and the null position, all `[rows]`."""
+    """The positions that an answer can have: context tokens [begin, end) and the null position.
+
+    Args:
+        context_begin, context_end, null_position: `[rows]`.
+
+    Returns:
+        bool `[rows, length]`.
+    """
     possible = _context(context_begin, context_end, length)
     return possible.scatter(1, null_position.unsqueeze(1), True)
 
@@ -94,8 +102,9 @@ def best_spans(
         max_length: longest span in tokens.
 
     Returns:
-        start, end (int64), start logit, end logit (float32), each `[rows, kept]` with kept = min(count, length *
-        min(max_length, length)), best first; start and end are -1 and the logits 0 where a row has fewer valid spans.
+        start, end (int64), start logit, end logit (float32), each `[rows, spans]` with min(count, length *
+        min(max_length, length)) spans, best first; start and end are -1 and the logits 0 where a row has fewer valid
+        ones.
     """
     length = start_logits.shape[1]
     width = min(max_length, length)

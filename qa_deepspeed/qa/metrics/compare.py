@@ -1,4 +1,4 @@
-"""Where two prediction files differ, and what each difference costs."""
+"""Compare two prediction files question by question: where they differ, and the effect on the scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qa_deepspeed.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Difference:
-    """One question that A and B answer differently; None where a file does not answer it. Scores are 0..1."""
+    """One question that A and B answer differently; None if a file does not answer it. Scores are in 0..1."""
 
     example_id: str
     question: str
@@ -31,20 +31,20 @@ class Difference:
 def explain(gold: GoldFile, a: dict[str, str], b: dict[str, str], language: str) -> dict[str, Any]:
     """Compare two systems question by question.
 
-    A question that one of them does not answer counts as wrong for it.
+    A question without an answer counts as wrong for that system.
 
     Returns:
-        exact and f1 of A and B, and for each of the two metrics B less A in points with its 95% interval and p value
-        (`significance.paired_difference`); `differences`: what differs, the dearest first, each a `Difference` as
-        a dict; counts of differences that help B, hurt B, or change no score.
+        exact and f1 of A and B, and for both metrics B minus A in points with its 95% interval and p value
+        (`significance.paired_difference`); `differences`: `Difference` dicts, the largest change in F1 first; counts of
+        differences that improve B, worsen B, or change no score.
 
     Raises:
-        UserError: the files share no question with the gold file.
+        UserError: one of the prediction files has no question in common with the gold file.
     """
     questions = list({question.example_id: question for question in gold.questions}.values())
     if not any(q.example_id in a for q in questions) or not any(q.example_id in b for q in questions):
         raise UserError(
-            "one of the prediction files answers no question of the gold file; are these of another data set?"
+            "one of the prediction files answers no question of the gold file: is it from another data set?"
         )
     scores = np.zeros((4, len(questions)))  # exact A, exact B, f1 A, f1 B
     differences = []
@@ -80,13 +80,13 @@ def explain(gold: GoldFile, a: dict[str, str], b: dict[str, str], language: str)
 
 
 def paragraph_numbers(gold: GoldFile, example_ids: list[str]) -> np.ndarray:
-    """Which paragraph each question is of, as numbers; int [questions]."""
+    """The number of each question's paragraph; int [questions]."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(gold.contexts[example_id], len(numbers)) for example_id in example_ids], int)
 
 
 def explanation_lines(report: dict[str, Any]) -> list[str]:
-    """The report of `explain` for a terminal: a summary, then one line per difference."""
+    """The report of `explain` as lines for a terminal: a summary, then one line per difference."""
     lines = []
     for name in ("exact", "f1"):
         low, high = report[f"{name}_difference_interval"]

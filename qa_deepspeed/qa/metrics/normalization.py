@@ -1,9 +1,9 @@
-"""What the metrics compare: an answer's words without case, punctuation, articles and blanks.
+"""Normalisation of answers before they are compared: words without case, punctuation, articles and blanks.
 
-English is the normalisation of the official SQuAD scripts (https://rajpurkar.github.io/SQuAD-explorer/). The others
-are those of MLQA (https://github.com/facebookresearch/MLQA, mlqa_evaluation_v1.py): all Unicode punctuation goes,
-articles are the language's own, and text written without spaces is cut into characters (mixed segmentation: words of
-other scripts in between stay whole). Japanese and Thai, which MLQA lacks, follow the rule of its Chinese.
+English follows the official SQuAD scripts (https://rajpurkar.github.io/SQuAD-explorer/). The other languages follow
+MLQA (https://github.com/facebookresearch/MLQA, mlqa_evaluation_v1.py): all Unicode punctuation is removed, articles are
+the language's own, and text written without spaces is split into characters (mixed segmentation: words of other scripts
+in between stay whole). Japanese and Thai, which MLQA lacks, follow its rule for Chinese.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 @dataclass(frozen=True)
 class _Language:
     articles: re.Pattern[str] | None = None
-    units: re.Pattern[str] | None = None  # what is a word by itself in text without spaces
+    units: re.Pattern[str] | None = None  # characters that are words of their own, in text without spaces
     ascii_punctuation_only: bool = False
 
 
@@ -30,7 +30,7 @@ def _words(*articles: str) -> re.Pattern[str]:
 _HAN_OF_MLQA = "\u4e00-\u9fa5"
 _KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 _KANJI = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff"
-_THAI_ABOVE_OR_BELOW = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"  # vowels and tones that sit on the letter before them
+_THAI_ABOVE_OR_BELOW = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"  # vowels and tones that combine with the letter before them
 
 _LANGUAGES = {
     "en": _Language(_words("a", "an", "the"), ascii_punctuation_only=True),
@@ -50,7 +50,7 @@ METRIC_LANGUAGES = tuple(_LANGUAGES)
 
 
 def normalized_tokens(text: str, language: str = "en") -> list[str]:
-    """The words that count, in order. Two answers match exactly if these lists are equal."""
+    """The normalised words in order. Two answers match exactly if these lists are equal."""
     rules = _LANGUAGES[language]
     text = text.lower()
     if rules.ascii_punctuation_only:

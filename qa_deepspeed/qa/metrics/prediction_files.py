@@ -1,4 +1,4 @@
-"""Reading what is scored: gold files, predictions and null odds. Nothing is left out: every question counts."""
+"""Read the files that are scored: gold files, predictions and null odds. No question is skipped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GoldFile(NamedTuple):
 
 
 def read_gold(path: str) -> GoldFile:
-    """All questions of nested SQuAD JSON, in file order, whatever else is wrong with them.
+    """All questions of nested SQuAD JSON, in file order, including those that training would reject.
 
-    The rules are those of v2.0 if `version` says 2 or a question has `is_impossible`.
+    The rules of v2.0 apply if `version` is 2 or a question has `is_impossible`.
 
     Raises:
         UserError: the file cannot be read or is not SQuAD JSON; the message names the place.
@@ -44,7 +44,11 @@ def read_gold(path: str) -> GoldFile:
 
 
 def read_predictions(path: str) -> dict[str, str]:
-    """{question id: answer text}. Raises UserError if the file holds anything else."""
+    """{question id: answer text}.
+
+    Raises:
+        UserError: the file cannot be read or holds anything else.
+    """
     values = _read_object(path, "answer texts by question id")
     for example_id, text in values.items():
         if not isinstance(text, str):
@@ -54,7 +58,11 @@ def read_predictions(path: str) -> dict[str, str]:
 
 
 def read_null_odds(path: str) -> dict[str, float]:
-    """{question id: number}. Raises UserError if the file holds anything else."""
+    """{question id: null odds}.
+
+    Raises:
+        UserError: the file cannot be read or holds anything else.
+    """
     values = _read_object(path, "numbers by question id")
     for example_id, odds in values.items():
         if isinstance(odds, bool) or not isinstance(odds, int | float) or math.isnan(odds):
@@ -63,7 +71,11 @@ def read_null_odds(path: str) -> dict[str, float]:
 
 
 def read_nbest(path: str) -> dict[str, list[NBestEntry]]:
-    """{question id: entries}; an entry without a start gets -1. Raises UserError if the file holds anything else."""
+    """{question id: n-best entries}; an entry without a start gets -1.
+
+    Raises:
+        UserError: the file cannot be read or holds anything else.
+    """
     values = _read_object(path, "n-best lists by question id")
     for example_id, entries in values.items():
         if not isinstance(entries, list) or not entries:
@@ -93,14 +105,15 @@ def _says_version_2(version: Any) -> bool:
 
 
 def _list(holder: Any, key: str, where: str) -> list[Any]:
-    if not isinstance(holder, dict) or not isinstance(holder.get(key), list):
+    values = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(values, list):
         raise UserError(f"{where}: not SQuAD JSON: a list under '{key}' is expected")
-    return holder[key]
+    return values
 
 
 def _gold(question: Any, where: str) -> Gold:
     if not isinstance(question, dict) or question.get("id") is None:
-        raise UserError(f"{where}: a question without an id cannot be scored; give it one or take it out")
+        raise UserError(f"{where}: a question without an id cannot be scored: add an id or remove the question")
     answers = question.get("answers") or []
     if isinstance(answers, dict):  # the columns that `datasets` makes of the list
         texts = answers.get("text") or []
@@ -139,4 +152,4 @@ def _read_json(path: str) -> Any:
         cut = " (the file ends there: truncated?)" if not text[error.pos :].strip() else ""
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}{cut}") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not JSON that can be read: {error}") from error
+        raise UserError(f"{path}: unreadable JSON: {error}") from error

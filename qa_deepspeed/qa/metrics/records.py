@@ -1,4 +1,4 @@
-"""A few numbers of each question, added one question at a time and read back as arrays, however many there are."""
+"""A few numbers per question, appended one question at a time and read back as arrays, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import IO, Any
 import numpy as np
 
 RECORDS_IN_MEMORY = 8192
-"""Records that are kept as Python values; more go into an unnamed file, which is mapped when they are read."""
+"""Records held as Python values; further ones go into an unnamed file, which is memory-mapped for reading."""
 
 RECORDS_AT_ONCE = 65536
 
 
 class QuestionRecords:
-    """Records of one dtype, in the order of adding."""
+    """Records of one dtype, in the order of appending."""
 
     def __init__(self, dtype: np.dtype, folder: Path | None = None):
-        """folder: on whose disk the file lies; None for the usual place of temporary files."""
+        """folder: where the file is created; None for the system's temporary folder."""
         self._dtype = dtype
         self._folder = folder
         self._waiting: list[tuple[Any, ...]] = []
@@ -40,12 +40,12 @@ class QuestionRecords:
             self._waiting.clear()
 
     def columns(self) -> np.ndarray:
-        """All records, `[questions]` with the dtype's fields; those in the file are mapped, not read."""
+        """All records, `[questions]` with the dtype's fields; memory-mapped if there is a file."""
         waiting = np.array(self._waiting, self._dtype)
         if self._file is None:
             return waiting
         self._file.seek(self._written * self._dtype.itemsize)
-        self._file.write(waiting.tobytes())  # the next record that spills overwrites them
+        self._file.write(waiting.tobytes())  # the next batch of records overwrites them
         self._file.flush()
         self._file.seek(self._written * self._dtype.itemsize)
         return np.memmap(self._file, self._dtype, "r", shape=(len(self),))

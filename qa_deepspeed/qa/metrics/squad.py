@@ -1,11 +1,11 @@
-"""Exact match and F1 by the rules of the official SQuAD v1.1 and v2.0 scripts, to the last digit.
+"""Exact match and F1 by the rules of the official SQuAD v1.1 and v2.0 scripts, equal to the last digit.
 
-v1.1: every question of the gold file counts; one without a prediction earns 0; an answer without a word earns no F1.
-v2.0: gold texts that normalise to nothing are dropped, and a question left without any wants ""; questions without a
-prediction are left out of the totals (and counted under `missing`).
+v1.1: every question of the gold file counts; one without a prediction scores 0; an answer without a word has F1 0.
+v2.0: gold texts that normalise to nothing are dropped; the correct answer to a question without gold texts is "";
+questions without a prediction are excluded from the totals (and counted under `missing`).
 
-Source: evaluate-v1.1.py and evaluate-v2.0.py at https://rajpurkar.github.io/SQuAD-explorer/. Sums are made in the same
-order and with the same operations as there.
+Source: evaluate-v1.1.py and evaluate-v2.0.py at https://rajpurkar.github.io/SQuAD-explorer/. Sums use the same order
+and the same operations as there.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class Gold(NamedTuple):
 
 
 def f1_of_tokens(gold: list[str], predicted: list[str]) -> float:
-    """Harmonic mean of precision and recall over words with their multiplicities; 0 if none is shared."""
-    shared = sum((Counter(gold) & Counter(predicted)).values())
-    if not shared:
+    """Harmonic mean of precision and recall over words with their multiplicities; 0 if they have none in common."""
+    common = sum((Counter(gold) & Counter(predicted)).values())
+    if not common:
         return 0.0
-    precision = 1.0 * shared / len(predicted)
-    recall = 1.0 * shared / len(gold)
+    precision = 1.0 * common / len(predicted)
+    recall = 1.0 * common / len(gold)
     return (2 * precision * recall) / (precision + recall)
 
 
 def score_answer(text: str, golds: tuple[str, ...], v2: bool, language: str = "en") -> tuple[int, float]:
-    """Exact match (0 or 1) and F1 (0..1) of one answer against the best fitting of its gold texts."""
+    """Exact match (0 or 1) and F1 (0..1) of one answer, each the maximum over its gold texts."""
     predicted = normalized_tokens(text, language)
     accepted = [normalized_tokens(gold, language) for gold in golds]
     if v2:
@@ -68,40 +68,40 @@ RECORD = np.dtype(
         ("f1", "f8"),
         ("has_answer", "?"),
         ("given", "?"),  # the answer given is not ""
-        # of the best span, whatever the null odds say; odds are not a number where none are known
+        # of the best span, regardless of the null odds; odds are NaN where unknown
         ("odds", "f8"),
         ("best_exact", "i1"),
         ("best_f1", "f8"),
         ("best_given", "?"),
-        ("half", "?"),  # of the questions, drawn by their ids
+        ("half", "?"),  # which half of the questions, by a hash of the id: for cross-fitting
     ]
 )
-"""What is kept of each question."""
+"""The numbers recorded of each question."""
 
 
 class Scorer:
-    """Takes questions one at a time, keeping a few bytes of each, and sums up at the end."""
+    """Scores questions one at a time, recording a few bytes of each, and computes the metrics at the end."""
 
     def __init__(self, version_2_with_negative: bool, language: str = "en", folder: Path | None = None):
-        """folder: on whose disk the records of many questions lie (`QuestionRecords`)."""
+        """folder: where the records of many questions are spilled (`QuestionRecords`)."""
         self._v2 = version_2_with_negative
         self._language = language
         self._records = QuestionRecords(RECORD, folder)
         self._with_odds = self._missing = self._missing_unanswerable = 0
 
     def add_missing(self, gold: Gold) -> None:
-        """Take note of a question without a prediction."""
+        """Count a question without a prediction."""
         self._missing += 1
         self._missing_unanswerable += not gold.texts
 
     def add(
         self, gold: Gold, text: str, null_odds: float | None = None, best_span_text: str | None = None
     ) -> tuple[int, float]:
-        """Score one answer; its exact match and F1. Either all questions come with null odds or none does.
+        """Score one answer; returns its exact match and F1. Null odds must be given for all questions or for none.
 
         Args:
             text: the answer given, "" for none.
-            best_span_text: what would have been answered if the null odds were low enough, where that is known.
+            best_span_text: the answer that low enough null odds would give, if known.
         """
         exact, f1 = best_exact, best_f1 = score_answer(text, gold.texts, self._v2, self._language)
         if not self._v2:
@@ -120,28 +120,28 @@ class Scorer:
         return exact, f1
 
     def records(self) -> np.ndarray:
-        """What is kept of each question, `[questions]` with the fields of `RECORD`, perhaps mapped."""
+        """The records of all questions, `[questions]` with the fields of `RECORD`, memory-mapped if there are many."""
         return self._records.columns()
 
     def result(self, threshold: float | None = None, odds_order: np.ndarray | None = None) -> dict[str, Any]:
-        """The metrics by name: exact, f1 (percent), total; for v2 the same of answerable questions (HasAns_) and of
+        """The metrics by name: exact, f1 (percent), total; for v2 also those of answerable questions (HasAns_) and of
         unanswerable ones (NoAns_); with null odds the best scores over all thresholds.
 
         Args:
-            threshold: answers whose null odds exceed it count as ""; None takes all answers as they are.
-            odds_order: int [questions], the order of the null odds file, if that is not the order of adding.
+            threshold: answers whose null odds exceed it count as ""; None leaves all answers unchanged.
+            odds_order: int [questions], the order of the null odds file, if it differs from the order of adding.
         """
         if not self._v2:
             total = len(self._records) + self._missing
             exact = sum(int(chunk["exact"].sum()) for chunk in self._records.chunks())
-            f1 = functools.reduce(operator.add, self._f1_values(), 0.0)  # the v1.1 script adds up one by one
+            f1 = functools.reduce(operator.add, self._f1_values(), 0.0)  # the v1.1 script adds one by one
             return {"exact": _percent(exact, total), "f1": _percent(f1, total), "total": total}
         metrics: dict[str, Any] = {}
         for prefix, answerable in (("", None), ("HasAns_", True), ("NoAns_", False)):
             found = self._summed(answerable, threshold)
             if found["total"] or not prefix:
                 metrics |= {f"{prefix}{name}": value for name, value in found.items()}
-        assert self._with_odds in (0, len(self._records)), "either all questions come with null odds or none does"
+        assert self._with_odds in (0, len(self._records)), "null odds are given for all questions or for none"
         if self._with_odds:
             metrics |= self._threshold_metrics(odds_order)
         return metrics
@@ -150,7 +150,8 @@ class Scorer:
         return (value for chunk in self._records.chunks() for value in chunk["f1"].tolist())
 
     def _summed(self, answerable: bool | None, threshold: float | None) -> dict[str, Any]:
-        """exact, f1 and total of the questions of a kind, summed by the built-in `sum` as the v2.0 script does."""
+        """exact, f1 and total of answerable, unanswerable or all (None) questions, by the built-in `sum` as in the v2.0
+        script."""
         exact_sum = total = 0
 
         def f1_values() -> Iterator[float]:
@@ -158,12 +159,12 @@ class Scorer:
             for chunk in self._records.chunks():
                 exact, f1 = chunk["exact"].astype(np.int64), chunk["f1"]
                 if threshold is not None:
-                    silenced = chunk["odds"] > threshold
-                    exact, f1 = (np.where(silenced, ~chunk["has_answer"], scores) for scores in (exact, f1))
-                kind = slice(None) if answerable is None else chunk["has_answer"] == answerable
-                exact_sum += int(exact[kind].sum())
-                total += len(exact[kind])
-                yield from f1[kind].tolist()
+                    unanswered = chunk["odds"] > threshold
+                    exact, f1 = (np.where(unanswered, ~chunk["has_answer"], scores) for scores in (exact, f1))
+                chosen = slice(None) if answerable is None else chunk["has_answer"] == answerable
+                exact_sum += int(exact[chosen].sum())
+                total += len(exact[chosen])
+                yield from f1[chosen].tolist()
 
         f1_sum = sum(f1_values())
         if not total:
@@ -171,8 +172,8 @@ class Scorer:
         return {"exact": _percent(exact_sum, total), "f1": _percent(f1_sum, total), "total": total}
 
     def _threshold_metrics(self, odds_order: np.ndarray | None) -> dict[str, float]:
-        """best_*: the official search on the answers given. tuned_*: the best that one threshold reaches on the best
-        spans, equal odds taken together. crossfit_*: each half of the questions with the other half's threshold.
+        """best_*: the official search on the answers given. tuned_*: the best that one threshold achieves on the best
+        spans, with equal odds treated alike. crossfit_*: each half of the questions with the other half's threshold.
         """
         metrics: dict[str, float] = {}
         records = self._records.columns()
@@ -203,17 +204,17 @@ def score(
     version_2_with_negative: bool | None = None,
     language: str = "en",
 ) -> dict[str, Any]:
-    """Score answers by question id; see `Scorer.result` for the names, to which `missing` and `extra` (numbers of
-    questions without a prediction, and of predictions without a question) are added.
+    """The metrics of answers by question id: those of `Scorer.result`, `missing` (questions without a prediction) and
+    `extra` (predictions without a question).
 
     Args:
-        golds: in the order of the file; v2 counts an id that occurs twice once, its last entry, as the script does.
-        null_odds: in the order of their file, which settles ties in the official search for the best threshold.
-        threshold: answers whose null odds exceed it count as ""; None takes the answers as they are.
-        version_2_with_negative: by which rules; None for v2 if null odds are given or a question has no gold text.
+        golds: in the order of the file; of an id that occurs twice v2 counts the last entry only, as the script does.
+        null_odds: in the order of their file, which breaks ties in the official search for the best threshold.
+        threshold: answers whose null odds exceed it count as ""; None leaves the answers unchanged.
+        version_2_with_negative: the rules; None for v2 if null odds are given or a question has no gold text.
 
     Raises:
-        UserError: nothing to score, or null odds missing for a question that has a prediction.
+        UserError: there is nothing to score, or a question with a prediction has no null odds.
     """
     golds = list(golds)
     if version_2_with_negative is None:
@@ -222,9 +223,9 @@ def score(
         golds = list({gold.example_id: gold for gold in golds}.values())
     scored = [gold for gold in golds if gold.example_id in predictions]
     if not golds:
-        raise UserError("the gold file has no questions; nothing to score")
+        raise UserError("the gold file has no questions: nothing to score")
     if version_2_with_negative and not scored:
-        raise UserError(f"none of the {len(golds)} gold questions has a prediction; are these of another data set?")
+        raise UserError(f"none of the {len(golds)} gold questions has a prediction: are these from another data set?")
     if null_odds is not None:
         _check_odds(scored, null_odds)
     scorer = Scorer(version_2_with_negative, language)
@@ -244,7 +245,7 @@ def _check_odds(golds: list[Gold], null_odds: Mapping[str, float]) -> None:
     if without:
         raise UserError(
             f"the null odds lack {len(without)} questions that have a prediction (first: {without[0]}); "
-            "give the null odds file that was written with these predictions"
+            "pass the null odds file that was written with these predictions"
         )
 
 

@@ -1,6 +1,7 @@
-"""The threshold on null odds above which no answer is given: the official search, and one that can be lived by.
+"""Tuning the null threshold: the null odds above which the answer is "". The official search, and one to use.
 
-Questions are gone through a chunk at a time, so that mapped columns are not read into memory as a whole.
+The official search may separate equal null odds, which no threshold can; `best_threshold` treats them alike. Questions
+are processed in chunks, so that memory-mapped columns are never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -16,26 +17,28 @@ QUESTIONS_AT_ONCE = 65536
 
 @dataclass
 class ThresholdData:
-    """What the search needs of each scored question with known null odds; arrays are [questions], perhaps mapped."""
+    """The input of the search: all scored questions with null odds; arrays are [questions], memory-mapped if large."""
 
-    odds: np.ndarray  # float64 null odds; a question is answered while they do not exceed the threshold
+    odds: np.ndarray  # float64 null odds; a question is answered if they do not exceed the threshold
     has_answer: np.ndarray  # bool, the question is answerable
-    answered_score: np.ndarray  # in 0..1, what the answer earns if given
+    answered_score: np.ndarray  # in 0..1, the score if the answer is given
     given: np.ndarray  # bool, the answer is not ""
 
     def chunk(self, index: np.ndarray) -> ThresholdData:
+        """The questions of `index` (int)."""
         return ThresholdData(self.odds[index], self.has_answer[index], self.answered_score[index], self.given[index])
 
     @property
-    def silent_score(self) -> np.ndarray:
-        """What each question earns when nothing is answered."""
+    def unanswered_score(self) -> np.ndarray:
+        """The score of each question if it is not answered."""
         return np.where(self.has_answer, 0.0, 1.0)
 
 
 def by_odds(odds: np.ndarray) -> np.ndarray:
-    """The questions by rising odds, equal ones in their order; int32 [questions].
+    """The questions by ascending odds, equal ones in their order; int32 [questions].
 
-    Many are sorted in an unnamed file, as complex numbers of odds and place, which sort by the one and then the other.
+    Many questions are sorted in an unnamed file, as complex numbers (odds, position), which numpy sorts by the real and
+    then the imaginary part.
     """
     if len(odds) <= QUESTIONS_AT_ONCE:
         return np.argsort(odds, kind="stable").astype(np.int32)
@@ -55,18 +58,18 @@ def by_odds(odds: np.ndarray) -> np.ndarray:
 def official_best(data: ThresholdData, order: np.ndarray, unanswerable: int) -> tuple[float, float]:
     """Best summed score and its threshold as the official v2.0 script finds them (`find_best_thresh`).
 
-    The script goes through the questions by rising odds, equal ones in file order, as if a threshold could part
-    equal odds; it names 0.0 for answering nothing; an answer to an unanswerable question costs 1 whatever it says.
+    The script visits the questions by ascending odds, equal ones in file order, as if a threshold could separate equal
+    odds; its threshold for answering nothing is 0.0; any answer to an unanswerable question costs 1.
 
     Args:
-        order: int [questions], by rising odds, equal ones in the order of the null odds file.
+        order: int [questions], by ascending odds, equal ones in the order of the null odds file.
         unanswerable: number of unanswerable questions in the gold file.
     """
     total = best = float(unanswerable)
     threshold = 0.0
     for part in _in_order(data, order):
         change = np.where(part.has_answer, part.answered_score, np.where(part.given, -1.0, 0.0))
-        totals = np.cumsum(np.concatenate(([total], change)))[1:]  # added up one by one, as there
+        totals = np.cumsum(np.concatenate(([total], change)))[1:]  # added one by one, as there
         highest = int(np.argmax(totals))
         if totals[highest] > best:
             best, threshold = float(totals[highest]), float(part.odds[highest])
@@ -75,11 +78,11 @@ def official_best(data: ThresholdData, order: np.ndarray, unanswerable: int) -> 
 
 
 def best_threshold(data: ThresholdData, order: np.ndarray) -> float:
-    """The threshold that scores most on the questions of `order`: the lowest such of the odds that occur, or one just
-    below them all if answering nothing is best. Questions of equal odds are answered together or not at all.
+    """The threshold with the highest score on the questions of `order`: the lowest such among their odds, or a number
+    just below all of them if answering nothing is best. Questions with equal odds are all answered or all not.
 
     Args:
-        order: int, some or all of the questions, by rising odds.
+        order: int, some or all of the questions, by ascending odds.
     """
     if not len(order):
         return 0.0
@@ -88,9 +91,9 @@ def best_threshold(data: ThresholdData, order: np.ndarray) -> float:
     done = 0
     for part in _in_order(data, order):
         done += len(part.odds)
-        following = data.odds[order[done]] if done < len(order) else np.nan  # differs from everything
+        following = data.odds[order[done]] if done < len(order) else np.nan  # NaN differs from every number
         last_of_equals = np.append(part.odds[1:], following) != part.odds
-        totals = np.cumsum(np.concatenate(([total], part.answered_score - part.silent_score)))[1:]
+        totals = np.cumsum(np.concatenate(([total], part.answered_score - part.unanswered_score)))[1:]
         total = float(totals[-1])
         totals = np.where(last_of_equals, totals, -np.inf)
         highest = int(np.argmax(totals))
@@ -100,19 +103,19 @@ def best_threshold(data: ThresholdData, order: np.ndarray) -> float:
 
 
 def mean_score(data: ThresholdData, threshold: float, questions: np.ndarray | None = None) -> float:
-    """The mean score with this threshold over some of the questions (int), or all."""
+    """The mean score with this threshold over `questions` (int), or over all."""
     questions = np.arange(len(data.odds), dtype=np.int32) if questions is None else questions
-    earned = 0.0
+    total = 0.0
     for part in _in_order(data, questions):
-        earned += float(np.where(part.odds > threshold, part.silent_score, part.answered_score).sum())
-    return earned / len(questions) if len(questions) else 0.0
+        total += float(np.where(part.odds > threshold, part.unanswered_score, part.answered_score).sum())
+    return total / len(questions) if len(questions) else 0.0
 
 
 def cross_fitted(data: ThresholdData, order: np.ndarray, half: np.ndarray) -> float:
-    """The mean score when each half of the questions has the threshold that was tuned on the other half.
+    """The mean score if each half of the questions uses the threshold that was tuned on the other half.
 
     Args:
-        order: int [questions], by rising odds. half: bool [questions].
+        order: int [questions], by ascending odds. half: bool [questions].
     """
     inside = half[order]
     first, second = order[inside], order[~inside]

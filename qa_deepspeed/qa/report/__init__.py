@@ -1,5 +1,5 @@
-"""The evaluation report: slices, charts, the HTML page, sample predictions.
+"""The evaluation report: one scoring pass, slices, charts, the HTML page, sample predictions.
 
 Imports: qa.data, qa.features, qa.decoding, qa.metrics.
-Start reading: analysis.py, then page.py.
+Start reading: result.py, then analysis.py and page.py.
 """

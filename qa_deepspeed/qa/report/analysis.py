@@ -1,4 +1,4 @@
-"""What an evaluation says beyond its scores: calibration, thresholds, scores by kind of question, worst mistakes."""
+"""Analysis of an evaluation beyond its scores: calibration, precision and recall, scores by slice, worst mistakes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qa_deepspeed.qa.metrics.thresholds import QUESTIONS_AT_ONCE, by_odds
 
 CALIBRATION_BINS = 10
 CURVE_POINTS = 200
-MISTAKES_KEPT = 50
-MOST_CLUSTERS = 4000  # of the bootstrap, whose memory grows with them
+MAX_MISTAKES = 50
+MAX_CLUSTERS = 4000  # of the bootstrap, whose memory grows with their number
 SNIPPET_CHARACTERS = 80  # of context on either side of the predicted answer
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "where", "when", "why", "how many", "how much", "how")
 
 
 class Analysis:
-    """Takes questions one at a time, after a `Scorer` did, and keeps a few numbers of each; `report` sums up."""
+    """Analyses scored questions one at a time, recording a few numbers of each; `report` summarises them."""
 
     def __init__(self, version_2_with_negative: bool, language: str = "en", folder: Path | None = None):
-        """folder: on whose disk the records of many questions lie."""
+        """folder: where the records of many questions are spilled."""
         self._v2 = version_2_with_negative
         self._language = language
         self._records = QuestionRecords(np.dtype([("confidence", "f4"), ("paragraph", "i4")]), folder)
@@ -41,14 +41,15 @@ class Analysis:
         self._mistakes: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float) -> None:
-        """Take in one question with what it scored; `windows` is the number of its features."""
+        """Add one question with its scores; `windows` is the number of its features."""
         golds = tuple(answer.text for answer in example.answers)
-        confidence = next((share for text, share, *_ in prediction.nbest if text == prediction.text), 0.0)
-        if example.context != self._context:  # the questions of a paragraph come one after another
+        nbest = prediction.nbest
+        confidence = next((probability for text, probability, *_ in nbest if text == prediction.text), 0.0)
+        if example.context != self._context:  # the questions of a paragraph are adjacent
             self._paragraphs += 1
             self._context = example.context
         self._records.append((confidence, self._paragraphs - 1))
-        for name, value in self._kinds(example, golds, windows).items():
+        for name, value in self._slices_of(example, golds, windows).items():
             cell = self._slices[name][value]
             cell[0] += 1
             cell[1] += exact
@@ -56,25 +57,26 @@ class Analysis:
         if not exact:
             self._remember_mistake(example, prediction, golds, confidence, f1)
 
-    def _kinds(self, example: Example, golds: tuple[str, ...], windows: int) -> dict[str, str]:
-        kinds = {
+    def _slices_of(self, example: Example, golds: tuple[str, ...], windows: int) -> dict[str, str]:
+        """The value of each slice that the question belongs to."""
+        values = {
             "question_word": question_word(example.question),
             "context_words": _bucket(len(example.context.split()), (50, 100, 150, 200, 300)),
             "windows": _bucket(windows, (0, 1, 2, 3)),
         }
         if golds:
             words = min(len(normalized_tokens(gold, self._language)) for gold in golds)
-            kinds["answer_words"] = _bucket(words, (1, 2, 3, 5, 10))
+            values["answer_words"] = _bucket(words, (1, 2, 3, 5, 10))
         if self._v2:
-            kinds["answerable"] = "yes" if golds else "no"
-        return kinds
+            values["answerable"] = "yes" if golds else "no"
+        return values
 
     def _remember_mistake(
         self, example: Example, prediction: Prediction, golds: tuple[str, ...], confidence: float, f1: float
     ) -> None:
-        # the running number settles ties, so that the mistake seen first stays
+        # the question's number breaks ties, in favour of the earlier mistake
         key = (confidence, -len(self._records))
-        if len(self._mistakes) == MISTAKES_KEPT and key < self._mistakes[0][:2]:
+        if len(self._mistakes) == MAX_MISTAKES and key < self._mistakes[0][:2]:
             return
         mistake = {
             "example_id": example.example_id,
@@ -85,8 +87,10 @@ class Analysis:
             "f1": f1,
             "context": _snippet(example, prediction, golds),
         }
-        push = heapq.heappushpop if len(self._mistakes) == MISTAKES_KEPT else heapq.heappush
-        push(self._mistakes, (*key, mistake))  # type: ignore[arg-type]
+        if len(self._mistakes) == MAX_MISTAKES:
+            heapq.heappushpop(self._mistakes, (*key, mistake))
+        else:
+            heapq.heappush(self._mistakes, (*key, mistake))
 
     def confidence(self) -> np.ndarray:
         """The probability of each answer given, float32 `[questions]`, perhaps mapped."""
@@ -100,27 +104,27 @@ class Analysis:
             scores: `Scorer.records` of the same questions.
         """
         records = self._records.columns()
-        assert len(records) == len(scores), "scorer and analysis have seen the same questions"
+        assert len(records) == len(scores), "scorer and analysis have the same questions"
         mistakes = [mistake for *_, mistake in sorted(self._mistakes, key=lambda m: m[:2], reverse=True)]
         report = {
             "questions": len(records),
             "intervals": self._intervals(scores, records["paragraph"]),
             "calibration": calibration(records["confidence"], scores["exact"]),
-            "slices": {name: _shares(values) for name, values in self._slices.items()},
+            "slices": {name: _percentages(values) for name, values in self._slices.items()},
             "mistakes": mistakes,
         }
         if self._v2:
             has_answer, odds = scores["has_answer"], scores["odds"]
-            earned = {"exact": scores["best_exact"], "f1": scores["best_f1"], "oracle": None}
+            gains = {"exact": scores["best_exact"], "f1": scores["best_f1"], "oracle": None}
             order = by_odds(odds)
             report["precision_recall"] = {
-                name: precision_recall(column, has_answer, odds, order) for name, column in earned.items()
+                name: precision_recall(column, has_answer, odds, order) for name, column in gains.items()
             }
         return report
 
     def _intervals(self, scores: np.ndarray, paragraph: np.ndarray) -> dict[str, list[float]]:
-        """95% bootstrap intervals in percent; paragraphs are drawn, many of them in groups of neighbours."""
-        clusters = min(self._paragraphs, MOST_CLUSTERS)
+        """95% bootstrap intervals in percent over paragraphs, which are grouped with their neighbours if many."""
+        clusters = min(self._paragraphs, MAX_CLUSTERS)
         sums = {name: np.zeros(clusters) for name in ("questions", "exact", "f1")}
         for begin in range(0, len(scores), QUESTIONS_AT_ONCE):
             part = slice(begin, begin + QUESTIONS_AT_ONCE)
@@ -140,7 +144,7 @@ def question_word(question: str) -> str:
 
 def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     """Expected calibration error: the mean gap between confidence and accuracy over bins of equal width, weighted by
-    their sizes (Guo et al. 2017, equation 5).
+    bin size (Guo et al. 2017, equation 5).
 
     Args:
         confidence: float [questions] in 0..1. correct: 0 or 1 [questions].
@@ -164,12 +168,12 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
 def precision_recall(
     score: np.ndarray | None, has_answer: np.ndarray, odds: np.ndarray, order: np.ndarray
 ) -> dict[str, Any]:
-    """Precision and recall of the answers given while the threshold on the null odds rises, and average precision in
-    percent, as the official v2.0 script has them (`make_precision_recall_eval`); at most CURVE_POINTS points are kept.
+    """Precision and recall of the answers given at ascending thresholds on the null odds, and average precision in
+    percent, as in the official v2.0 script (`make_precision_recall_eval`); the curve has at most CURVE_POINTS points.
 
     Args:
-        score: float [questions], what the best span earns; None for 1 everywhere. has_answer: bool. odds: float, the
-            null odds. order: int [questions], by rising odds.
+        score: float [questions], the score of the best span; None for 1 everywhere. has_answer: bool. odds: float, the
+            null odds. order: int [questions], by ascending odds.
     """
     curve: dict[str, Any] = {"average_precision": 0.0, "threshold": [], "precision": [], "recall": []}
     answerable = int(has_answer.sum())
@@ -194,7 +198,7 @@ def precision_recall(
 
 
 def _odds_in_order(odds: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Questions by rising odds, a chunk at a time, and whether each is the last of those with its odds."""
+    """Questions by ascending odds in chunks, with a flag for the last question of each odds value."""
     for begin in range(0, len(order), QUESTIONS_AT_ONCE):
         questions = order[begin : begin + QUESTIONS_AT_ONCE]
         following = odds[order[begin + len(questions)]] if begin + len(questions) < len(order) else np.nan
@@ -203,7 +207,7 @@ def _odds_in_order(odds: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.nda
 
 
 def _bucket(value: int, ends: tuple[int, ...]) -> str:
-    """The range that holds the value; `ends` are the last values of all ranges but the open one."""
+    """The range that contains the value; `ends` are the last values of all ranges except the open one."""
     begin = 0
     for end in ends:
         if value <= end:
@@ -212,7 +216,7 @@ def _bucket(value: int, ends: tuple[int, ...]) -> str:
     return f"{begin}+"
 
 
-def _shares(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def _percentages(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     def first_number(name: str) -> tuple[int, str]:
         digits = re.match(r"\d+", name)
         return (int(digits.group()) if digits else 0, name)
@@ -224,7 +228,7 @@ def _shares(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def _snippet(example: Example, prediction: Prediction, golds: tuple[str, ...]) -> str:
-    """The context around the predicted answer, or around the first located gold answer if none was given."""
+    """The context around the predicted answer, or around the first gold answer if the prediction is empty."""
     begin = next((start for text, *_, start in prediction.nbest if text == prediction.text and text), -1)
     length = len(prediction.text)
     if begin < 0 and golds:

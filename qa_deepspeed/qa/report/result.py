@@ -18,12 +18,11 @@ from qa_deepspeed.qa.report.samples import Sample, sample_numbers
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Everything that one pass over the predictions gives. Arrays are `[questions]`, mapped from an unnamed file if the
-    questions are many.
+    """The result of one pass over the predictions. Arrays are `[questions]`, memory-mapped if there are many.
 
-    report: what report.json holds, with `metrics` and `intervals` among it. correct: the answer given is an exact
-    match. has_answer: the question has a gold answer. confidence: the probability of the answer given, in its n-best
-    list. null_odds: None for v1.1 data.
+    report: the content of report.json, with `metrics` and `intervals`. correct: the answer given is an exact match.
+    has_answer: the question has a gold answer. confidence: the probability of the answer given, in its n-best list.
+    null_odds: None for v1.1 data.
     """
 
     report: dict[str, Any]
@@ -36,14 +35,15 @@ class EvaluationResult:
     @property
     def metrics(self) -> dict[str, Any]:
         """The metrics by name."""
-        return self.report["metrics"]
+        metrics: dict[str, Any] = self.report["metrics"]
+        return metrics
 
 
 class ResultBuilder:
-    """Scores and analyses questions one at a time, keeping a few bytes of each, and sums up at the end."""
+    """Scores and analyses questions one at a time, recording a few bytes of each, and builds the result at the end."""
 
     def __init__(self, version_2_with_negative: bool, language: str, questions: int, folder: Path | None = None):
-        """questions: how many will come. folder: on whose disk the records of many questions lie."""
+        """questions: their number. folder: where the records of many questions are spilled."""
         self._v2 = version_2_with_negative
         self._scorer = Scorer(version_2_with_negative, language, folder)
         self._analysis = Analysis(version_2_with_negative, language, folder)
@@ -53,7 +53,7 @@ class ResultBuilder:
     def observe(
         self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int]
     ) -> Iterator[Prediction]:
-        """Pass the predictions through, taking in each with its example and the number of its features."""
+        """Pass the predictions through, adding each with its example and its number of windows."""
         triples = zip(examples, predictions, windows, strict=True)
         for number, (example, prediction, window_count) in enumerate(triples):
             exact, f1 = score_prediction(self._scorer, example, prediction)
@@ -64,11 +64,11 @@ class ResultBuilder:
             yield prediction
 
     def metrics(self) -> dict[str, Any]:
-        """`Scorer.result` of the questions so far."""
+        """The metrics of the questions so far (`Scorer.result`)."""
         return self._scorer.result()
 
     def result(self, metrics: dict[str, Any]) -> EvaluationResult:
-        """The result, with these metrics."""
+        """The result, with these metrics in its report."""
         records = self._scorer.records()
         return EvaluationResult(
             report={"metrics": metrics, **self._analysis.report(records)},

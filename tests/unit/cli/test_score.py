@@ -121,7 +121,7 @@ def test_gold_in_the_form_that_datasets_gives(capsys, files):
     [
         (None, {}, None, "gold.json: cannot be read: No such file or directory"),
         ('{"data": [', {}, None, "gold.json: line 1, column 11: not JSON: Expecting value (the file ends there"),
-        ("[" * 100000, {}, None, "gold.json: not JSON that can be read"),
+        ("[" * 100000, {}, None, "gold.json: unreadable JSON"),
         ([], {}, None, "gold.json: not SQuAD JSON: an object with a list of articles under 'data'"),
         ({"data": [{"paragraphs": [{"qas": 3}]}]}, {}, None, "gold.json: data[0].paragraphs[0]: not SQuAD JSON"),
         (article({"question": "?"}), {}, None, "data[0].paragraphs[0].qas[0]: a question without an id"),

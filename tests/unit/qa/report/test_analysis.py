@@ -14,7 +14,7 @@ from qa_deepspeed.qa.metrics import thresholds
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer, score
 from qa_deepspeed.qa.metrics.thresholds import by_odds
 from qa_deepspeed.qa.report import analysis
-from qa_deepspeed.qa.report.analysis import MISTAKES_KEPT, Analysis, calibration, precision_recall, question_word
+from qa_deepspeed.qa.report.analysis import MAX_MISTAKES, Analysis, calibration, precision_recall, question_word
 
 
 def test_calibration_is_the_weighted_gap_of_the_bins():
@@ -112,11 +112,11 @@ def test_the_most_confident_mistakes_are_kept_with_their_surroundings():
     context = "left " * 100 + "wrong" + " right" * 100
     rows = [
         (example(i, "what?", context, "left"), prediction(i, "wrong", (i * 7 % 100) / 100, start=500), 1)
-        for i in range(3 * MISTAKES_KEPT)
+        for i in range(3 * MAX_MISTAKES)
     ]
     mistakes = reported(False, rows)["mistakes"]
-    every = sorted(((i * 7 % 100) / 100 for i in range(3 * MISTAKES_KEPT)), reverse=True)
-    assert [m["probability"] for m in mistakes] == every[:MISTAKES_KEPT]
+    every = sorted(((i * 7 % 100) / 100 for i in range(3 * MAX_MISTAKES)), reverse=True)
+    assert [m["probability"] for m in mistakes] == every[:MAX_MISTAKES]
     assert mistakes[0]["context"] == "…" + "left " * 16 + "wrong" + " right" * 13 + " r" + "…"
     assert mistakes[0]["gold"] == ["left"]
 
