@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.files import write_text
 from qa_deepspeed.utils.progress import ProgressBar
 
 METRICS_FILE = "metrics.jsonl"
@@ -77,15 +78,13 @@ class MetricsLogger(NullMetricsLogger):
 
 def _open_metrics(path: Path, done_steps: int) -> TextIO:
     """metrics.jsonl for appending, without incomplete lines and lines of steps that the resumed run repeats."""
-    kept = []
+    lines = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= done_steps:
-                    kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+                    lines.append(line + "\n")
+        write_text(path, "".join(lines))
     return path.open("a", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Run under Transformers 4 (see test_decode_classic.py): answers of its `compute_predictions_logits`.
+"""Run under Transformers 4 (by tests/unit/qa/decoding/test_classic.py): answers of `compute_predictions_logits`.
 
 Reads {questions, vocabulary, max_seq_length, doc_stride, max_query_length, n_best_size, max_answer_length, v2,
-threshold} and logits; writes {answers, null_odds, input_ids, texts}, `texts` being its final texts of the given pairs.
+threshold} and logits; writes {answers, null_odds, input_ids, texts}; `texts` are its final texts of the given pairs.
 """
 
 import json

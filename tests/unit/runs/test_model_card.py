@@ -1,4 +1,4 @@
-"""The model card as the hub reads it, and the upload: an endpoint of our own, and failures in one line."""
+"""The model card as the hub parses it, and the upload to a local endpoint, with failures in one line."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ RECORD: dict[str, Any] = {
 INTERVALS = {"exact": [70.0, 72.0], "f1": [73.4, 75.6]}
 
 
-def test_the_hub_reads_the_header() -> None:
+def test_header_is_parsed_by_the_hub_library() -> None:
     card = huggingface_hub.ModelCard(model_card("squad-reader", OPTIONS, RECORD, INTERVALS))
     data = card.data
-    told = {name: data.to_dict()[name] for name in ("base_model", "pipeline_tag", "library_name")}
-    assert told == {
+    found = {name: data.to_dict()[name] for name in ("base_model", "pipeline_tag", "library_name")}
+    assert found == {
         "base_model": "bert-base-uncased",
         "pipeline_tag": "question-answering",
         "library_name": "transformers",
@@ -52,7 +52,7 @@ def test_the_hub_reads_the_header() -> None:
     assert results["f1"].dataset_type == "rajpurkar/squad_v2" and results["f1"].dataset_split == "validation"
 
 
-def test_the_text_tells_scores_threshold_training_and_loading() -> None:
+def test_text_has_scores_threshold_training_and_loading() -> None:
     text = model_card("squad-reader", OPTIONS, RECORD, INTERVALS)
     for part in (
         "| F1 | 74.50 | 73.40 to 75.60 |",
@@ -65,11 +65,11 @@ def test_the_text_tells_scores_threshold_training_and_loading() -> None:
     ):
         assert part in text
     untuned = dataclasses.replace(OPTIONS, null_score_diff_threshold="0.0")
-    assert "null odds exceed" not in model_card("x", untuned, RECORD, INTERVALS)  # the model's config holds none
+    assert "null odds exceed" not in model_card("x", untuned, RECORD, INTERVALS)  # the model's config has none
     assert "Not evaluated" in model_card("x", OPTIONS, {**RECORD, "metrics": {}}, {})
 
 
-def test_folders_of_this_machine_are_not_told(tmp_path: Path) -> None:
+def test_card_names_no_local_folder(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("{}")
     options = RunOptions(
         model_name_or_path=str(tmp_path),
@@ -83,8 +83,8 @@ def test_folders_of_this_machine_are_not_told(tmp_path: Path) -> None:
     assert training_command(options).endswith("--train_file train.json --output_dir OUTPUT_DIR")
 
 
-def test_a_model_for_the_hub_is_loaded_by_its_name_there(tmp_path: Path) -> None:
-    """And what was drawn of the training file is told, and no split of a file that is not the hub's."""
+def test_card_of_a_pushed_model_uses_its_hub_name(tmp_path: Path) -> None:
+    """It also says how many training questions were sampled, and no split of a local file."""
     options = dataclasses.replace(OPTIONS, push_to_hub="somebody/reader", predict_file="dev.json")
     train = {**RECORD["data"]["train"], "features": {"examples": 1600}}
     assert write_model_card(tmp_path, options, {**RECORD, "data": {"train": train}}, INTERVALS)
@@ -94,7 +94,7 @@ def test_a_model_for_the_hub_is_loaded_by_its_name_there(tmp_path: Path) -> None
     assert all(result.dataset_split is None and result.dataset_name == "dev.json" for result in card.data.eval_results)
 
 
-def test_a_card_that_a_person_wrote_is_left_alone(tmp_path: Path) -> None:
+def test_hand_written_card_is_not_overwritten(tmp_path: Path) -> None:
     assert write_model_card(tmp_path, OPTIONS, RECORD, {})
     assert write_model_card(tmp_path, OPTIONS, RECORD, INTERVALS)
     assert "73.40" in (tmp_path / "README.md").read_text()
@@ -104,7 +104,7 @@ def test_a_card_that_a_person_wrote_is_left_alone(tmp_path: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as an upload of small files asks for."""
+    """The part of the hub's API that an upload of small files uses."""
 
     asked: list[str] = []
     committed: list[dict[str, Any]] = []
@@ -162,7 +162,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.shutdown()
 
 
-def test_only_the_model_is_uploaded(hub: str, tmp_path: Path) -> None:
+def test_only_model_files_are_uploaded(hub: str, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "README.md", "predictions.json", "run.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "checkpoint-3").mkdir()
@@ -172,7 +172,7 @@ def test_only_the_model_is_uploaded(hub: str, tmp_path: Path) -> None:
     assert paths == {"config.json", "tokenizer.json", "README.md"}
 
 
-def test_a_hub_that_refuses_is_told_in_one_line(hub: str, tmp_path: Path) -> None:
+def test_refused_upload_is_a_one_line_error(hub: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     Hub.refuses = True
     with pytest.raises(UserError, match="could not be uploaded to somebody/reader: ") as raised:
@@ -180,7 +180,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(hub: str, tmp_path: Path) -> Non
     assert "\n" not in str(raised.value)
 
 
-def test_what_would_stop_the_upload_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_problems_are_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is no name of a repository"):
         check_upload("a/b/c")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

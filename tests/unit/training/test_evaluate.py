@@ -1,4 +1,4 @@
-"""The evaluation of a small model in one process: what its options do, checked against slow ways to the same files."""
+"""The evaluation of a small model in one process: its options, checked against slow reference computations."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from qa_deepspeed.utils.errors import UserError
 
 
 class PlainReader:
-    """A model on this process, without DeepSpeed."""
+    """A model in this process, without DeepSpeed."""
 
     device = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def saved_logits(folder: Path):
         return {name: file[name] for name in file.files}
 
 
-def test_full_logits_are_the_models_own_and_give_the_same_answers(setup, tmp_path):
+def test_full_logits_equal_the_models_and_give_the_same_answers(setup, tmp_path):
     run(setup, tmp_path / "few")
     run(setup, tmp_path / "full", gather="full")
     for name in ("predictions.json", "nbest_predictions.json", "null_odds.json", "metrics.json"):
@@ -105,13 +105,13 @@ def test_full_logits_are_the_models_own_and_give_the_same_answers(setup, tmp_pat
 
 
 def best_by_brute_force(setup, logits, best_window_only):
-    """The best text of each question: every pair of every window, the classic best-window rule token by token."""
+    """The best text of each question: every pair of every window, the max-context rule token by token."""
     _, data, options = setup
     store, best = data.store, {}
     rows = store.take(np.arange(len(store)))
     begins, lengths = store.windows(np.arange(len(store)))
 
-    def context(row, token):  # on the poorer side, by the rule of run_squad.py
+    def context(row, token):  # the smaller side, by the rule of run_squad.py
         left, right = token - begins[row], begins[row] + lengths[row] - 1 - token
         return min(left, right) + 0.01 * lengths[row] if left >= 0 and right >= 0 else -np.inf
 
@@ -134,8 +134,8 @@ def best_by_brute_force(setup, logits, best_window_only):
     return texts
 
 
-def test_another_number_of_threads_changes_no_more_than_the_last_digits(setup, tmp_path):
-    """A product's sums may be split otherwise, so scores agree within 1e-4, and answers but for such ties."""
+def test_number_of_threads_changes_only_last_digits(setup, tmp_path):
+    """Matrix products may sum in another order: scores agree within 1e-4, and answers except for such ties."""
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -151,11 +151,11 @@ def test_another_number_of_threads_changes_no_more_than_the_last_digits(setup, t
             score, other = entry["start_logit"] + entry["end_logit"], three[example_id][rank]
             assert other["start_logit"] + other["end_logit"] == pytest.approx(score, abs=1e-4)
             place = entry["text"], entry["start"]
-            # the last of a list may change places with one that just missed it
+            # the last entry of a list may swap with the first one outside it
             assert rank == len(entries) - 1 or scores[place] == pytest.approx(score, abs=1e-4)
 
 
-def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
+def test_best_window_only_restricts_starts(setup, tmp_path):
     run(setup, tmp_path / "all", gather="full", null_score_diff_threshold=1e9)
     run(setup, tmp_path / "best", best_window_only=True, null_score_diff_threshold=1e9)
     logits = saved_logits(tmp_path / "all")
@@ -165,8 +165,8 @@ def test_best_windows_decide_where_a_span_may_start(setup, tmp_path):
     assert everywhere != best
 
 
-def test_the_loss_is_the_mean_over_all_windows(setup, tmp_path):
-    """Against every window on its own, by torch's cross-entropy over the places that an answer can have."""
+def test_loss_is_the_mean_over_all_windows(setup, tmp_path):
+    """Against every window alone, by torch's cross-entropy over the positions that an answer can have."""
     metrics = run(setup, tmp_path / "loss", metric_for_best_model="loss", per_gpu_eval_batch_size=5)
     reader, data, _ = setup
     losses = []
@@ -183,7 +183,7 @@ def test_the_loss_is_the_mean_over_all_windows(setup, tmp_path):
     assert "loss" not in run(setup, tmp_path / "none")
 
 
-def test_modes_decode_as_their_functions_do(setup, tmp_path):
+def test_decode_modes_equal_their_functions(setup, tmp_path):
     _, data, options = setup
     run(setup, tmp_path / "hf", decode_mode="hf")
     run(setup, tmp_path / "classic", decode_mode="classic")
@@ -198,8 +198,8 @@ def test_modes_decode_as_their_functions_do(setup, tmp_path):
     assert hf != classic
 
 
-def test_equal_texts_are_merged_on_request(setup, tmp_path):
-    """Long lists, so that words which occur twice are in them."""
+def test_merge_duplicate_texts(setup, tmp_path):
+    """With lists long enough to contain words that occur twice."""
     run(setup, tmp_path / "plain", n_best_size=300)
     run(setup, tmp_path / "merged", n_best_size=300, merge_duplicate_texts=True)
 
@@ -210,7 +210,7 @@ def test_equal_texts_are_merged_on_request(setup, tmp_path):
     assert repeated("plain") > 0 and repeated("merged") == 0
 
 
-def test_the_threshold_is_tuned_used_and_kept(setup, tmp_path):
+def test_auto_threshold_is_tuned_applied_and_saved(setup, tmp_path):
     _, _, options = setup
     (tmp_path / "auto").mkdir()
     (tmp_path / "auto" / "config.json").write_text('{"model_type": "bert"}')
@@ -233,7 +233,7 @@ def test_the_threshold_is_tuned_used_and_kept(setup, tmp_path):
     assert again["f1"] == pytest.approx(metrics["f1"]) and again["exact"] == pytest.approx(metrics["exact"])
 
 
-def test_the_report_adds_up_to_the_metrics(setup, tmp_path):
+def test_slices_of_the_report_average_to_the_metrics(setup, tmp_path):
     metrics = run(setup, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["metrics"] == metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -248,7 +248,7 @@ def test_the_report_adds_up_to_the_metrics(setup, tmp_path):
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_result_in_memory_is_what_the_files_say(setup, tmp_path):
+def test_result_equals_the_files(setup, tmp_path):
     reader, data, options = setup
     evaluation = evaluate(reader, data, options, tmp_path)
     result = evaluation.result
@@ -264,7 +264,7 @@ def test_the_result_in_memory_is_what_the_files_say(setup, tmp_path):
     assert 100 * result.correct.mean() == pytest.approx(evaluation.metrics["exact"])
 
 
-def test_metrics_in_another_language(setup, tmp_path):
+def test_metric_language(setup, tmp_path):
     assert run(setup, tmp_path / "zh", metric_language="zh")["f1"] != run(setup, tmp_path / "en")["f1"]
 
 
@@ -276,6 +276,6 @@ def test_metrics_in_another_language(setup, tmp_path):
         ({"null_score_diff_threshold": "auto", "version_2_with_negative": False}, "--version_2_with_negative"),
     ],
 )
-def test_what_contradicts_itself_is_one_clear_line(changes, message):
+def test_contradicting_options_are_a_one_line_error(changes, message):
     with pytest.raises(UserError, match=message):
         evaluation_options(RunOptions(**{"version_2_with_negative": True, **changes}, given=frozenset(changes)))

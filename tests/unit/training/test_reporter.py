@@ -1,4 +1,4 @@
-"""The metrics logger: curves and metrics.jsonl of a resumed run have no gap and no overlap."""
+"""The metrics logger: curves and metrics.jsonl of a resumed run, without gap or overlap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qa_deepspeed.training.reporter import MetricsLogger
 from tests.unit.training.events import events
 
 
-def test_a_resumed_run_continues_its_curves_without_overlap(tmp_path: Path) -> None:
+def test_resumed_run_continues_its_curves_without_overlap(tmp_path: Path) -> None:
     first = MetricsLogger(tmp_path, 10, 0)
     for step in range(1, 8):
         first.log(step, {"train/loss": float(step)}, "")
@@ -25,7 +25,7 @@ def test_a_resumed_run_continues_its_curves_without_overlap(tmp_path: Path) -> N
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
 
 
-def test_a_run_that_starts_over_without_a_checkpoint_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+def test_restart_without_checkpoint_purges_the_first_run(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         reporter = MetricsLogger(tmp_path, 10, 0)
         reporter.log(1, {"train/loss": value}, "")
@@ -34,7 +34,7 @@ def test_a_run_that_starts_over_without_a_checkpoint_leaves_nothing_of_the_first
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_counts_and_thresholds_are_in_the_file_but_not_among_the_curves(tmp_path: Path) -> None:
+def test_counts_and_thresholds_are_no_curves(tmp_path: Path) -> None:
     values = {"train/loss": 1.0, "train/epoch": 2.0, "eval/f1": 50.0, "eval/HasAns_f1": 60.0, "eval/best_f1": 55.0}
     numbers = {"eval/total": 10.0, "eval/NoAns_total": 4.0, "eval/best_f1_thresh": -1.0}
     numbers |= {"eval/null_score_diff_threshold": -1.5}

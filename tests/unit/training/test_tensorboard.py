@@ -1,4 +1,4 @@
-"""TensorBoard events read back: what an evaluation shows beside its curves, and the layout of the curves."""
+"""TensorBoard events read back: the report of an evaluation, and the layout of the curves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def result() -> EvaluationResult:
     return builder.result(builder.metrics())
 
 
-def test_an_evaluation_shows_probabilities_odds_and_samples(tmp_path: Path, result: EvaluationResult) -> None:
+def test_evaluation_shows_probabilities_odds_and_samples(tmp_path: Path, result: EvaluationResult) -> None:
     logger = MetricsLogger(tmp_path, 10, 0)
     logger.log(5, {"eval/f1": 40.0, "eval/exact": 30.0}, "")
     logger.evaluation(5, result)
@@ -58,7 +58,7 @@ def test_an_evaluation_shows_probabilities_odds_and_samples(tmp_path: Path, resu
     assert b"learning_rate" in hyper.plugin_data.content
 
 
-def test_the_layout_names_curves_by_their_tags(tmp_path: Path) -> None:
+def test_layout_uses_the_tag_prefixes(tmp_path: Path) -> None:
     MetricsLogger(tmp_path, 10, 0).close()
     (stored,) = events(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
@@ -67,7 +67,7 @@ def test_the_layout_names_curves_by_their_tags(tmp_path: Path) -> None:
     assert tags and all(re.match("(train|eval|speed|memory)/", tag) for tag in tags)
 
 
-def test_a_lone_evaluation_shows_its_charts_and_tables(tmp_path: Path, result: EvaluationResult) -> None:
+def test_evaluation_alone_shows_charts_and_tables(tmp_path: Path, result: EvaluationResult) -> None:
     write_evaluation(tmp_path, result)
     tags = events(tmp_path).Tags()
     assert set(tags["images"]) == {f"report/{name}" for name in figures(result.report)}

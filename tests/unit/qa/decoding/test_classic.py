@@ -43,14 +43,14 @@ def test_basic_tokens(text, lower, tokens):
 def test_final_text():
     assert final_text("steve smith", "Steve Smith's", True) == "Steve Smith"
     assert final_text("smith", "Steve Smith's", True) == "Smith"
-    assert final_text("jones", "Steve Smith's", True) == "Steve Smith's"  # not there: all of it
+    assert final_text("jones", "Steve Smith's", True) == "Steve Smith's"  # not found: the whole text
     assert final_text("zurich", "(Zürich)", True) == "Zürich"
     assert final_text("5", "½5", False) == "5"
-    assert final_text("x", "a\u200bx.", True) == "a\u200bx."  # characters were dropped: no alignment
+    assert final_text("x", "a\u200bx.", True) == "a\u200bx."  # characters are dropped: no alignment
 
 
 class Window:
-    """Two overlapping windows, as the store would give them."""
+    """Two overlapping windows, in the form of a feature store."""
 
     context = "Steve Smith's dog  (Rex) barks"
     vocabulary = ["[CLS]", "[SEP]", "steve", "smith", "'", "s", "dog", "(", "rex", ")", "bark", "##s"]
@@ -97,19 +97,19 @@ def decoded(scores, **how):
     return next(decode_classic(logits, Window(), DecodeSettings(n_best_size=3, **how), text))
 
 
-def test_texts_are_made_again_from_the_word_pieces():
+def test_texts_are_rebuilt_from_word_pieces():
     assert decoded({(0, 0, 1): 5}).text == "Steve Smith"
     assert decoded({(1, 8, 9): 5}).text == "barks"
     assert decoded({(1, 6, 6): 5}).text == "Rex"
     assert decoded({(1, 5, 6): 5}).text == "(Rex"
 
 
-def test_a_start_counts_only_in_the_window_with_most_context():
+def test_start_counts_only_in_the_max_context_window():
     assert decoded({(0, 4, 5): 5, (1, 4, 6): 9}).text == "dog ("  # the fifth token: one to its right, none to its left
     assert decoded({(0, 5, 5): 9, (1, 5, 6): 5}).text == "(Rex"  # the sixth: none to its right, one to its left
 
 
-def test_null_competes_and_the_threshold_decides():
+def test_null_answer_is_ranked_and_threshold_decides():
     assert decoded({(0, 0, 1): 5}, version_2_with_negative=True).null_odds == -16.0
     assert decoded({(0, 0, 1): -10}, version_2_with_negative=True).text == ""
     assert decoded({(0, 0, 1): -10}, version_2_with_negative=True, null_score_diff_threshold=20.0).text == "Steve Smith"
@@ -158,7 +158,7 @@ def awkward_pairs():
 
 
 def answers_of_transformers_4(folder, store, vocabulary, logits, how, lengths, pairs=()):
-    """What golden/classic_answers.py makes of these logits (start, end), each [features, length]."""
+    """The answers of golden/classic_answers.py to these logits (start, end), each [features, length]."""
     np.savez(folder / "logits.npz", start=logits[0], end=logits[1])
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     task = {

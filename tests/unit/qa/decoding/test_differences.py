@@ -12,7 +12,7 @@ from tests.unit.qa.decoding.test_hf import random_problem
 
 
 def all_candidates(store, start_logits, end_logits, longest, width):
-    """What the device keeps, by trying every span."""
+    """The candidates of every feature, by trying every span."""
     count = len(store.offsets)
     start, end = np.full((2, count, width), -1, np.int32)
     start_logit, end_logit = np.zeros((2, count, width), np.float32)
@@ -32,7 +32,7 @@ def all_candidates(store, start_logits, end_logits, longest, width):
 
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("distinct", [None, 2])
-def test_every_difference_has_a_rule(v2, distinct):
+def test_every_difference_has_a_named_rule(v2, distinct):
     store, (start, end) = random_problem(np.random.default_rng(5), 150, 40, distinct)
     how = DecodeSettings(n_best_size=3, max_answer_length=6, version_2_with_negative=v2)
     exact = list(decode(all_candidates(store, start, end, 6, 3), store, how))
@@ -65,7 +65,7 @@ def prediction(text, score, odds=None, null=0.0, start=0):
     return Prediction("q", "" if odds is not None and odds > 0 else text, columns_of(nbest), odds)
 
 
-def test_the_other_rules():
+def test_rules_that_random_logits_do_not_reach():
     how = DecodeSettings(version_2_with_negative=True)
     assert rules.difference_rule(prediction("a", 1.0), prediction("a", 1.0), how) == rules.SAME
     assert rules.difference_rule(prediction("a", 1.0), prediction(" a", 1.0), how) == rules.BLANKS_TRIMMED
@@ -77,7 +77,7 @@ def test_the_other_rules():
     assert rules.difference_rule(*near, how) == rules.ODDS_ROUNDED
 
 
-def test_there_is_no_rule_for_everything():
+def test_unexplained_difference_raises():
     how = DecodeSettings(version_2_with_negative=True)
     with pytest.raises(AssertionError, match="better span"):
         rules.difference_rule(prediction("a", 1.0), prediction("b", 2.0), how)

@@ -1,4 +1,4 @@
-"""The fast decoder against a slow, obvious one, on random and on awkward candidates."""
+"""The exact decoder against a slow reference, on random candidates and edge cases."""
 
 import json
 import math
@@ -33,7 +33,7 @@ class Store:
 
 
 def candidates_of(rows, width):
-    """`rows[feature]` is a list of (start, end, start_logit, end_logit); best first is made sure of here."""
+    """`rows[feature]` is a list of (start, end, start_logit, end_logit); they are sorted best first here."""
     count = len(rows)
     start = np.full((count, width), -1, np.int32)
     end = start.copy()
@@ -80,8 +80,8 @@ def decode_slowly(candidates, store, how):
             better = sum(entry[0] >= null for entry in nbest)
             nbest.insert(better, (float(null), "", float(null), 0.0, -1))
         weights = [math.exp(entry[0] - max(nbest)[0]) for entry in nbest]
-        shares = [weight / sum(weights) for weight in weights]
-        yield example.example_id, text, [(e[1], p, *e[2:]) for e, p in zip(nbest, shares, strict=True)], odds
+        probabilities = [weight / sum(weights) for weight in weights]
+        yield example.example_id, text, [(e[1], p, *e[2:]) for e, p in zip(nbest, probabilities, strict=True)], odds
 
 
 def plain(predictions):
@@ -97,16 +97,18 @@ def assert_same(candidates, store, how, rows_per_chunk=4096):
         assert prediction.text == text
         assert prediction.null_odds == odds
         if len(nbest[0]) == 2:
-            assert [(text, share) for text, share, *_ in prediction.nbest] == nbest
+            assert [(text, probability) for text, probability, *_ in prediction.nbest] == nbest
             continue
         assert [(e[0], *e[2:]) for e in prediction.nbest] == [(e[0], *e[2:]) for e in nbest]
-        assert [share for _, share, *_ in prediction.nbest] == pytest.approx([e[1] for e in nbest], rel=1e-6, abs=1e-40)
+        assert [probability for _, probability, *_ in prediction.nbest] == pytest.approx(
+            [e[1] for e in nbest], rel=1e-6, abs=1e-40
+        )
     return fast
 
 
 @st.composite
 def problems(draw):
-    """Contexts with blanks and zero-width tokens, overlapping windows, few distinct logits so that ties abound."""
+    """Contexts with blanks and zero-width tokens, overlapping windows, few distinct logits for many ties."""
     contexts = draw(st.lists(st.text(alphabet="ab \n", max_size=12), min_size=1, max_size=5))
     example_index, offsets, rows = [], [], []
     logit = st.sampled_from([-1.5, 0.0, 0.25, 1e-4, 3.0, 1e7]) | st.floats(-20, 20, width=32)
@@ -134,7 +136,7 @@ def problems(draw):
     st.sampled_from([0.0, -2.0, 1.5]),
     st.sampled_from([1, 2, 3, 4096]),
 )
-def test_agrees_with_the_slow_decoder(problem, width, n_best_size, v2, merge, threshold, rows_per_chunk):
+def test_decoder_equals_slow_reference(problem, width, n_best_size, v2, merge, threshold, rows_per_chunk):
     store, rows = problem
     how = DecodeSettings(n_best_size, 4, v2, threshold, merge)
     assert_same(candidates_of(rows, width), store, how, rows_per_chunk)
@@ -148,7 +150,7 @@ def words(context):
     return offsets
 
 
-def test_random_logits_over_many_chunks():
+def test_decoder_equals_reference_over_many_chunks():
     generator = np.random.default_rng(3)
     contexts = [" ".join("abcdefgh"[k] * 3 for k in generator.integers(0, 8, 30)) for _ in range(60)]
     example_index, offsets, rows = [], [], []
@@ -168,7 +170,7 @@ def test_random_logits_over_many_chunks():
     assert 0 < sum(p.text == "" for p in predictions) < len(predictions)
 
 
-def test_examples_that_give_their_texts_by_the_range_are_asked_for_those():
+def test_texts_are_read_by_range_where_possible():
     class Texts:
         def __init__(self, examples):
             self.examples = examples
@@ -197,17 +199,17 @@ def one_question(spans_by_window, nulls, context="ab cd ef", **how):
     return next(decode(candidates, store, replace(DecodeSettings(), **how)))
 
 
-def test_the_same_characters_in_two_windows_count_once_with_the_better_score():
+def test_same_characters_in_two_windows_count_once():
     prediction = one_question([[(0, 0, 1, 1)], [(0, 0, 2, 2), (1, 1, 0, 0)]], [0, 0])
     assert [(text, logit) for text, _, logit, *_ in prediction.nbest] == [("ab", 2.0), ("cd", 0.0)]
 
 
-def test_ties_go_by_character_start_then_end():
+def test_ties_are_broken_by_start_then_end():
     prediction = one_question([[(1, 2, 1, 1), (2, 2, 0, 2)], [(1, 1, 2, 0), (0, 1, 1, 1)]], [0, 0])
     assert [text for text, *_ in prediction.nbest] == ["ab cd", "cd", "cd ef", "ef"]
 
 
-def test_null_score_is_the_lowest_of_the_windows_and_the_threshold_is_exceeded_not_met():
+def test_null_score_is_the_windows_minimum_and_must_exceed_the_threshold():
     windows, nulls = [[(0, 0, 1, 1)], [(1, 1, 0, 0)]], [7, 3]
     v2 = {"version_2_with_negative": True}
     assert one_question(windows, nulls, **v2).null_odds == 1.0
@@ -217,20 +219,20 @@ def test_null_score_is_the_lowest_of_the_windows_and_the_threshold_is_exceeded_n
     assert one_question(windows, nulls).text == "ab"
 
 
-def test_logits_that_are_not_finite_are_the_users_to_know():
+def test_nonfinite_logits_are_a_user_error():
     with pytest.raises(UserError, match="question q0 are not finite"):
         one_question([[(0, 0, float("nan"), 1)]], [0])
     with pytest.raises(UserError, match="question q0 are not finite"):
         one_question([[(0, 0, 1, 1)]], [float("inf")], version_2_with_negative=True)
 
 
-def test_an_invalid_span_is_our_own_mistake():
+def test_invalid_candidate_span_is_an_assertion():
     with pytest.raises(AssertionError, match="invalid spans"):
         one_question([[(0, 2, 1, 1)]], [0], max_answer_length=2)
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_files_read_back_and_are_the_same_bytes_twice(tmp_path, v2):
+def test_files_round_trip_and_are_deterministic(tmp_path, v2):
     generator = np.random.default_rng(5)
     contexts = ['Zürich "is" \U0001f600 a\tcity\\', "", "one two three four"]
     offsets = [words(contexts[0]), words(contexts[2]), words(contexts[2])]
@@ -254,13 +256,15 @@ def test_files_read_back_and_are_the_same_bytes_twice(tmp_path, v2):
     if v2:
         assert read["null_odds.json"] == {p.example_id: p.null_odds for p in predictions}
     for prediction in predictions:
-        for entry, kept in zip(read["nbest_predictions.json"][prediction.example_id], prediction.nbest, strict=True):
+        for entry, entry_in_memory in zip(
+            read["nbest_predictions.json"][prediction.example_id], prediction.nbest, strict=True
+        ):
             assert list(entry) == list(NBEST_FIELDS)
-            for key, value in zip(NBEST_FIELDS, kept, strict=True):
+            for key, value in zip(NBEST_FIELDS, entry_in_memory, strict=True):
                 assert entry[key] == value if isinstance(value, str) else np.float32(entry[key]) == np.float32(value)
 
 
-def test_a_failed_writing_leaves_the_old_files_and_no_others(tmp_path):
+def test_failed_write_leaves_the_old_files(tmp_path):
     how = DecodeSettings()
     store = Store(["ab"], [0], [[(0, 2)]])
     candidates = candidates_of([([(0, 0, 1, 1)], 0)], 1)
@@ -276,7 +280,7 @@ def test_a_failed_writing_leaves_the_old_files_and_no_others(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_v1_run_removes_the_null_odds_of_an_earlier_v2_run(tmp_path):
+def test_v1_run_removes_null_odds_of_earlier_v2_run(tmp_path):
     (tmp_path / "null_odds.json").write_text("{}")
     write_predictions([], tmp_path, DecodeSettings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nbest_predictions.json", "predictions.json"]

@@ -1,4 +1,4 @@
-"""`decode_hf` against a plain loop over the rules of Transformers' question-answering example, and against `exact`."""
+"""`decode_like_transformers` against a plain loop over the rules of Transformers' example, and against `exact`."""
 
 from types import SimpleNamespace
 
@@ -73,12 +73,12 @@ def assert_same(logits, store, how):
     assert [p.example_id for p in fast] == [example.example_id for example in store.examples]
     assert [(p.text, [text for text, *_ in p.nbest], p.null_odds) for p in fast] == slow
     for prediction in fast:
-        assert sum(share for _, share, *_ in prediction.nbest) == pytest.approx(1, abs=1e-5)
+        assert sum(probability for _, probability, *_ in prediction.nbest) == pytest.approx(1, abs=1e-5)
     return fast
 
 
 def random_problem(generator, questions, length, distinct=None):
-    """Contexts of words, windows of half a context, random logits; few distinct ones if asked, so that ties abound."""
+    """Contexts of words, windows of half a context, random logits; `distinct` limits their number, for many ties."""
     contexts, example_index, offsets = [], [], []
     for index in range(questions):
         words = ["w" * int(n) for n in generator.integers(1, 5, generator.integers(0, length))]
@@ -107,13 +107,13 @@ def random_problem(generator, questions, length, distinct=None):
     st.booleans(),
     st.sampled_from([0.0, -3.0, 2.0]),
 )
-def test_agrees_with_the_plain_loop(seed, questions, length, distinct, n_best_size, longest, v2, threshold):
+def test_decoder_equals_plain_loop(seed, questions, length, distinct, n_best_size, longest, v2, threshold):
     store, logits = random_problem(np.random.default_rng(seed), questions, length, distinct)
     assert_same(logits, store, DecodeSettings(n_best_size, longest, v2, threshold))
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_chunks_do_not_show(monkeypatch, v2):
+def test_chunk_size_changes_nothing(monkeypatch, v2):
     store, logits = random_problem(np.random.default_rng(1), 40, 40)
     whole = [one.nbest for one in assert_same(logits, store, DecodeSettings(version_2_with_negative=v2))]
     for rows in (1, 2, 7):
@@ -122,7 +122,7 @@ def test_chunks_do_not_show(monkeypatch, v2):
         assert [one.nbest for one in again] == whole
 
 
-def test_a_question_without_a_span_is_answered_with_the_word_empty_as_there():
+def test_question_without_a_span_is_answered_empty():
     store = RowStore(["ab"], [0], [[None, (0, 2), None]])
     logits = np.array([[[9.0, 0.0, 8.0]], [[9.0, 0.0, 8.0]]], np.float32)
     (prediction,) = assert_same(logits, store, DecodeSettings(n_best_size=2))

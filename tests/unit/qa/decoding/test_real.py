@@ -45,7 +45,7 @@ def gold_logits(store):
     return rows, start, end
 
 
-def kept_on_the_device(rows, start, end, width=5):
+def candidate_columns_of(rows, start, end, width=5):
     columns = [np.full((len(start), width), -1, np.int32) for _ in range(2)] + [
         np.zeros((len(start), width), np.float32) for _ in range(2)
     ]
@@ -61,12 +61,12 @@ def kept_on_the_device(rows, start, end, width=5):
     return Candidates(rows.feature_id, *columns, start[:, 0] + end[:, 0])
 
 
-def test_gold_spans_come_out_as_gold_answers(store, tmp_path):
+def test_gold_spans_decode_to_gold_answers(store, tmp_path):
     rows, start, end = gold_logits(store)
     settings = DecodeSettings(n_best_size=5, version_2_with_negative=True)
     golds = [Gold(example.example_id, tuple(a.text for a in example.answers)) for example in store.examples]
     scorer = Scorer(version_2_with_negative=True)
-    predictions = list(decode(kept_on_the_device(rows, start, end), store, settings))
+    predictions = list(decode(candidate_columns_of(rows, start, end), store, settings))
     write_predictions(iter(predictions), tmp_path, settings)
     for gold, prediction in zip(golds, predictions, strict=True):
         scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)
@@ -88,18 +88,18 @@ def test_gold_spans_come_out_as_gold_answers(store, tmp_path):
 def test_hf_decoding_finds_the_same_answers(store):
     rows, start, end = gold_logits(store)
     settings = DecodeSettings(n_best_size=5, version_2_with_negative=True)
-    exact = list(decode(kept_on_the_device(rows, start, end), store, settings))
+    exact = list(decode(candidate_columns_of(rows, start, end), store, settings))
     hf = list(decode_like_transformers(FullLogits(rows.feature_id, start, end), store, settings))
     assert [p.text for p in exact] == [p.text for p in hf]
-    # the exact decoder's best span is never the worse one, so its null odds are never the higher ones
+    # the exact decoder's best span is at least as good, so its null odds are at most as high
     higher = np.array([one.null_odds for one in exact]) - np.array([other.null_odds for other in hf])
     assert (higher <= 1e-4).all() and (np.abs(higher) <= 1e-4).sum() > QUESTIONS / 2
 
 
-def test_files_are_json_of_the_standard_kind(store, tmp_path):
+def test_files_are_standard_json(store, tmp_path):
     rows, start, end = gold_logits(store)
     settings = DecodeSettings(n_best_size=5)
-    write_predictions(decode(kept_on_the_device(rows, start, end), store, settings), tmp_path, settings)
+    write_predictions(decode(candidate_columns_of(rows, start, end), store, settings), tmp_path, settings)
     nbest = json.loads((tmp_path / "nbest_predictions.json").read_text(), parse_constant=pytest.fail)
     assert list(nbest) == store.examples.ids
     assert all(

@@ -9,7 +9,7 @@ from qa_deepspeed.qa.decoding.spans import best_spans, marginal_loss, span_loss
 
 
 def brute_force(start: list[float], end: list[float], begin: int, stop: int, count: int, max_length: int) -> list:
-    """All valid spans of a row, sorted by score, then start, then end; float32 sums as the device makes them."""
+    """All valid spans of a row, sorted by score, then start, then end; float32 sums as on the device."""
     spans = [
         (float(np.float32(start[s]) + np.float32(end[e])), s, e)
         for s in range(begin, stop)
@@ -19,7 +19,7 @@ def brute_force(start: list[float], end: list[float], begin: int, stop: int, cou
 
 
 def band_search(start_logits, end_logits, first_start, stop_start, context_end, count, max_length):
-    """As `best_spans`, in one stage: every valid span is scored, and a stable sort keeps equal ones in their order."""
+    """The result of `best_spans` in one stage: score every valid span, then sort stably."""
     rows, length = start_logits.shape
     width = min(max_length, length)
     starts = start_logits.float()
@@ -44,8 +44,8 @@ def random_rows(data: st.DataObject, values: list[float], length: int, rows: int
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_two_stages_find_what_a_search_of_all_spans_finds(data: st.DataObject) -> None:
-    """Few values make many ties; -0.0 ties with 0.0, sums round, and -inf is no score."""
+def test_two_stages_equal_the_band_search(data: st.DataObject) -> None:
+    """Few distinct values for many ties; -0.0 ties with 0.0, sums are rounded, -inf is no span."""
     length, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
     values = [-2.5, -1.0, -0.0, 0.0, 0.5, 1.0, 1e8, 3.25, float("-inf")]
     if data.draw(st.booleans()):
@@ -60,7 +60,7 @@ def test_two_stages_find_what_a_search_of_all_spans_finds(data: st.DataObject) -
         assert found.dtype == expected.dtype
 
 
-def test_two_stages_agree_on_rows_of_real_size() -> None:
+def test_two_stages_equal_the_band_search_at_real_sizes() -> None:
     generator = torch.Generator().manual_seed(0)
     for length, count, max_length in ((384, 20, 30), (192, 1, 30), (384, 20, 1), (16, 20, 512)):
         start, end = torch.randn(2, 16, length, generator=generator).mul(3)
@@ -71,7 +71,7 @@ def test_two_stages_agree_on_rows_of_real_size() -> None:
             assert torch.equal(found, expected)
 
 
-def test_a_row_of_nan_has_no_span_and_changes_no_other() -> None:
+def test_row_of_nan_has_no_span() -> None:
     start, end = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
     limits = torch.zeros(3, dtype=torch.long), torch.full((3,), 10), torch.full((3,), 10)
     before = best_spans(start, end, *limits, 5, 4)
@@ -83,12 +83,12 @@ def test_a_row_of_nan_has_no_span_and_changes_no_other() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_best_spans_are_those_of_brute_force(data: st.DataObject) -> None:
+def test_best_spans_equal_brute_force(data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 24))
     begin = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(begin, length))
     count, max_length = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 30))
-    # Few values make many ties; 0.0 and -0.0 must tie too.
+    # few distinct values for many ties; 0.0 and -0.0 tie too
     values = st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 0.5, 1.0, 3.25]), min_size=length, max_size=length)
     start, end = data.draw(values), data.draw(values)
     first = data.draw(st.integers(begin, stop))
@@ -103,7 +103,7 @@ def test_best_spans_are_those_of_brute_force(data: st.DataObject) -> None:
     assert scores == [score for score, _, _ in expected]
 
 
-def test_best_spans_of_a_real_size_in_every_precision() -> None:
+def test_best_spans_equal_brute_force_in_float32_and_bfloat16() -> None:
     generator = torch.Generator().manual_seed(0)
     for kind in (torch.float32, torch.bfloat16):
         start = torch.randn(3, 384, generator=generator).mul(5).to(kind)
@@ -118,7 +118,7 @@ def test_best_spans_of_a_real_size_in_every_precision() -> None:
             assert [pair for pair in found if pair[0] >= 0] == [(s, e) for _, s, e in expected]
 
 
-def test_the_loss_of_a_row_does_not_depend_on_its_padding() -> None:
+def test_loss_does_not_depend_on_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 3, 10, generator=generator)
     position = torch.tensor([0, 4, 9])
@@ -130,27 +130,27 @@ def test_the_loss_of_a_row_does_not_depend_on_its_padding() -> None:
     torch.testing.assert_close(span_loss(*padded, position, position, mask), plain)
 
 
-def test_the_loss_is_float32_whatever_the_logits_are() -> None:
+def test_loss_is_float32_for_bfloat16_logits() -> None:
     logits = torch.randn(2, 5).bfloat16()
-    everywhere = torch.ones(2, 5, dtype=torch.bool)
-    loss = span_loss(logits, logits, torch.tensor([0, 1]), torch.tensor([2, 3]), everywhere)
+    all_possible = torch.ones(2, 5, dtype=torch.bool)
+    loss = span_loss(logits, logits, torch.tensor([0, 1]), torch.tensor([2, 3]), all_possible)
     assert loss.dtype == torch.float32
 
 
-def test_smoothing_is_that_of_torch_where_all_positions_are_possible() -> None:
+def test_label_smoothing_equals_torch() -> None:
     torch.manual_seed(0)
     start_logits, end_logits = torch.randn(2, 5, 9)
     start, end = torch.randint(0, 9, (2, 5))
-    everywhere = torch.ones(5, 9, dtype=torch.bool)
+    all_possible = torch.ones(5, 9, dtype=torch.bool)
     expected = [
         torch.nn.functional.cross_entropy(logits, position, reduction="none", label_smoothing=0.2)
         for logits, position in ((start_logits, start), (end_logits, end))
     ]
-    found = span_loss(start_logits, end_logits, start, end, everywhere, smoothing=0.2)
+    found = span_loss(start_logits, end_logits, start, end, all_possible, smoothing=0.2)
     torch.testing.assert_close(found, sum(expected) / 2)
 
 
-def test_the_marginal_loss_sums_the_probabilities_of_all_gold_spans() -> None:
+def test_marginal_loss_sums_over_all_gold_spans() -> None:
     torch.manual_seed(0)
     start_logits, end_logits = torch.randn(2, 2, 6, requires_grad=True)
     possible = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)

@@ -63,7 +63,7 @@ def real(request, tmp_path_factory):
     return found.candidates, found.logits, store, facts.tokenizer, settings, options
 
 
-def test_every_difference_of_exact_and_hf_has_a_rule(real):
+def test_every_difference_of_exact_and_hf_has_a_named_rule(real):
     candidates, logits, store, _, settings, _ = real
     exact = list(decode(candidates, store, settings))
     hf = list(decode_like_transformers(logits, store, settings))
@@ -82,7 +82,7 @@ def test_every_difference_of_exact_and_hf_has_a_rule(real):
 
 
 @needs_transformers_4
-def test_classic_gives_the_answers_of_transformers_4(real, tmp_path):
+def test_classic_equals_transformers_4(real, tmp_path):
     _, logits, store, tokenizer, settings, options = real
     whole = FullLogits(logits.feature_id, *(np.maximum(x, -1e4) for x in (logits.start_logits, logits.end_logits)))
     settings = replace(settings, null_score_diff_threshold=-1.0)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and the paired test against what theory and full enumeration say."""
+"""Bootstrap intervals and the paired test against theory and full enumeration."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import pytest
 from qa_deepspeed.qa.metrics.significance import confidence_interval, paired_difference
 
 
-def test_interval_is_the_normal_one_for_many_independent_questions():
+def test_interval_is_normal_for_independent_questions():
     scores = np.random.default_rng(0).random(4000)
     low, high = confidence_interval(scores, np.arange(4000))
     half_width = 1.96 * scores.std() / np.sqrt(4000)
@@ -16,7 +16,7 @@ def test_interval_is_the_normal_one_for_many_independent_questions():
     assert high == pytest.approx(scores.mean() + half_width, abs=0.15 * half_width)
 
 
-def test_questions_of_one_paragraph_are_not_independent():
+def test_dependent_questions_widen_the_interval():
     paragraph = np.repeat(np.arange(100), 10)
     scores = np.repeat(np.random.default_rng(1).integers(0, 2, 100), 10).astype(float)
     together = confidence_interval(scores, paragraph)
@@ -24,14 +24,14 @@ def test_questions_of_one_paragraph_are_not_independent():
     assert together.high - together.low > 2.5 * (apart.high - apart.low)
 
 
-def test_a_lower_level_is_narrower_and_the_same_seed_gives_the_same_figures():
+def test_lower_level_is_narrower_and_seed_is_deterministic():
     scores = np.random.default_rng(2).random(300)
     wide, narrow = (confidence_interval(scores, np.arange(300), level) for level in (0.95, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
     assert confidence_interval(scores, np.arange(300)) == wide
 
 
-def test_p_value_is_that_of_all_sign_arrangements():
+def test_p_value_equals_full_enumeration():
     generator = np.random.default_rng(3)
     for _ in range(5):
         paragraph = np.repeat(np.arange(9), 3)
@@ -45,6 +45,6 @@ def test_p_value_is_that_of_all_sign_arrangements():
         assert found.interval.low < found.difference < found.interval.high
 
 
-def test_equal_systems_differ_by_nothing():
+def test_equal_systems_have_no_difference():
     scores = np.random.default_rng(4).random(50)
     assert paired_difference(scores, scores, np.arange(50)) == (0.0, (0.0, 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""The metrics against a plain reading of the official SQuAD rules, on real gold files and on made-up ones."""
+"""The metrics against a plain reimplementation of the official SQuAD rules, on real and on generated gold files."""
 
 import collections
 import json
@@ -19,13 +19,13 @@ from tests.paths import DATA, needs_real_data
 
 
 def normalized(text):
-    kept = ""
+    without_punctuation = ""
     for character in text.lower():
         if character not in string.punctuation:
-            kept += character
+            without_punctuation += character
     for article in ("a", "an", "the"):
-        kept = re.sub(r"\b" + article + r"\b", " ", kept)
-    return " ".join(kept.split())
+        without_punctuation = re.sub(r"\b" + article + r"\b", " ", without_punctuation)
+    return " ".join(without_punctuation.split())
 
 
 def f1(gold, predicted, empty):
@@ -94,7 +94,7 @@ def official_keys(metrics):
     }
 
 
-def mangled(text, generator):
+def corrupted(text, generator):
     ways = (
         str.upper,
         str.title,
@@ -121,7 +121,7 @@ def mangled(text, generator):
 
 
 def prediction_sets(questions):
-    """Named prediction dicts for a gold file: perfect, empty, mangled, incomplete, too many."""
+    """Named prediction dicts for a gold file: perfect, empty, corrupted, incomplete, with extra ids."""
     generator = random.Random(7)
     first = {gold.example_id: gold.texts[0] if gold.texts else "" for gold in questions}
     other = list(first.values())
@@ -129,7 +129,7 @@ def prediction_sets(questions):
     some = dict(list(first.items())[::3])
     yield "perfect", first
     yield "empty", dict.fromkeys(first, "")
-    yield "mangled", {k: mangled(text, generator) for k, text in answer_all.items()}
+    yield "corrupted", {k: corrupted(text, generator) for k, text in answer_all.items()}
     yield "shuffled", dict(zip(first, generator.sample(other, len(other)), strict=True))
     yield "missing", some
     yield "extra", {"no such question": "x", **first, "nor this": ""}
@@ -182,14 +182,14 @@ def scored_sets(draw):
 
 @settings(max_examples=500, deadline=None)
 @given(scored_sets(), st.none() | st.floats(-5, 5))
-def test_version_2_on_made_up_gold(case, threshold):
+def test_version_2_on_generated_gold(case, threshold):
     golds, predictions, odds = case
     assert official_keys(score(golds, predictions, odds, threshold)) == version_2(golds, predictions, odds, threshold)
 
 
 @settings(max_examples=200, deadline=None)
 @given(scored_sets())
-def test_version_1_on_made_up_gold(case):
+def test_version_1_on_generated_gold(case):
     golds, predictions, _ = case
     golds = [gold if gold.texts else Gold(gold.example_id, ("x",)) for gold in golds]
     assert official_keys(score(golds, predictions, version_2_with_negative=False)) == version_1(golds, predictions)
@@ -197,7 +197,7 @@ def test_version_1_on_made_up_gold(case):
 
 @settings(max_examples=300, deadline=None)
 @given(scored_sets())
-def test_tuned_threshold_beats_every_other_threshold(case):
+def test_tuned_threshold_is_optimal(case):
     golds, predictions, odds = case
     golds = [gold for gold in golds if gold.example_id in predictions]
     metrics = score(golds, predictions, odds, version_2_with_negative=True)
@@ -208,7 +208,7 @@ def test_tuned_threshold_beats_every_other_threshold(case):
         assert at[name] == pytest.approx(best, abs=1e-9)
 
 
-def test_tuning_looks_at_the_best_spans_and_not_at_what_the_threshold_left_of_them():
+def test_tuning_scores_the_best_spans_not_the_answers_given():
     scorer = Scorer(version_2_with_negative=True)
     for example_id, gold, odds in (("a", ("yes",), 2.0), ("b", (), 3.0)):
         scorer.add(Gold(example_id, gold), "", odds, best_span_text="yes")
@@ -217,16 +217,16 @@ def test_tuning_looks_at_the_best_spans_and_not_at_what_the_threshold_left_of_th
     assert (metrics["tuned_exact"], metrics["tuned_exact_thresh"]) == (100.0, 2.0)
 
 
-def test_equal_odds_are_not_parted_when_tuning_though_the_official_search_parts_them():
+def test_tuning_treats_equal_odds_alike():
     golds = [Gold("a", ("yes",)), Gold("b", ())]
     metrics = score(golds, {"a": "yes", "b": "yes"}, {"a": 1.0, "b": 1.0})
     assert (metrics["best_exact"], metrics["tuned_exact"]) == (100.0, 50.0)
 
 
-def test_cross_fitting_uses_the_threshold_of_the_other_half():
+def test_cross_fitting_uses_the_other_halfs_threshold():
     generator = random.Random(1)
     golds, predictions, odds = [], {}, {}
-    for i in range(400):  # odds that say nothing: what tuning seems to gain is luck
+    for i in range(400):  # uninformative odds: any gain from tuning is overfitting
         golds.append(Gold(f"q{i}", ("yes",) if generator.random() < 0.5 else ()))
         predictions[f"q{i}"], odds[f"q{i}"] = "yes", generator.random()
     metrics = score(golds, predictions, odds)
@@ -236,7 +236,7 @@ def test_cross_fitting_uses_the_threshold_of_the_other_half():
     assert by_answerable["crossfit_exact"] == by_answerable["tuned_exact"] == 100.0
 
 
-def test_streaming_gives_what_scoring_at_once_gives():
+def test_streaming_equals_scoring_at_once():
     golds = [Gold("a", ("yes",)), Gold("b", ()), Gold("c", ("no way",))]
     predictions = [
         Prediction(gold.example_id, text, [(text, 1.0, 0.0, 0.0, 0)], odds)
@@ -252,18 +252,18 @@ def test_streaming_gives_what_scoring_at_once_gives():
     assert scorer.result() == at_once
 
 
-def test_a_question_of_v1_without_gold_text_earns_nothing():
+def test_v1_question_without_gold_text_scores_0():
     metrics = score([Gold("a", ()), Gold("b", ("x",))], {"a": "", "b": "x"}, version_2_with_negative=False)
     assert (metrics["exact"], metrics["f1"], metrics["total"]) == (50.0, 50.0, 2)
 
 
-def test_an_id_that_occurs_twice():
+def test_repeated_id():
     golds = [Gold("a", ("x",)), Gold("a", ("y",))]
     assert score(golds, {"a": "y"}, version_2_with_negative=False)["exact"] == 50.0
     assert score(golds, {"a": "y"}, version_2_with_negative=True)["total"] == 1
 
 
-def test_what_cannot_be_scored_is_said_in_one_line():
+def test_unscorable_input_is_a_one_line_error():
     with pytest.raises(UserError, match="no questions"):
         score([], {})
     with pytest.raises(UserError, match="none of the 1 gold questions has a prediction"):
@@ -290,13 +290,13 @@ def test_languages(language, text, tokens):
     assert normalized_tokens(text, language) == tokens
 
 
-def test_every_language_is_tested():
+def test_all_languages_are_covered():
     marks = test_languages.pytestmark[0].args[1]
     assert {case[0] for case in marks} == set(METRIC_LANGUAGES)
 
 
 @needs_real_data
-def test_characters_count_where_words_are_not_spaced():
+def test_characters_count_in_languages_without_spaces():
     gold = read_gold(str(DATA / "ja-v1-sample.json"))
     cut = {q.example_id: q.texts[0][:-1] for q in gold.questions}
     assert score(gold.questions, cut, version_2_with_negative=False)["f1"] < 5
@@ -306,7 +306,7 @@ def test_characters_count_where_words_are_not_spaced():
 
 
 @needs_real_data
-def test_gold_files_read_whole():
+def test_gold_files_are_read_completely():
     for name in ("en-v1-dev.json", "en-v2-dev.json", "ja-v1-sample.json"):
         articles = json.loads((DATA / name).read_text(encoding="utf-8"))["data"]
         expected = collections.OrderedDict(

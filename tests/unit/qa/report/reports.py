@@ -1,4 +1,4 @@
-"""A report whose texts all try to be markup."""
+"""A report whose texts all contain markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report beside the scores: calibration, curves, slices and mistakes."""
+"""The analysis: calibration, precision-recall curves, slices and mistakes."""
 
 import json
 
@@ -17,7 +17,7 @@ from qa_deepspeed.qa.report import analysis
 from qa_deepspeed.qa.report.analysis import MAX_MISTAKES, Analysis, calibration, precision_recall, question_word
 
 
-def test_calibration_is_the_weighted_gap_of_the_bins():
+def test_calibration_error_is_the_weighted_gap_of_the_bins():
     found = calibration(np.array([0.0, 0.1, 0.15, 0.95, 1.0, 1.0]), np.array([0, 0, 1, 1, 1, 0]))
     assert [(b["from"], b["questions"]) for b in found["bins"]] == [(0.0, 2), (0.1, 1), (0.9, 3)]
     gaps = [2 * 0.05, 1 * 0.85, 3 * abs(2.95 / 3 - 2 / 3)]
@@ -43,7 +43,7 @@ def official_average_precision(scores, has_answer, odds):
         st.tuples(st.floats(0, 1), st.booleans(), st.sampled_from([-1.0, 0.0, 2.0]) | st.floats(-9, 9)), min_size=1
     )
 )
-def test_average_precision_is_the_official_one(rows):
+def test_average_precision_equals_official_script(rows):
     scores, has_answer, odds = (np.array(column) for column in zip(*rows, strict=True))
     found = precision_recall(scores, has_answer, odds, by_odds(odds))
     expected = official_average_precision(scores, has_answer, odds) if has_answer.any() else 0.0
@@ -61,7 +61,7 @@ def prediction(number, text, probability, odds=None, start=0):
 
 
 def reported(v2, rows):
-    """The report on (example, prediction, windows) rows."""
+    """The report on rows of (example, prediction, windows)."""
     scorer, analysis = Scorer(v2), Analysis(v2)
     for example, prediction, windows in rows:
         gold = Gold(example.example_id, tuple(answer.text for answer in example.answers))
@@ -74,7 +74,7 @@ def reported(v2, rows):
     return analysis.report(scorer.records())
 
 
-def test_slices_add_up_to_the_scores():
+def test_slices_average_to_the_scores():
     rows = [
         (example(0, "Who ran?", "Ann ran far.", "Ann"), prediction(0, "Ann", 0.9, -1.0), 1),
         (example(1, "In what year, and who?", "It was 1999. " * 30, "1999"), prediction(1, "was 1999", 0.5, 0.0), 2),
@@ -108,7 +108,7 @@ def test_slices_add_up_to_the_scores():
     )
 
 
-def test_the_most_confident_mistakes_are_kept_with_their_surroundings():
+def test_most_confident_mistakes_are_listed_with_context():
     context = "left " * 100 + "wrong" + " right" * 100
     rows = [
         (example(i, "what?", context, "left"), prediction(i, "wrong", (i * 7 % 100) / 100, start=500), 1)
@@ -129,8 +129,8 @@ def test_question_words(question, word):
     assert question_word(question) == word
 
 
-def test_many_questions_in_files_and_chunks_give_what_few_in_memory_give(monkeypatch):
-    """The same rows with records spilled and gone through a few at a time; ties cross the chunks' borders."""
+def test_spilled_records_in_chunks_give_the_same_report(monkeypatch):
+    """The same rows, with records spilled to a file and processed in small chunks; ties cross chunk borders."""
     rows = [
         (
             example(i, f"what {i}?", f"context {i // 4} yes no", *(["yes"] if i % 3 else [])),

@@ -1,4 +1,4 @@
-"""The charts: heights are scores, SVG is small, deterministic and safe inside a page, nothing draws at import."""
+"""The charts: heights equal scores; SVG is small, deterministic and safe inside a page; drawing imports lazily."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def report() -> dict[str, Any]:
     return hostile_report()
 
 
-def test_a_bar_is_as_high_as_its_score(report: dict[str, Any]) -> None:
+def test_bar_heights_equal_scores(report: dict[str, Any]) -> None:
     (axes,) = figures(report)["by_answerable"].axes
     heights = [100 * bar.get_height() for container in axes.containers for bar in container]
     cells = report["slices"]["answerable"].values()
@@ -32,7 +32,7 @@ def test_a_bar_is_as_high_as_its_score(report: dict[str, Any]) -> None:
     ]
 
 
-def test_curves_are_those_of_the_report(report: dict[str, Any]) -> None:
+def test_curves_equal_the_report(report: dict[str, Any]) -> None:
     (axes,) = figures(report)["precision_recall"].axes
     for line, curve in zip(axes.lines, report["precision_recall"].values(), strict=True):
         np.testing.assert_allclose(line.get_xdata(), curve["recall"])
@@ -41,14 +41,14 @@ def test_curves_are_those_of_the_report(report: dict[str, Any]) -> None:
     assert [bar.get_height() for bar in bins] == [one["accuracy"] for one in report["calibration"]["bins"]]
 
 
-def test_equal_reports_give_equal_and_small_svg(report: dict[str, Any]) -> None:
+def test_svg_is_deterministic_and_small(report: dict[str, Any]) -> None:
     once, again = ({name: svg(name, figure) for name, figure in figures(report).items()} for _ in range(2))
     assert once == again and len(once) == 7
     assert sum(map(len, once.values())) < 150_000
     assert "DejaVu" in once["calibration"] and ">confidence in the answer</text>" in once["calibration"]
 
 
-def test_settings_of_the_user_change_nothing(report: dict[str, Any]) -> None:
+def test_matplotlibrc_of_the_user_changes_nothing(report: dict[str, Any]) -> None:
     plain = svg("x", figures(report)["calibration"])
     with matplotlib.rc_context({"axes.facecolor": "black", "svg.fonttype": "path", "figure.dpi": 30}):
         before = dict(matplotlib.rcParams)
@@ -56,7 +56,7 @@ def test_settings_of_the_user_change_nothing(report: dict[str, Any]) -> None:
         assert dict(matplotlib.rcParams) == before
 
 
-def test_texts_are_escaped_and_a_dollar_is_a_dollar(report: dict[str, Any]) -> None:
+def test_texts_are_escaped_and_not_parsed_as_math(report: dict[str, Any]) -> None:
     cell = {"questions": 1, "exact": 50.0, "f1": 60.0}
     name = f"$x_1${HOSTILE.replace(' ', '')}"
     figure = figures({**report, "slices": {"kind": {name: cell}}})["by_kind"]
@@ -66,8 +66,8 @@ def test_texts_are_escaped_and_a_dollar_is_a_dollar(report: dict[str, Any]) -> N
     assert any(name in text for text in texts)
 
 
-def test_charts_are_drawn_inside_their_frame(report: dict[str, Any]) -> None:
-    """Nothing but white at the border, and something inside."""
+def test_charts_fit_their_frame(report: dict[str, Any]) -> None:
+    """The border is white, the inside is not."""
     for figure in figures(report).values():
         image = pixels(figure)
         assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
@@ -76,6 +76,6 @@ def test_charts_are_drawn_inside_their_frame(report: dict[str, Any]) -> None:
         assert (image < 128).any()
 
 
-def test_matplotlib_is_imported_by_drawing_only() -> None:
+def test_matplotlib_is_imported_only_to_draw() -> None:
     code = "import sys, qa_deepspeed.qa.report.page; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

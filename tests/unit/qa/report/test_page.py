@@ -1,4 +1,4 @@
-"""The report of an evaluation as a page and in Markdown: whole by itself, everything of the data escaped."""
+"""The report as a self-contained page and in Markdown, with all text of the data escaped."""
 
 from collections import Counter
 from html.parser import HTMLParser
@@ -36,7 +36,7 @@ class Elements(HTMLParser):
             self.cells[-1] += data
 
 
-def test_the_page_needs_nothing_beside_it_and_runs_nothing(report, tmp_path):
+def test_page_is_self_contained_and_runs_no_script(report, tmp_path):
     write_text(tmp_path / "report.html", page(report, f"Evaluation of {HOSTILE}"), errors="xmlcharrefreplace")
     found = Elements((tmp_path / "report.html").read_text(encoding="utf-8"))
     page_tags = "html head meta title style body h1 h2 table tr td th figure"
@@ -45,15 +45,15 @@ def test_the_page_needs_nothing_beside_it_and_runs_nothing(report, tmp_path):
     assert not {name for name, _ in found.attributes if name in ("src", "href") or name.startswith("on")}
     assert all(value.startswith("#") for name, value in found.attributes if name == "xlink:href")
     ids = Counter(value for name, value in found.attributes if name == "id")
-    assert max(ids.values()) == 1, "charts of one page must not share ids"
+    assert max(ids.values()) == 1, "ids are unique over all charts of the page"
     assert found.tags.count("svg") == len(figures(report)) == 7
     assert any(HOSTILE in cell for cell in found.cells)
     numbers = dict(zip(found.cells[0::3], found.cells[1::3], strict=False))
     assert float(numbers["f1"]) == pytest.approx(report["metrics"]["f1"], abs=5e-4)
 
 
-def test_tensorboard_shows_questions_as_they_are(report):
-    """By TensorBoard's own Markdown: a list of three entries a mistake, and nothing of the data taken for marks."""
+def test_tensorboard_renders_texts_literally(report):
+    """By TensorBoard's own Markdown: three list entries per mistake, and no text of the data taken for markup."""
     from tensorboard.plugin_util import markdown_to_safe_html
 
     shown = markdown_to_safe_html(markdown_parts(report)["mistakes"])

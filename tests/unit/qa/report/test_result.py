@@ -1,4 +1,4 @@
-"""The result of one pass: each question's numbers, samples, and the report whose means they are."""
+"""The result of one scoring pass: the numbers of each question, samples and report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qa_deepspeed.qa.report.samples import SAMPLES, Sample, sample_list, sample_
 
 
 @pytest.mark.parametrize("in_memory", [8192, 16])
-def test_the_result_is_that_of_each_question(monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
-    """Also with records that spill into a file."""
+def test_result_has_the_numbers_of_each_question(monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
+    """With records in memory and spilled to a file."""
     monkeypatch.setattr(records, "RECORDS_IN_MEMORY", in_memory)
     count = 50
     examples = [
@@ -43,7 +43,7 @@ def test_the_result_is_that_of_each_question(monkeypatch: pytest.MonkeyPatch, in
     ]
 
 
-def test_answerable_data_has_no_odds() -> None:
+def test_v1_data_has_no_null_odds() -> None:
     builder = ResultBuilder(False, "en", 1)
     example, nbest = Example("q", "who?", "Ann", (Answer("Ann", 0),)), columns_of([("Ann", 0.5, 1.0, 0.0, 0)])
     list(builder.observe([example], [Prediction("q", "Ann", nbest, None)], [1]))
@@ -57,7 +57,7 @@ def test_samples_are_spread_over_the_file(count: int) -> None:
     assert not count or {0, count - 1} <= numbers
 
 
-def test_samples_say_whether_they_are_right() -> None:
+def test_sample_list_marks_right_and_wrong_answers() -> None:
     samples = [Sample("a?", ("x", "x"), "x", 1.0), Sample("b?", (), "y", 0.0), Sample("c?", ("x y",), "x", 2 / 3)]
     assert sample_list(samples).splitlines() == [
         "- **right** a?",
