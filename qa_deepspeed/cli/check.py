@@ -31,6 +31,7 @@ from qa_deepspeed.runs.folder import lock_run_dir, resume_decision
 from qa_deepspeed.training.features import longest_rows_at_once, look_up_features
 from qa_deepspeed.training.stopping import save_interval
 from qa_deepspeed.training.validate import validate_options
+from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB
 
@@ -188,7 +189,7 @@ def _model(checked: PreflightState) -> list[str]:
 
 
 def _element(resolved: ResolvedConfig) -> int:
-    return 2 if resolved.precision in ("bf16", "fp16") else 4
+    return weight_dtype(resolved.precision).itemsize
 
 
 def _data(checked: PreflightState) -> list[str]:

@@ -23,10 +23,10 @@ from qa_deepspeed.models.loading import model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters, save_weights
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
 from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.dtypes import DTYPES
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import write_json
+from qa_deepspeed.utils.files import move_files, write_json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD_FILE = "run.json"
 """Written last: an export that has it is whole."""
 PARTIAL = ".partial"
@@ -92,8 +92,7 @@ def export(
         AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER).save_pretrained(aside)
         proof = verify_saved_model(aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge)
         record = {"step": loop.step, **proof, "checkpoint": str(checkpoint.resolve())}
-        for path in aside.iterdir():
-            os.replace(path, out / path.name)
+        move_files(aside, out)
         write_json(out / RECORD_FILE, {"status": "exported", "export": record})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None

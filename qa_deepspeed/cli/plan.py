@@ -22,6 +22,7 @@ from qa_deepspeed.engine.memory import MemoryEstimate, ZeroSettings, countable, 
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, check_lora
+from qa_deepspeed.utils.dtypes import LONG_NAMES, weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB
 
@@ -114,9 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measured_peaks(device: torch.device) -> dict[str, float]:
     """Measured matrix FLOP/s of `device` in each type of training; torch_autocast has those of the half types."""
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if device.type == "cuda":
-        kinds["float16"] = torch.float16
+    kinds = {name: kind for name, kind in LONG_NAMES.items() if device.type == "cuda" or kind != torch.float16}
     return {name: measured_peak_flops(device, kind) for name, kind in kinds.items()}
 
 
@@ -174,7 +173,7 @@ def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tupl
             ds_config.check_trainable(resolved)
         except UserError:  # such a config is no choice
             continue
-        element = 2 if resolved.precision in ("bf16", "fp16") else 4
+        element = weight_dtype(resolved.precision).itemsize
         if model is None:
             kind = torch.bfloat16 if element == 2 else torch.float32
             model = footprint(model_config, resolved.plan.micro_batch_size, run_options.max_seq_length, kind, lora)

@@ -11,6 +11,7 @@ import torch
 
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import GIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
@@ -55,7 +56,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_MMAP_THRESHOLD, GIB)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -24,6 +24,7 @@ from qa_deepspeed.engine.shards import Shards, fill_engine
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.dtypes import dtype_named, weight_dtype
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -58,7 +59,7 @@ class EvalModel:
         self.device = device
         self.zero_stage = resolved.zero_stage
         self.precision = resolved.precision
-        self._autocast_type = getattr(torch, resolved.config.get("torch_autocast", {}).get("dtype", "bfloat16"))
+        self._autocast_dtype = dtype_named(resolved.config.get("torch_autocast", {}).get("dtype", "bfloat16"))
 
     def eval_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the model returns, without dropout and gradients. Collective under ZeRO-3.
@@ -66,7 +67,7 @@ class EvalModel:
         ZeRO-3 moves parameters in and out in place, which inference mode forbids.
         """
         no_grad = torch.no_grad if self.zero_stage == 3 else torch.inference_mode
-        autocast = torch.autocast(self.device.type, self._autocast_type, enabled=self.precision == "torch_autocast")
+        autocast = torch.autocast(self.device.type, self._autocast_dtype, enabled=self.precision == "torch_autocast")
         with no_grad(), autocast:
             return self.module(**inputs)
 
@@ -142,8 +143,8 @@ class Engine(EvalModel):
 
     def measured_peak_flops(self) -> float:
         """Matrix operations a second that this rank's device does in the type of the training."""
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": self._autocast_type}
-        return measured_peak_flops(self.device, kinds.get(self.precision, torch.float32))
+        dtype = self._autocast_dtype if self.precision == "torch_autocast" else weight_dtype(self.precision)
+        return measured_peak_flops(self.device, dtype)
 
     def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the model returns, with dropout and gradients."""
@@ -292,5 +293,4 @@ def evaluation_model(
         deepspeed = import_deepspeed(resolved.options.verbose_logging)
         engine, *_ = deepspeed.initialize(model=model, config=config)
         return Engine(engine, resolved, device)
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32)
-    return EvalModel(model.to(device=device, dtype=kind), resolved, device)
+    return EvalModel(model.to(device=device, dtype=weight_dtype(resolved.precision)), resolved, device)

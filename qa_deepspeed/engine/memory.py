@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qa_deepspeed.models.footprint import Footprint
+from qa_deepspeed.utils.units import GIB
 
 STAGE_0_BUCKET = 500_000_000
 """Elements that stage 0 flattens and reduces at once (`MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine)."""
@@ -36,7 +37,7 @@ STAGE_0_BUCKET = 500_000_000
 PROCESS_HOST_BYTES = 300 * 2**20
 """Anonymous host memory of a rank before any model: Python, torch, Transformers and DeepSpeed as imported."""
 
-PROCESS_DEVICE_BYTES = 2 * 2**30
+PROCESS_DEVICE_BYTES = 2 * GIB
 """Device memory that no tensor has: the CUDA context, NCCL's channels, kernel workspaces. An allowance."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from qa_deepspeed.runs.lock import LOCK_FILE, RunLock
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import write_json
+from qa_deepspeed.utils.files import move_files, write_json
 
 RUN_FILE = "run.json"
 
@@ -210,9 +209,7 @@ def save_model(
     write_json(aside / "training_args.json", options.to_dict())
     torch.save(options.to_dict(), aside / "training_args.bin")
     checked = check(aside, saved)
-    for path in aside.iterdir():
-        os.replace(path, output_dir / path.name)
-    aside.rmdir()
+    move_files(aside, output_dir)
     return checked
 
 

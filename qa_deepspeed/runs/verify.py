@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qa_deepspeed.models.lora import CONFIG_FILE, load_by_peft
+from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import apply_umask
 from qa_deepspeed.utils.progress import ProgressBar
@@ -25,9 +26,6 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "torch_autocast": 5e-2}
 
 MERGED_TOLERANCE = 1e-4
 """The least tolerance for a model whose adapters were merged into its weights: sums in another order."""
-
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type of the weights that an engine of a precision computes with, where it is not float32."""
 
 OTHER_DEVICE = 10
 """So many times the tolerance where the engine was on another kind of device than the proof is."""
@@ -105,7 +103,7 @@ def verify_saved_model(
             f"({', '.join(wrong[:3])}); it must not be used"
         )
     record: dict[str, Any] = {"tensors": len(loaded), "dtype": str(dtype).removeprefix("torch.")}
-    if dtype not in (torch.float32, TYPES.get(probe.precision)):
+    if dtype not in (torch.float32, weight_dtype(probe.precision)):
         return record
     difference = largest_difference(model, probe)
     tolerance = max(TOLERANCES[probe.precision], MERGED_TOLERANCE if merged else 0.0)
@@ -151,8 +149,7 @@ def _counting(model: torch.nn.Module) -> Iterator[None]:
 
 def largest_difference(model: torch.nn.Module, probe: ReferenceOutputs) -> float:
     """Between the model's answers, in the precision of the probe, and the probe's, relative where logits exceed 1."""
-    if probe.precision in TYPES:
-        model = model.to(TYPES[probe.precision])
+    model = model.to(weight_dtype(probe.precision))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=probe.precision == "torch_autocast")
     with torch.inference_mode(), autocast, _counting(model):
         found = named_outputs(model(**probe.inputs))

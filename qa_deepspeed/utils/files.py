@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Write files whole or not at all: under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,35 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Write UTF-8 text, whole or not at all. `errors` as in `str.encode`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new empty file beside `path`, which gets its name at the end, or is removed on an error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors=errors) as file:
-            file.write(text)
-        apply_umask(Path(temporary))
+        yield temporary
+        apply_umask(temporary)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder into another one of the same disk, each whole, and remove the folder."""
+    for path in source.iterdir():
+        os.replace(path, target / path.name)
+    source.rmdir()
 
 
 @contextlib.contextmanager
 def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Inside, a disk that refuses is a UserError which says that `path` cannot be written."""
+    """Inside, an error of the disk becomes a UserError which says that `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -43,7 +57,7 @@ def os_errors_as_user_errors(path: Path) -> Iterator[None]:
 
 
 def apply_umask(path: Path) -> None:
-    """Give a file the rights that new files have: safetensors gives its own to nobody but their owner."""
+    """Give a file the permissions of new files: tempfile and safetensors let only the owner read theirs."""
     path.chmod(0o666 & ~_umask())
 
 
