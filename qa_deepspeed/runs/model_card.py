@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qa_deepspeed.config.run_options import AUTO, RunOptions
+from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.run_options import RunOptions
 
 CARD_FILE = "README.md"
 TASK = "question-answering"
