@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from qa_deepspeed.engine.checkpoint import whole_weights
+from qa_deepspeed.engine.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState, damage, read_loop_state
 from qa_deepspeed.models.loading import model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters, save_weights
@@ -107,7 +107,7 @@ def _as_trained(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dic
     """The model without its weights, and these; with its adapters, if it has any."""
     with torch.device("meta"):
         model, _ = _model(checkpoint, loop)
-    return model.to(DTYPES[dtype]), whole_weights(checkpoint, DTYPES[dtype])
+    return model.to(DTYPES[dtype]), full_weights(checkpoint, DTYPES[dtype])
 
 
 def _merged(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -115,7 +115,7 @@ def _merged(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[st
     model, tuner = _model(checkpoint, loop)
     if tuner is None:
         raise UserError(f"{checkpoint} was trained without LoRA, there is nothing to merge: leave --merge_lora out")
-    model.load_state_dict(whole_weights(checkpoint))
+    model.load_state_dict(full_weights(checkpoint))
     merged = tuner.merge_and_unload(progressbar=sys.stderr.isatty()).to(DTYPES[dtype])
     return merged, merged.state_dict()
 

@@ -141,7 +141,7 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
         return
     words = "{} ranks at ZeRO stage {} in {}"
     dist.log0(f"carrying {checkpoint} over from {words.format(*theirs)} to {words.format(*ours)}")
-    engine.carry_over(_shards(checkpoint, state))
+    engine.load_resharded(_shards(checkpoint, state))
 
 
 def _require_shards_everywhere(checkpoint: Path, state: LoopState, ranks: Iterable[int]) -> None:
@@ -155,7 +155,7 @@ def _require_shards_everywhere(checkpoint: Path, state: LoopState, ranks: Iterab
         raise problem or UserError(f"other nodes lack shards of {checkpoint}, see their messages")
 
 
-def whole_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def full_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A checkpoint's model weights, put together from the shards; no DeepSpeed engine is needed.
 
     Raises:

@@ -82,7 +82,7 @@ class EvalModel:
             self.module.train(training)
 
 
-class CarefulWriter:
+class DeferringWriter:
     """DeepSpeed's writer of checkpoint files, but for one thing: a write that fails is kept, not raised.
 
     DeepSpeed's save has barriers in it: a rank that left in the middle would leave the others waiting there.
@@ -110,7 +110,7 @@ class Engine(EvalModel):
     def __init__(self, deepspeed_engine: Any, resolved: ResolvedConfig, device: torch.device) -> None:
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
-        self._writer = CarefulWriter(compat.checkpoint_writer(deepspeed_engine))
+        self._writer = DeferringWriter(compat.checkpoint_writer(deepspeed_engine))
         compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
         self.grad_norm: float | None = None
@@ -181,7 +181,7 @@ class Engine(EvalModel):
             norm = norm if norm is not None else self._engine.get_global_grad_norm()
             self.grad_norm = float(norm) if norm is not None else None
 
-    def whole_state(self) -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The model's whole state dict on the CPU of rank 0, None elsewhere. Collective."""
         if self.zero_stage == 3:
             return compat.consolidated_state_dict(self._engine)
@@ -221,16 +221,16 @@ class Engine(EvalModel):
         groups = parameter_groups(self.module, weight_decay=0.0)
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
-    def carry_over(self, shards: Shards) -> None:
+    def load_resharded(self, shards: Shards) -> None:
         """Take weights and optimizer state out of a checkpoint of other ranks or another stage. Collective.
 
         Raises:
             UserError: as `shards.fill_engine`.
         """
         fill_engine(self._engine, shards)
-        self.follow_options(shards.common.steps - shards.common.skipped)
+        self.apply_options(shards.common.steps - shards.common.skipped)
 
-    def follow_options(self, updates: int) -> None:
+    def apply_options(self, updates: int) -> None:
         """Use this run's own hyperparameters, not those of a checkpoint, after so many updates of the optimizer.
 
         A schedule of the DeepSpeed config keeps its own count.

@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
     tells two checkouts apart."""
     found = {name: _version(name) for name in PACKAGES}
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return found | {"qa_deepspeed": f"code {digest.hexdigest()[:12]}"}

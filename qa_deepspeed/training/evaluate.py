@@ -155,7 +155,7 @@ def model_of_checkpoint(folder: Path, facts: ModelFacts, resolved: ResolvedConfi
     adapters = LoraSettings.of(read_loop_state(folder).options)
     if adapters is not None:
         add_adapters(model, adapters, str(resolved.options.model_name_or_path), resolved.options.seed)
-    model.load_state_dict(checkpoint.whole_weights(folder))
+    model.load_state_dict(checkpoint.full_weights(folder))
     whole = dataclasses.replace(resolved, config={**resolved.config, "zero_optimization": {"stage": 0}})
     return evaluation_model(model, {}, whole, device)
 

@@ -137,12 +137,12 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         best = _best_before(run, done) if run.options.load_best_model_at_end else None
         reader: EvalModel = engine
         if best is None:
-            probe, state = reference_outputs_of(engine, run), engine.whole_state()
+            probe, state = reference_outputs_of(engine, run), engine.full_state_dict()
         else:
             loop = read_loop_state(best)
             done = run_identity.completed_steps(loop, run.identity, len(run.store))
             probe = load_reference_outputs(best, loop.precision, loop.device)
-            state = checkpoint.whole_weights(best, next(engine.module.parameters()).dtype)
+            state = checkpoint.full_weights(best, next(engine.module.parameters()).dtype)
             reader = model_of_checkpoint(best, facts, run.resolved, engine.device)
         proof = dist.run_on_rank_zero(lambda: _save_proved(engine, run, state, probe))
         evaluation = Evaluation({}, None)
@@ -239,7 +239,7 @@ def _resume(engine: Engine, run: Run, folder: Path) -> int:
     run.best.restore(state.best)
     step = run_identity.completed_steps(state, run.identity, len(run.store))
     if state.identity != run.identity:
-        engine.follow_options(step)
+        engine.apply_options(step)
     other = run_identity.other_versions(state.versions, software()["versions"])
     if other:
         dist.log0(f"note: {folder} was written with other versions ({other}): results may differ in rounding")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from qa_deepspeed.cli.export import export
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint import whole_weights
+from qa_deepspeed.engine.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.shards import Shards
@@ -296,7 +296,7 @@ def the_best_model_stays_and_is_the_end() -> None:
     assert {path.name for path in checkpoints(folder)} == {f"checkpoint-{best}", f"checkpoint-{len(values)}"}
     if dist.is_rank_zero():
         saved = load_file(folder / "model.safetensors")
-        weights = whole_weights(folder / f"checkpoint-{best}")
+        weights = full_weights(folder / f"checkpoint-{best}")
         assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
         assert logged("best", "eval/HasAns_f1")[-1] == max(values)
         proof = json.loads((folder / "run.json").read_text())["proof"]
@@ -325,7 +325,7 @@ def a_changed_batch_keeps_the_best_model() -> None:
     folder = FOLDER / "batch"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4.batch8", "checkpoint-6"], printed
     if dist.is_rank_zero():
-        saved, weights = load_file(folder / "model.safetensors"), whole_weights(folder / "checkpoint-4.batch8")
+        saved, weights = load_file(folder / "model.safetensors"), full_weights(folder / "checkpoint-4.batch8")
         assert all(torch.equal(saved[name], weights[name]) for name in saved)
         losses_then = logged("batch", "eval/loss")
         assert losses_then[-1] == min(losses_then) < losses_then[-2]
@@ -370,7 +370,7 @@ def exports_are_proved_from_every_stage() -> None:
             FOLDER / "whole/model.safetensors"
         ).read_bytes()
         probe = load_reference_outputs(FOLDER / "whole/checkpoint-2", "fp32", "cpu")
-        for state, words in ((whole_weights(FOLDER / "whole/checkpoint-4"), "tensors differ"), (full, "logits differ")):
+        for state, words in ((full_weights(FOLDER / "whole/checkpoint-4"), "tensors differ"), (full, "logits differ")):
             try:
                 verify_saved_model(out, state, probe)
             except UserError as error:

@@ -10,7 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from qa_deepspeed.cli.export import export
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint import whole_weights
+from qa_deepspeed.engine.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER
 from qa_deepspeed.inference.answerer import QuestionAnswerer
 from qa_deepspeed.models.lora import WEIGHTS_FILE
@@ -40,7 +40,7 @@ def every_stage_trains_the_same_adapters() -> None:
         for name in found:
             torch.testing.assert_close(found[name], tensors[name], rtol=1e-4, atol=1e-6)
         assert not (FOLDER / stage / "model.safetensors").exists()
-        weights = whole_weights(FOLDER / stage / "checkpoint-2")
+        weights = full_weights(FOLDER / stage / "checkpoint-2")
         for name in base:
             own = name if name in weights else name.replace(".weight", ".base_layer.weight")
             own = own if own in weights else name.replace(".bias", ".base_layer.bias")
