@@ -323,7 +323,7 @@ def test_several_files_are_read_in_order(tmp_path, expected):
 
 MEASURE_MEMORY = """
 import re, sys
-from qa_deepspeed.qa.readers import DataSource, ReadReport, read_examples
+from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 def anonymous_kilobytes():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 examples = read_examples(DataSource((sys.argv[1],), "train", False), ReadReport())
@@ -336,7 +336,7 @@ print(count, anonymous_kilobytes() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-def test_reading_json_lines_takes_the_memory_of_the_ids_hashes_only(tmp_path, packed):
+def test_reading_json_lines_takes_the_memory_of_the_id_hashes_only(tmp_path, packed):
     path = tmp_path / "d.jsonl"
     rows, padding = 60_000, "long context " * 100
     with gzip.open(path, "wb", 1) if packed else open(path, "wb") as handle:
