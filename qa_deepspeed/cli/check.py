@@ -26,14 +26,15 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import head_kind, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings
-from qa_deepspeed.runs import identity as run_identity
-from qa_deepspeed.runs.folder import lock_run_dir, resume_decision
+from qa_deepspeed.runs.folder import lock_run_dir
+from qa_deepspeed.runs.identity import run_fingerprint
+from qa_deepspeed.runs.resume import FINISHED, RESUME, START, refuse_overwriting, resume_decision
 from qa_deepspeed.training.features import longest_rows_at_once, look_up_features
 from qa_deepspeed.training.stopping import save_interval
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.units import GIB
+from qa_deepspeed.utils.units import GIB, plural
 
 DEFAULT_PORT = 29500
 CACHE_PER_INPUT = 2.0
@@ -59,7 +60,7 @@ class PreflightState:
 
 
 class SkipCheck(Exception):
-    """A fault above keeps this from being looked at."""
+    """An earlier fault makes this check impossible."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +89,7 @@ def check(
     port: int = DEFAULT_PORT,
     ssh_port: int | None = None,
 ) -> int:
-    """Look at everything and print it, faults marked; 0 if there is none, else 1."""
+    """Check everything and print the result, faults marked; 0 if there is none, else 1."""
     quiet_transformers(run_options.verbose_logging)
     gpus = 0 if run_options.no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
     ranks = ranks or int(os.environ.get("WORLD_SIZE", "0")) or max(1, gpus)
@@ -102,7 +103,7 @@ def check(
             bad.append(str(error))
             print(f"{topic:10} FAULT {error}", flush=True)
         except SkipCheck:
-            print(f"{topic:10} not looked at, for the faults above", flush=True)
+            print(f"{topic:10} not checked, because of the faults above", flush=True)
         else:
             for line in lines:
                 print(f"{topic:10} {line}", flush=True)
@@ -120,7 +121,7 @@ def _read_hosts(checked: PreflightState, hostfile: Path) -> list[str]:
     checked.hosts = hosts.read_hostfile(hostfile)
     checked.ranks = sum(host.slots for host in checked.hosts)
     checked.ranks_here = max(host.slots for host in checked.hosts)
-    return [f"{len(checked.hosts)} hosts, {checked.ranks} ranks"]
+    return [f"{plural(len(checked.hosts), 'host')}, {plural(checked.ranks, 'rank')}"]
 
 
 def _config(checked: PreflightState) -> list[str]:
@@ -198,7 +199,7 @@ def _data(checked: PreflightState) -> list[str]:
     evaluates = run_options.do_eval or run_options.evaluate_during_training
     for purpose in ("train", "evaluate") if evaluates else ("train",):
         if not run_options.data_file(purpose) and run_options.dataset_name:
-            lines.append(f"{purpose}: {run_options.dataset_name} of the hub, looked at when the run starts")
+            lines.append(f"{purpose}: {run_options.dataset_name} of the hub, read when the run starts")
             continue
         fingerprint, counts = look_up_features(run_options, purpose, facts)
         checked.features[purpose] = fingerprint, counts
@@ -235,7 +236,7 @@ def _schedule(checked: PreflightState) -> list[str]:
 
 
 def learning_rates(run_options: RunOptions, steps: int) -> list[float]:
-    """The rate of every optimizer step by the default schedule, which is run on a parameter that stands in."""
+    """Learning rate of every optimizer step by the default schedule, computed on a dummy parameter."""
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_options.learning_rate)
     schedule = default_schedule(stand_in, run_options, steps)
     rates = []
@@ -284,7 +285,7 @@ def free_host_memory() -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
-    raise UserError("/proc/meminfo does not tell MemAvailable")
+    raise UserError("/proc/meminfo has no MemAvailable")
 
 
 def _disk(checked: PreflightState) -> list[str]:
@@ -328,27 +329,25 @@ def _output(checked: PreflightState) -> list[str]:
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
     if not folder.exists():
-        return [f"{folder} will be made"]
+        return [f"{folder} will be created"]
     lock = lock_run_dir(folder, run_options)
     if lock is not None:
         lock.release()
     if run_options.overwrite_output_dir:
-        return [f"{folder}: what another run left there will be removed"]
+        refuse_overwriting(folder, run_options)
+        return [f"{folder}: an earlier run there will be removed once this one has saved something"]
     fingerprint, counts = checked.features.get("train", ("", None))
     if checked.steps is None or checked.resolved is None or counts is None:
         return [f"{folder} is there; whether it holds this run is known once the features are built"]
     resolved = checked.resolved
     head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
-    identity = run_identity.identity(resolved, fingerprint, checked.steps, head)
-    what = resume_decision(folder, resolved.options, identity)
-    return [
-        f"{folder}: "
-        + {
-            "fresh": "the run starts afresh",
-            "resume": "the run goes on from a checkpoint",
-            "finished": "holds this run, finished: there is nothing to do",
-        }[what]
-    ]
+    decision = resume_decision(folder, resolved.options, run_fingerprint(resolved, fingerprint, checked.steps, head))
+    words = {
+        START: "the run starts at step 0",
+        RESUME: "the run resumes from a checkpoint",
+        FINISHED: "holds this run, finished: there is nothing to do",
+    }
+    return [f"{folder}: {words[decision.action]}"]
 
 
 def _operators(checked: PreflightState) -> list[str]:

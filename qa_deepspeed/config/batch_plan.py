@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import plural
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BatchPlan:
     def __str__(self) -> str:
         return (
             f"{self.global_batch_size} rows a step = micro-batches of {self.micro_batch_size} x "
-            f"{self.gradient_accumulation_steps} accumulation steps x {self.world_size} ranks"
+            f"{plural(self.gradient_accumulation_steps, 'accumulation step')} x {plural(self.world_size, 'rank')}"
         )
 
 

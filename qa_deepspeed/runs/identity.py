@@ -1,4 +1,4 @@
-"""What makes a run this run: the settings that must be the same for it to be gone on with, and what differs."""
+"""The fingerprint of a run: settings that must match to resume, and what differs from a checkpoint's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OWN_NUMBERS = (
     "label_smoothing",
     "seed",
 )
-"""Options that count by themselves."""
+"""Options that are parts of the fingerprint themselves."""
 
 BEHIND = {
     "features": (
@@ -47,17 +47,17 @@ BEHIND = {
     "precision": ("bf16", "fp16", "fp16_opt_level"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
-"""What counts as one thing -> the options that it comes from."""
+"""Part of the fingerprint -> the options it is derived from."""
 
 FIXED = ("head", "optimizer", "scheduler", "lora")
-"""What weights or optimizer state of a checkpoint are made for: no run goes on with another."""
+"""Parts that the weights or the optimizer state of a checkpoint depend on: they can never change."""
 
 FOLLOWS = {"steps": ("features", "global_batch_size")}
-"""What changes by itself when something else does."""
+"""Part -> the parts that it follows: it may change when one of them may."""
 
 
-def identity(resolved: ResolvedConfig, features: str, steps: int, head: str) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with; everything else may change between two starts.
+def run_fingerprint(resolved: ResolvedConfig, features: str, steps: int, head: str) -> dict[str, Any]:
+    """Settings that must match the checkpoint to resume; all others may change.
 
     Args:
         features: fingerprint of the training rows. head: as `loading.head_kind`.
@@ -83,7 +83,7 @@ def refuse_changes(
     options: RunOptions,
     where: str,
 ) -> None:
-    """Refuse to go on with the run in `where` if it differs in anything that `resume_with_changes` does not name.
+    """Refuse to resume the run in `where` if it differs in anything that `resume_with_changes` does not name.
 
     Raises:
         UserError: each difference with its name, old and new value.
@@ -97,29 +97,31 @@ def refuse_changes(
     ]
     if not different:
         return
-    told = "; ".join(_difference(name, theirs.get(name), ours.get(name), their_options, options) for name in different)
-    ways = "Pass another --output_dir, or --overwrite_output_dir to start afresh"
+    differences = "; ".join(
+        _difference(name, theirs.get(name), ours.get(name), their_options, options) for name in different
+    )
+    ways = "Pass another --output_dir, or --overwrite_output_dir to start again"
     if not set(different) & set(FIXED):
-        ways += ", or --resume_with_changes NAME[,NAME] to go on with these changes"
-    raise UserError(f"{where} holds another run: {told}. {ways}")
+        ways += ", or --resume_with_changes NAME[,NAME] to resume with these changes"
+    raise UserError(f"{where} holds another run: {differences}. {ways}")
 
 
 def _allowed(options: RunOptions) -> set[str]:
-    """The parts of the identity that `resume_with_changes` names, by their own names or by those of their options."""
+    """Parts of the fingerprint that `resume_with_changes` names, by their own names or those of their options."""
     parts = {name: name for name in (*OWN_NUMBERS, *BEHIND) if name not in FIXED}
     parts |= {option: part for part, behind in BEHIND.items() if part not in FIXED for option in behind}
     named = [name.strip() for name in (options.resume_with_changes or "").split(",") if name.strip()]
     for name in named:
         if name not in parts:
             raise UserError(
-                f"resume_with_changes names '{name}', which may always change, or never, or is no option"
+                f"resume_with_changes names '{name}', which always may change, never may, or is no option"
                 f"{nearest(name, parts)}"
             )
     return {parts[name] for name in named}
 
 
 def may_change(part: str, options: RunOptions) -> bool:
-    """Whether `resume_with_changes` names this part of the identity."""
+    """Whether `resume_with_changes` names this part of the fingerprint."""
     return part in _allowed(options)
 
 
@@ -133,23 +135,24 @@ def _difference(name: str, old: Any, new: Any, their_options: Mapping[str, Any],
     if changed:
         return "; ".join(changed)
     if name == "features":
-        return f"{options.data_file('train') or options.dataset_name} holds or gives other training rows than it did"
+        return f"{options.data_file('train') or options.dataset_name} gives other training rows than before"
     return f"{name} was {old}, is {new}"
 
 
 def completed_steps(state: LoopState, ours: Mapping[str, Any], rows: int) -> int:
-    """Optimizer steps that this run counts as done where a checkpoint of the state `state` goes on in it.
+    """Optimizer steps that count as completed when this run resumes from a checkpoint with the state `state`.
 
-    With another global batch that is the same share of the same epoch, rounded down to whole steps.
+    With another global batch size that is the same fraction of the same epoch, rounded down to whole steps.
     """
     theirs, batch = state.identity["global_batch_size"], ours["global_batch_size"]
     if theirs == batch:
         return state.step
     epoch, within = divmod(state.step, -(-state.rows // theirs))
-    return epoch * -(-rows // batch) + within * theirs // batch
+    steps: int = epoch * -(-rows // batch) + within * theirs // batch
+    return steps
 
 
 def other_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Which versions differ between the writing of a checkpoint and now, in words; empty if none does."""
+    """Versions that differ between the writing of a checkpoint and now, in words; empty if none does."""
     changed = (name for name in now if then.get(name, now[name]) != now[name])
     return ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in changed)

@@ -1,4 +1,4 @@
-"""The training loop: each event says who takes part. The only loop there is."""
+"""The training loop: forward, backward, update, log, evaluate, save, stop. Every rank runs it together."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from qa_deepspeed.engine.flops import training_flops
 from qa_deepspeed.models.heads import Objective, head_of
 from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.runs.previous import PreviousRun
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
@@ -35,18 +36,21 @@ from qa_deepspeed.utils.progress import clock
 
 @dataclass
 class Run:
-    """The parts of a run, and what is known about it while it lasts."""
+    """The parts of a run, and what is recorded while it lasts."""
 
     options: RunOptions
     resolved: ResolvedConfig
     output_dir: Path
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
+    """Settings that must match to resume (`identity.run_fingerprint`)."""
     store: FeatureStore
     layout: Layout
     evaluation: EvaluationData | None
     steps: int
-    pacing: StopController
+    stops: StopController
     best: BestCheckpoint
+    previous: PreviousRun | None
+    """An earlier run that this one overwrites, on rank 0 until something is saved."""
     tokenizer: Any
     model_config: PretrainedConfig
     seconds: dict[str, float] = field(default_factory=dict)
@@ -68,21 +72,26 @@ class Run:
 
 
 def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) -> int:
-    """The loop, from optimizer step `first_step` (counted from 0) to the last; returns the steps that are done."""
+    """Run the loop from optimizer step `first_step` (counted from 0); returns the number of completed steps.
+
+    Raises:
+        Preempted: a signal or the time limit ended the run after a step; a checkpoint is saved.
+        UserError: a loss is not finite.
+    """
     options, plan = run.options, run.resolved.plan
-    rank, world_size = dist.rank(), dist.world_size()
+    rank = dist.rank()
     meter = ThroughputMeter(
         engine.device, training_flops(engine.module, run.model_config), engine.measured_peak_flops()
     )
-    watch = NonfiniteLossGuard(engine.device)
+    guard = NonfiniteLossGuard(engine.device)
     writer = checkpoint.Checkpoints(engine, run.output_dir, options.save_total_limit)
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
     number = first_step
-    for step, epoch, step_rows in _steps(run, first_step):
+    for step, step_rows in _steps(run, first_step):
         if run.best.exhausted:
-            dist.log0(f"stopped early: {run.best.metric} was best at step {run.best.step}")
+            dist.log0(f"early stopping: {run.best.metric} was best at step {run.best.step}")
             break
         number = step + 1
         logs = number % options.logging_steps == 0 or number == run.steps
@@ -96,51 +105,55 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             _seed_dropout(options.seed, step, micro, rank)
             with meter.clock.phase("forward"):
                 losses = head.losses(engine.train_forward(head.training_inputs(batch)), batch)
-                share = (losses * batch.weight).sum() / len(step_rows)  # of the mean over the global batch
+                loss = (losses * batch.weight).sum() / len(step_rows)  # this micro-batch's part of the mean
             with meter.clock.phase("backward"):
-                # DeepSpeed takes the mean over ranks and accumulation steps; the shares are to be added up.
-                engine.backward(share * (world_size * plan.gradient_accumulation_steps))
-            meter.add(share.detach(), run.store.lengths[rows], batch.inputs["input_ids"].shape[1])
-            watch.note(step, share.detach(), rate)
+                # DeepSpeed takes the mean over ranks and accumulation steps; these parts are to be summed.
+                engine.backward(loss * (plan.world_size * plan.gradient_accumulation_steps))
+            meter.add(loss.detach(), run.store.lengths[rows], batch.inputs["input_ids"].shape[1])
+            guard.note(step, loss.detach(), rate)
             with meter.clock.phase("update"):
                 engine.step(want_norm=logs)
         meter.end_step()
         reporter.advance()
-        if logs:  # every rank takes part in the sums, rank 0 writes
-            watch.check(run.ids_of_step, run.output_dir)
-            _log(engine, meter, reporter, run, number, epoch, rate)
+        if logs:  # every rank takes part in the all-reduce, rank 0 writes
+            guard.check(run.ids_of_step, run.output_dir)
+            _log(engine, meter, reporter, run, number, rate)
             run.throughput = meter.throughput()
         with meter.paused():
-            best_yet = False
+            is_best = False
             dist.set_stage(f"step {number}, evaluation and save")
-            on_the_way = number < run.steps or run.best.watching
-            if logs and options.evaluate_during_training and run.evaluation is not None and on_the_way:
+            evaluates = logs and options.evaluate_during_training and (number < run.steps or run.best.watching)
+            if evaluates and run.evaluation is not None:
                 metrics = evaluate_and_report(engine, run, run.evaluation, reporter, number).metrics
-                best_yet = run.best.observe(metrics, number, plan.global_batch_size)
-            verdict = run.pacing.after_step(number, run.steps)
-            if verdict.save or best_yet:  # every rank writes its shards
-                watch.check(run.ids_of_step, run.output_dir)
-                add_files = _what_export_needs(engine, run)
+                is_best = run.best.observe(metrics, number, plan.global_batch_size)
+            decision = run.stops.after_step(number, run.steps)
+            if decision.save or is_best:  # every rank writes its shards
+                guard.check(run.ids_of_step, run.output_dir)
                 best = run.best.checkpoint(plan.global_batch_size)
-                writer.save(_loop_state(engine, run, number), add_files, [best] if best else [])
-        if verdict.stop:
-            run.pacing.ask_for_requeue(verdict.stop)
-            raise Preempted(f"stopped by {verdict.stop} after step {number} of {run.steps}; the same command goes on")
+                add_files, keep = _files_for_export(engine, run), [best] if best else []
+                saved = writer.save(_loop_state(engine, run, number), add_files, keep)
+                if saved is not None and run.previous is not None:
+                    run.previous.discard()
+        if decision.stop:
+            run.stops.ask_for_requeue(decision.stop)
+            raise Preempted(
+                f"preempted by {decision.stop} after step {number} of {run.steps}; the same command resumes"
+            )
     return number
 
 
-def _steps(run: Run, first_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(step, epoch, rows of the global batch), by counting: any step of any epoch is found without replaying."""
+def _steps(run: Run, first_step: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The sampler: (step, rows of the global batch); any step of any epoch is found by counting, without a replay."""
     epoch, order = -1, []
     for step in range(first_step, run.steps):
         if step // run.steps_per_epoch != epoch:
             epoch = step // run.steps_per_epoch
             order = run.order_of_epoch(epoch)
-        yield step, epoch, order[step % run.steps_per_epoch]
+        yield step, order[step % run.steps_per_epoch]
 
 
 def _micro_batches(run: Run, step_rows: np.ndarray) -> list[np.ndarray]:
-    """This rank's share of a step, cut by rows or by tokens."""
+    """This rank's micro-batches of a step, cut by rows or by tokens."""
     rank, world_size = dist.rank(), dist.world_size()
     if run.options.max_tokens_per_batch:
         return micro_batches_by_tokens(step_rows, run.store.lengths, rank, world_size, run.options.max_tokens_per_batch)
@@ -148,38 +161,39 @@ def _micro_batches(run: Run, step_rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
-    """Dropout masks are a function of where we are, not of what came before: resuming need not restore anything."""
+    """Make dropout masks a function of seed, step, micro-batch and rank, so that resuming restores no random state."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _log(
-    engine: Engine, meter: ThroughputMeter, reporter: NullMetricsLogger, run: Run, number: int, epoch: int, rate: float
+    engine: Engine, meter: ThroughputMeter, reporter: NullMetricsLogger, run: Run, number: int, rate: float
 ) -> None:
-    """Read the meter on all ranks, tell on rank 0."""
+    """Read the meter on all ranks, log on rank 0."""
     values = meter.read()
-    rows_left = (run.steps - number) * run.resolved.plan.global_batch_size
-    values |= {"train/learning_rate": rate, "train/epoch": float(epoch)}
+    epoch = number / run.steps_per_epoch
+    values |= {"train/learning_rate": rate, "train/epoch": epoch}
     if engine.grad_norm is not None:
         values["train/grad_norm"] = engine.grad_norm
     if engine.precision == "fp16":
         values["train/loss_scale"] = engine.loss_scale
-    norm = "" if engine.grad_norm is None else f"grad norm {engine.grad_norm:.3f}  "
+    norm = "" if engine.grad_norm is None else f"grad_norm {engine.grad_norm:.2f}  "
+    rows_left = (run.steps - number) * run.resolved.plan.global_batch_size
     reporter.log(
         number,
         values,
-        f"step {number}/{run.steps}  loss {values['train/loss']:.4f}  lr {rate:.3e}  {norm}"
-        f"{values['speed/questions_per_second']:.1f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
-        f"padding {values['speed/padding']:.1%}  of roof {values['speed/mfu']:.0%}  "
-        f"{clock(rows_left / values['speed/questions_per_second'])} left",
+        f"step {number}/{run.steps}  epoch {epoch:.2f}  loss {values['train/loss']:.4f}  lr {rate:.1e}  {norm}"
+        f"{values['speed/questions_per_second']:.0f} questions/s  {values['speed/tokens_per_second']:,.0f} tokens/s  "
+        f"padding {values['speed/padding']:.1%}  MFU {values['speed/mfu']:.0%}  "
+        f"ETA {clock(rows_left / values['speed/questions_per_second'])}",
     )
 
 
 def evaluate_and_report(
-    reader: EvalModel, run: Run, data: EvaluationData, reporter: NullMetricsLogger, number: int
+    model: EvalModel, run: Run, data: EvaluationData, reporter: NullMetricsLogger, number: int
 ) -> Evaluation:
     """Evaluate after optimizer step `number` and log the scores and the report. Collective."""
     began = time.perf_counter()
-    evaluation = evaluate(reader, data, run.options, run.output_dir)
+    evaluation = evaluate(model, data, run.options, run.output_dir)
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
     metrics = evaluation.metrics
     numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -189,21 +203,21 @@ def evaluate_and_report(
 
 
 def reference_outputs_of(engine: Engine, run: Run) -> ReferenceOutputs:
-    """A few rows and the engine's answers, to prove what is saved with. Collective under ZeRO-3."""
+    """A few rows and the engine's logits, for the reload check of what is saved. Collective under ZeRO-3."""
     batch = make_batch(run.store.take, np.arange(min(REFERENCE_ROWS, len(run.store))), run.layout)
     head = head_of(engine.module, run.options.version_2_with_negative)
     return reference_outputs(engine, head.inputs(batch))
 
 
-def _what_export_needs(engine: Engine, run: Run) -> Callable[[Path], None]:
-    """What a checkpoint holds so that a model can be made of it anywhere: config, tokenizer, answers to prove it by."""
-    probe = reference_outputs_of(engine, run)
+def _files_for_export(engine: Engine, run: Run) -> Callable[[Path], None]:
+    """Writes what `export` needs beside the shards: config, tokenizer, and logits for the reload check."""
+    reference = reference_outputs_of(engine, run)
     config: Any = engine.module.config
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder / MODEL_FOLDER)
         run.tokenizer.save_pretrained(folder / MODEL_FOLDER)
-        save_reference_outputs(folder, probe)
+        save_reference_outputs(folder, reference)
 
     return write
 
@@ -215,7 +229,7 @@ def _loop_state(engine: Engine, run: Run, number: int) -> LoopState:
         zero_stage=engine.zero_stage,
         precision=engine.precision,
         device=engine.device.type,
-        identity=run.identity,
+        identity=run.fingerprint,
         rows=len(run.store),
         optimized=engine.optimized_names,
         options=run.options.to_dict(),

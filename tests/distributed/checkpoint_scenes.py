@@ -395,8 +395,7 @@ def one_rank_goes_on_and_stops() -> None:
     for stage in STAGES:
         printed = stopping_at(4, f"ranks_{stage}", deepspeed_config=stage)
         assert (
-            "8 rows a step = micro-batches of 4 x 2 accumulation steps x 1 ranks" in printed
-            and "step 2 of 6" in printed
+            "8 rows a step = micro-batches of 4 x 2 accumulation steps x 1 rank" in printed and "step 2 of 6" in printed
         ), printed
 
 

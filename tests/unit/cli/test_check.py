@@ -84,7 +84,7 @@ def test_a_good_run_is_told_what_it_would_do(run: RunOptions, capsys: pytest.Cap
     assert check(run, ranks=2, port=free_port()) == 0
     out = capsys.readouterr().out
     assert "zero2: ZeRO stage 2, fp32, on CPUs" in out
-    assert "8 rows a step = micro-batches of 4 x 1 accumulation steps x 2 ranks" in out
+    assert "8 rows a step = micro-batches of 4 x 1 accumulation step x 2 ranks" in out
     assert "learning_rate 0.0001   (the command line)" in out and "seed 42   (default)" in out
     assert "20 questions, 20 features in the cache" in out
     assert "9 optimizer steps" in out

@@ -9,9 +9,10 @@ import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.ds_config import ResolvedConfig, resolve
-from qa_deepspeed.runs.folder import claim, resume_decision, writable_folder, write_run
-from qa_deepspeed.runs.identity import identity
+from qa_deepspeed.runs.folder import lock_run_dir, writable_folder, write_run
+from qa_deepspeed.runs.identity import run_fingerprint
 from qa_deepspeed.runs.lock import LOCK_FILE
+from qa_deepspeed.runs.resume import resume_decision
 from qa_deepspeed.utils.errors import UserError
 from tests.unit.small_disk import mounted
 
@@ -22,14 +23,14 @@ def resolved(**options: object) -> ResolvedConfig:
 
 def begin(folder: Path, ours: ResolvedConfig, head: str = "span") -> str:
     """What a run of these settings would do in `folder`."""
-    return resume_decision(folder, ours.options, identity(ours, "features", 100, head))
+    return resume_decision(folder, ours.options, run_fingerprint(ours, "features", 100, head)).action
 
 
 @pytest.fixture
 def held(tmp_path: Path) -> Path:
     """The folder of an unfinished run with the default settings, and no checkpoint yet."""
     theirs = resolved()
-    write_run(tmp_path, "running", identity(theirs, "features", 100, "span"), options=theirs.options.to_dict())
+    write_run(tmp_path, "running", run_fingerprint(theirs, "features", 100, "span"), options=theirs.options.to_dict())
     return tmp_path
 
 
@@ -38,9 +39,9 @@ def config_file(folder: Path, **sections: object) -> str:
     return str(folder / "config.json")
 
 
-def test_the_same_run_goes_on(held: Path) -> None:
-    assert begin(held, resolved()) == "fresh"
-    assert begin(held, resolved(save_steps=7, deepspeed_config="zero3")) == "fresh"
+def test_the_same_run_resumes(held: Path) -> None:
+    assert begin(held, resolved()) == "start"
+    assert begin(held, resolved(save_steps=7, deepspeed_config="zero3")) == "start"
 
 
 ADAM = {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.98]}}
@@ -69,32 +70,32 @@ def test_another_optimizer_or_schedule_is_refused_by_name(
 def test_another_head_is_refused_by_name_and_cannot_be_allowed(held: Path) -> None:
     with pytest.raises(UserError, match="head was span, is beam"):
         begin(held, resolved(qa_head="beam"), "beam")
-    with pytest.raises(UserError, match="names 'head', which may always change, or never, or is no option"):
+    with pytest.raises(UserError, match="names 'head', which always may change, never may, or is no option"):
         begin(held, resolved(qa_head="beam", resume_with_changes="head"), "beam")
-    assert begin(held, resolved(qa_head="span")) == "fresh"  # what it was without being said
+    assert begin(held, resolved(qa_head="span")) == "start"  # what it was without being said
 
 
 def test_another_run_is_refused_with_what_differs(held: Path) -> None:
     with pytest.raises(UserError, match="learning_rate was 5e-05, is 0.01; seed was 42, is 7.*--resume_with_changes"):
         begin(held, resolved(learning_rate=0.01, seed=7))
-    assert begin(held, resolved(learning_rate=0.01, seed=7, resume_with_changes="learning_rate,seed")) == "fresh"
+    assert begin(held, resolved(learning_rate=0.01, seed=7, resume_with_changes="learning_rate,seed")) == "start"
 
 
 def test_a_cache_inside_a_new_output_folder_is_no_other_run(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "features").touch()
-    assert begin(tmp_path, resolved(cache_dir=str(cache))) == "fresh"
+    assert begin(tmp_path, resolved(cache_dir=str(cache))) == "start"
     with pytest.raises(UserError, match="is not empty"):
         begin(tmp_path, resolved())
 
 
 def test_a_folder_that_will_be_written_is_held_and_another_is_not_touched(tmp_path: Path) -> None:
-    """A run that overwrites what is no run's is at work there as any other."""
+    """Also for a run that is asked to overwrite."""
     (tmp_path / "thesis.tex").touch()
     options = RunOptions(output_dir=str(tmp_path))
-    assert claim(tmp_path, options) is None and not (tmp_path / LOCK_FILE).exists()
-    lock = claim(tmp_path, replace(options, overwrite_output_dir=True))
+    assert lock_run_dir(tmp_path, options) is None and not (tmp_path / LOCK_FILE).exists()
+    lock = lock_run_dir(tmp_path, replace(options, overwrite_output_dir=True))
     assert lock is not None
     lock.release()
 
@@ -106,8 +107,8 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_read_only_folder_is_told_before_anything_else(read_only: Path) -> None:
+def test_a_read_only_folder_is_reported_before_anything_else(read_only: Path) -> None:
     with pytest.raises(UserError, match="cannot be written .Read-only file system.: pass another one"):
         writable_folder(str(read_only))
-    with pytest.raises(UserError, match="cannot make output_dir .*Read-only file system"):
+    with pytest.raises(UserError, match="cannot create output_dir .*Read-only file system"):
         writable_folder(str(read_only / "run"))

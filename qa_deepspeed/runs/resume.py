@@ -1,0 +1,191 @@
+"""Start, resume or nothing to do: decided from what an output folder holds, without changing anything there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.checkpoint_files import checkpoints, damage, newest_first, read_loop_state
+from qa_deepspeed.runs.folder import RUN_FILE, files_of_run, holds_files
+from qa_deepspeed.runs.identity import may_change, refuse_changes
+from qa_deepspeed.runs.requeue import REQUEUE_FILE
+from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import UserError
+
+START, RESUME, FINISHED = "start", "resume", "finished"
+
+NEWEST = ("auto", "true")
+"""Values of resume_from_checkpoint that ask for the newest checkpoint of the run, if there is one."""
+
+NEVER = ("never", "false")
+
+MICRO_BATCH_OPTIONS = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
+"""Where these are unchanged, a resumed run keeps its global batch size on any number of ranks."""
+
+INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "train_file", "predict_file", "deepspeed_config")
+"""Options that name what a run reads."""
+
+
+@dataclass(frozen=True)
+class ResumeDecision:
+    """What a run does in its output folder."""
+
+    action: str
+    """START, RESUME or FINISHED."""
+    checkpoint: str = ""
+    """With RESUME: a checkpoint folder, or "auto" for the newest whole one."""
+    overwrites: bool = False
+    """With START: what an earlier run left there is moved aside first (`files_of_run`)."""
+
+
+def resume_decision(output_dir: Path, options: RunOptions, fingerprint: dict[str, Any]) -> ResumeDecision:
+    """Decide what the run of `fingerprint` (`identity.run_fingerprint`) does in `output_dir`. For rank 0.
+
+    Raises:
+        UserError: the folder holds another run or other files, or the options contradict each other.
+    """
+    asked = options.resume_from_checkpoint
+    requeued = was_requeued(output_dir, fingerprint)
+    if options.overwrite_output_dir and not requeued:
+        refuse_overwriting(output_dir, options)
+        return ResumeDecision(START, overwrites=bool(files_of_run(output_dir)))
+    named = asked not in (*NEWEST, *NEVER)
+    if named:
+        state = read_loop_state(named_checkpoint(asked))
+        refuse_changes(state.identity, fingerprint, state.options, options, asked)
+    resume = ResumeDecision(RESUME, asked if named and not requeued else "auto")
+    if not holds_files(output_dir, options):
+        return resume if named else ResumeDecision(START)
+    run = read_run(output_dir)
+    if run is None or asked in NEVER:
+        raise UserError(
+            f"output_dir {output_dir} is not empty: pass another one, or --overwrite_output_dir to start again"
+        )
+    refuse_changes(run.get("identity", {}), fingerprint, run.get("options", {}), options, str(output_dir))
+    if named:
+        return resume
+    if run.get("status") == "finished" and run.get("identity") == fingerprint:
+        return ResumeDecision(FINISHED)
+    return resume if checkpoints(output_dir) else ResumeDecision(START)
+
+
+def refuse_overwriting(output_dir: Path, options: RunOptions) -> None:
+    """Refuse --overwrite_output_dir where it would remove what is not a run's, or what the new run needs.
+
+    Raises:
+        UserError: says which.
+    """
+    if options.resume_from_checkpoint not in (*NEWEST, *NEVER):
+        raise UserError(
+            "--overwrite_output_dir starts again and --resume_from_checkpoint resumes: leave one of them out"
+        )
+    if not holds_files(output_dir, options):
+        return
+    if read_run(output_dir) is None:
+        raise UserError(
+            f"output_dir {output_dir} holds files, but no run of this trainer (no {RUN_FILE}): pass another one"
+        )
+    removed = [path.resolve() for path in files_of_run(output_dir)]
+    for name, path in _inputs(options):
+        inside = path == output_dir.resolve() or any(path.is_relative_to(other) for other in removed)
+        if path.exists() and inside:
+            raise UserError(
+                f"--overwrite_output_dir would remove {path}, which --{name} names: copy it elsewhere, or pass another "
+                "--output_dir"
+            )
+
+
+def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
+    for name in INPUTS:
+        value = options.data_file("train" if name == "train_file" else "evaluate") if name.endswith("_file") else None
+        value = value or getattr(options, name)
+        for part in (value or "").split(","):
+            if part:
+                yield name, Path(part).resolve()
+
+
+def select_checkpoint(output_dir: Path, asked: str, fingerprint: dict[str, Any]) -> Path:
+    """The checkpoint to resume from: `asked`, or with "auto" the newest that is whole on every disk. Collective.
+
+    Checkpoints of the current settings come before those of earlier ones. Damaged ones that are passed over are named.
+
+    Raises:
+        UserError: none is whole.
+    """
+    auto = asked == "auto"
+    acting = dist.is_first_on_filesystem(output_dir)
+    found = newest_first(output_dir, fingerprint) if auto else [named_checkpoint(asked)]
+    for name in dist.broadcast_json([str(path) for path in found]):
+        problem = damage(Path(name)) if acting else None
+        if problem:
+            dist.log_rank(f"{name} is damaged and not used: {problem}")
+        if not dist.all_reduce_sum([problem is not None])[0]:
+            return Path(name)
+    if auto:
+        raise UserError(
+            f"no checkpoint in {output_dir} is whole, see above: put a good one there, or start again with "
+            "--overwrite_output_dir"
+        )
+    raise UserError(
+        f"checkpoint {asked} is damaged, see above: name another one, or leave --resume_from_checkpoint out"
+    )
+
+
+def named_checkpoint(asked: str) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names, also where it was renamed after a change of the batch."""
+    path = Path(asked)
+    renamed = [] if path.exists() else list(path.parent.glob(f"{path.name}.batch*"))
+    return renamed[0] if len(renamed) == 1 else path
+
+
+def was_requeued(output_dir: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether this very run was preempted there and asked for a requeue.
+
+    The same command then resumes from there, also where it says --overwrite_output_dir or names a checkpoint.
+    """
+    run = read_run(output_dir) or {}
+    return (output_dir / REQUEUE_FILE).is_file() and run.get("identity") == fingerprint
+
+
+def resumed_batch_size(output_dir: Path, options: RunOptions) -> int | None:
+    """Global batch size of the run that will be resumed, which another number of ranks keeps. For rank 0.
+
+    None where there is no such run, or where `resume_with_changes`, `global_batch_size` or changed micro-batches ask
+    for another number.
+    """
+    starts_again = options.overwrite_output_dir or options.resume_from_checkpoint in NEVER
+    if starts_again or "global_batch_size" in options.given:
+        return None
+    if options.resume_from_checkpoint in NEWEST:
+        run = read_run(output_dir) or {}
+        fingerprint, theirs = run.get("identity", {}), run.get("options", {})
+    else:
+        state = read_loop_state(named_checkpoint(options.resume_from_checkpoint))
+        fingerprint, theirs = state.identity, state.options
+    same = all(theirs.get(name) == getattr(options, name) for name in MICRO_BATCH_OPTIONS)
+    size: int | None = fingerprint.get("global_batch_size")
+    return size if same and not may_change("global_batch_size", options) else None
+
+
+def read_run(output_dir: Path) -> dict[str, Any] | None:
+    """The record of the run in `output_dir`; None where there is none.
+
+    A damaged run.json costs nothing that a checkpoint knows as well: fingerprint and options come from its loop state.
+    """
+    try:
+        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and isinstance(record.get("identity"), dict):
+            return record
+    except (OSError, ValueError):
+        pass  # missing or damaged: the checkpoints may know
+    for checkpoint in reversed(checkpoints(output_dir)):
+        try:
+            state = read_loop_state(checkpoint)
+        except UserError:
+            continue
+        return {"status": "running", "identity": state.identity, "options": state.options}
+    return None
