@@ -1,13 +1,13 @@
-"""Checkpoints of a run: DeepSpeed's shards and the state of the loop, complete or not there.
+"""Checkpoints of a run: DeepSpeed's shards and the state of the loop, complete or absent.
 
-A checkpoint is written as `checkpoint-N.partial` by all ranks and renamed to `checkpoint-N` when every file is on the
-disk and listed in its manifest. A save that fails leaves the run going.
+All ranks write a checkpoint as `checkpoint-N.partial`; it is renamed to `checkpoint-N` when every file is on the disk
+and listed in its manifest. Training continues after a failed save.
 
-Nothing is written in the background. What DeepSpeed 0.19.8 has for that (`checkpoint.writer.decoupled`) hands a second
-process the training's own memory, not a copy: zeros that were saved and then overwritten were sevens in the file, so
-that the optimizer must wait for the files in any case and only one forward and backward pass is gained. And where the
-disk is full that process dies, later saves return as if all were well, and the next optimizer step raises: the run
-cannot go on. Both were tried, with its `python` writer; its `fast` one needs a GPU and libaio.
+Nothing is written in the background. DeepSpeed 0.19.8's way to do that (`checkpoint.writer.decoupled`) passes the
+memory of the training to a second process, not a copy: zeros that were saved and then overwritten by sevens were sevens
+in the file. The optimizer would have to wait for the files in any case, so that only one forward and backward pass is
+gained. If the disk is full, that process dies, later saves return as if they had succeeded, and the next optimizer step
+raises, which ends the run. Both were tried with its `python` writer; its `fast` one needs a GPU and libaio.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from qa_deepspeed.utils.errors import UserError
 
 
 def checkpoint_bytes(parameters: int, trained: int) -> int:
-    """About as many bytes as a checkpoint takes, all in float32: weights; the optimizer's copy and two moments of those
-    that are trained."""
+    """Estimated bytes of a checkpoint, all in float32: weights, and of trained ones the optimizer's copy and two
+    moments."""
     return 4 * parameters + 12 * trained
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run and keeps their number down. Every rank has one; its methods are collective."""
+    """Writes the checkpoints of one run and limits their number. Every rank has one; its methods are collective."""
 
     def __init__(self, engine: Engine, output_dir: Path, limit: int | None) -> None:
         self._engine = engine
@@ -61,10 +61,10 @@ class Checkpoints:
     def save(
         self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[str] = ()
     ) -> Path | None:
-        """Write output_dir/checkpoint-STEP, with what `add_files` puts there; one rank of each disk calls that.
+        """Write output_dir/checkpoint-STEP, with the files of `add_files`, which one rank of each disk calls.
 
-        The checkpoints named in `keep`, and this one, survive the limit on their number. Returns None after a failure,
-        which is told: the disk is full or broken, and the run goes on.
+        The limit on their number spares the checkpoints named in `keep`, and this one. Returns None after a failure (a
+        full or broken disk), which is logged; training continues.
         """
         final = self._output_dir / f"checkpoint-{state.step}"
         partial = final.with_name(final.name + ".partial")
@@ -76,7 +76,7 @@ class Checkpoints:
         if not complete:
             if self._acting:
                 shutil.rmtree(partial, ignore_errors=True)
-            dist.log0(f"checkpoint-{state.step} was NOT saved; training goes on, earlier checkpoints are untouched")
+            dist.log0(f"checkpoint-{state.step} was NOT saved; training continues, earlier checkpoints are untouched")
             return None
         dist.log0(f"saved {final}")
         if self._limit is not None and self._acting:
@@ -85,10 +85,10 @@ class Checkpoints:
         return final
 
     def _agree(self, act: Callable[..., None], *arguments: Any) -> bool:
-        """Do one part of a save on every rank; whether it went well on all of them.
+        """Do one part of a save on every rank; returns whether it succeeded on all of them.
 
-        A full disk has a class of its own in every library that writes (tokenizers raise Exception itself), and a rank
-        that left here would part from the others: whatever is raised is told and agreed on.
+        Each library raises another class for a full disk (tokenizers a plain Exception), and a rank that raised here
+        would leave the others waiting: any error is logged, and the ranks agree on the outcome.
         """
         problem = None
         try:
@@ -119,17 +119,17 @@ class Checkpoints:
         write_loop_state(partial, state)
         write_manifest(partial)
         self._expected_bytes = total_bytes(partial)
-        if final.exists():  # damaged, or of settings that the run has left behind
+        if final.exists():  # damaged, or of earlier settings
             remove(final)
         os.rename(partial, final)
         flush_folder(self._output_dir)
 
 
 def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
-    """Put the engine where the checkpoint left it, whatever ranks and ZeRO stage wrote it. Collective.
+    """Load a checkpoint into the engine, of any world size, ZeRO stage and precision. Collective.
 
     Raises:
-        UserError: it cannot be carried over.
+        UserError: it cannot be converted, or files are missing.
     """
     ours = (dist.world_size(), engine.zero_stage, engine.precision)
     theirs = (state.world_size, state.zero_stage, state.precision)
@@ -140,26 +140,26 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
             engine.load_shards(checkpoint.parent, checkpoint.name)
         return
     words = "{} ranks at ZeRO stage {} in {}"
-    dist.log0(f"carrying {checkpoint} over from {words.format(*theirs)} to {words.format(*ours)}")
+    dist.log0(f"converting {checkpoint} from {words.format(*theirs)} to {words.format(*ours)}")
     engine.load_resharded(_shards(checkpoint, state))
 
 
 def _require_shards_everywhere(checkpoint: Path, state: LoopState, ranks: Iterable[int]) -> None:
-    """`require_shards` on every rank, raised on all of them. Collective."""
+    """`require_shards` on every rank; if it raises on one, all ranks raise. Collective."""
     problem = None
     try:
         require_shards(checkpoint, state.zero_stage, ranks)
     except UserError as error:
         problem = error
     if dist.all_reduce_sum([problem is not None])[0]:
-        raise problem or UserError(f"other nodes lack shards of {checkpoint}, see their messages")
+        raise problem or UserError(f"shards of {checkpoint} are missing on other nodes, see their messages")
 
 
 def full_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A checkpoint's model weights, put together from the shards; no DeepSpeed engine is needed.
+    """The full model weights of a checkpoint, assembled from the shards; no DeepSpeed engine is needed.
 
     Raises:
-        UserError: the checkpoint is damaged, or not all of it is on this disk.
+        UserError: the checkpoint is damaged, or parts of it are not on this disk.
     """
     problem = damage(checkpoint)
     if problem:

@@ -1,6 +1,6 @@
-"""A checkpoint's folder: the loop's state, the manifest that proves it whole, which ones there are and which may go.
+"""Folders of checkpoints: state of the loop, manifest with checksums, listing, order and removal.
 
-Nothing here knows what the other files hold; engine/checkpoint.py writes and reads those.
+The contents of the other files are known to engine/checkpoint.py only, which writes and reads them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MODEL_FOLDER = "model"
 """Config and tokenizer of the model, inside a checkpoint."""
 
 HASH_THREADS = 8
-"""Files hashed or flushed at a time; hashing holds no interpreter lock."""
+"""Files hashed or flushed at the same time; hashing releases the interpreter lock."""
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop is. Order is a function of the step, so this is all that resuming needs besides the shards."""
+    """State of the loop. Order is a function of the step, so resuming needs only this and the shards."""
 
     step: int
     world_size: int
@@ -48,14 +48,14 @@ class LoopState:
     """What DeepSpeed was given."""
     versions: dict[str, str]
     best: dict[str, Any]
-    """What best_model.BestCheckpoint goes on from."""
+    """State of training.best_checkpoint.BestCheckpoint."""
     place: int = 0
-    """Its place among the checkpoints of its folder by when they were written, which `write_loop_state` fills in. Steps
-    do not tell: a run that went back to an earlier checkpoint with changed settings leaves higher ones behind."""
+    """Its position in the order in which the folder's checkpoints were written, set by `write_loop_state`. Steps do not
+    show it: a run that resumes an earlier checkpoint with changed settings leaves higher steps behind."""
 
 
 def write_loop_state(folder: Path, state: LoopState) -> None:
-    """Write the state into a checkpoint that is being made beside the others of its run."""
+    """Write the state into a new checkpoint, which lies beside the others of its run."""
     place = 1 + max((_place(other) for other in checkpoints(folder.parent)), default=0)
     values = asdict(replace(state, place=place))
     (folder / LOOP_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -74,9 +74,9 @@ def read_loop_state(checkpoint: Path) -> LoopState:
 
 
 def checkpoint_name(step: int, rows: int, rows_now: int) -> str:
-    """The name of the checkpoint after `step` steps of `rows` rows, in the folder of a run whose steps have `rows_now`.
+    """Name of the checkpoint after `step` steps of `rows` rows, in the folder of a run with steps of `rows_now` rows.
 
-    Steps of other rows are counted otherwise: their checkpoints get out of the way of this run's own.
+    Steps of another global batch size are counted differently: such checkpoints get a suffix.
     """
     return f"checkpoint-{step}" if rows == rows_now else f"checkpoint-{step}.batch{rows}"
 
@@ -87,14 +87,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of a run's checkpoints, by step, damaged ones too; those being written have another name."""
+    """Folders of a run's checkpoints, by step, damaged ones included; unfinished ones have another name."""
     pattern = re.compile(r"checkpoint-\d+(\.batch\d+)?")
     return sorted((path for path in output_dir.glob("checkpoint-*") if pattern.fullmatch(path.name)), key=step_of)
 
 
 def newest_first(output_dir: Path, identity: Mapping[str, Any]) -> list[Path]:
-    """The checkpoints of a run in the order in which they are tried: those of the settings `identity` before those of
-    earlier ones, each the last written first. Of damaged ones that is not known: they come first, to be named.
+    """The checkpoints of a run in the order in which resuming tries them: those of the settings `identity` before those
+    of earlier settings, each the last written first. Damaged ones, whose order is unknown, come first to be reported.
     """
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
@@ -108,7 +108,7 @@ def newest_first(output_dir: Path, identity: Mapping[str, Any]) -> list[Path]:
 
 
 def rename_by_rows(output_dir: Path, rows_now: int) -> None:
-    """Give every checkpoint the name that `checkpoint_name` says. Interrupted, it is done again by the next start."""
+    """Rename every checkpoint to its `checkpoint_name`. After an interruption the next start completes it."""
     moves = []
     for path in checkpoints(output_dir):
         try:
@@ -118,7 +118,7 @@ def rename_by_rows(output_dir: Path, rows_now: int) -> None:
         name = checkpoint_name(state.step, state.identity["global_batch_size"], rows_now)
         if name != path.name:
             moves.append((path, output_dir / name))
-    for path, target in sorted(moves, key=lambda move: "." not in move[1].name):  # suffixes first: they make way
+    for path, target in sorted(moves, key=lambda move: "." not in move[1].name):  # suffixes first: these free the names
         if not target.exists():
             os.rename(path, target)
 
@@ -131,10 +131,10 @@ def _place(checkpoint: Path) -> int:
 
 
 def write_manifest(folder: Path) -> None:
-    """Flush every file of `folder` to the disk, then list them with size and SHA-256 in a last file.
+    """Flush every file of `folder` to the disk, then write the manifest: names, sizes and SHA-256.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk is full or fails.
     """
     names = _file_names(folder)
     shown = dist.is_rank_zero()
@@ -151,7 +151,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None: every file is there with its size and checksum."""
+    """Why a checkpoint is invalid, as a phrase; None if every file is there with its size and checksum."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -159,7 +159,7 @@ def damage(folder: Path) -> str | None:
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_FILE} is missing or cannot be read"
-    for name, (size, _) in listed.items():  # sizes first: they cost nothing
+    for name, (size, _) in listed.items():  # sizes first, which cost nothing
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (folder / name).stat().st_size != size:
@@ -174,13 +174,12 @@ def damage(folder: Path) -> str | None:
 
 
 def total_bytes(folder: Path) -> int:
-    """The size of everything in `folder`."""
+    """Bytes of all files in `folder`."""
     return sum((folder / name).stat().st_size for name in _file_names(folder))
 
 
 def remove_old(output_dir: Path, limit: int, keep: Iterable[str]) -> list[Path]:
-    """Delete checkpoints down to `limit`, first damaged ones, then those written first; those whose names are in `keep`
-    stay."""
+    """Delete checkpoints until `limit` are left, damaged ones first, then the oldest; those named in `keep` stay."""
     found, kept = sorted(checkpoints(output_dir), key=lambda path: (_place(path), step_of(path))), set(keep)
     removable = [path for path in found if path.name not in kept]
     removed = removable[: max(0, len(found) - max(1, limit))]
@@ -190,7 +189,7 @@ def remove_old(output_dir: Path, limit: int, keep: Iterable[str]) -> list[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint. Its name goes first: a deletion that is interrupted must not leave a damaged one."""
+    """Delete a checkpoint. It is renamed first, so that an interruption does not leave a damaged checkpoint."""
     leftover = checkpoint.with_name(f"{checkpoint.name}.old.partial")
     shutil.rmtree(leftover, ignore_errors=True)
     os.rename(checkpoint, leftover)
@@ -198,13 +197,13 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what saves and deletions left that were interrupted."""
+    """Delete the remains of interrupted saves and deletions."""
     for path in output_dir.glob("checkpoint-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` as lasting as the files."""
+    """Flush a folder's names to the disk, as its files were."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -226,7 +225,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _flushed(path: Path, bar: ProgressBar) -> dict[str, Any]:
-    """The manifest's entry of a file, which is on the disk then."""
+    """Flush a file to the disk; returns its entry in the manifest."""
     digest = sha256_of(path, bar)
     with path.open("rb") as file:
         os.fsync(file.fileno())

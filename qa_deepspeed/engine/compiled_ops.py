@@ -1,4 +1,4 @@
-"""Which of DeepSpeed's operators a config needs compiled, and whether that can be done here."""
+"""DeepSpeed's operators that a config needs compiled, and whether they can be compiled here."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 from qa_deepspeed.utils.errors import UserError
 
 STALE_SECONDS = 600
-"""A lock older than this is taken to be of a build that was interrupted: the longest build takes a third of it."""
+"""A build's lock older than this counts as left by an interrupted build: the longest build takes a third of it."""
 
 BUILT_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lion": "lion", "lamb": "lamb", "adagrad": "adagrad"}
 
 WITHOUT = {"async_io": "take --deepspeed_config zero3_offload", "quantizer": "take --deepspeed_config zero3"}
-"""What to do instead, for operators that are no optimizer's."""
+"""Advice instead of compiling, for operators that do not belong to an optimizer."""
 
 
 def needed_operators(config: dict[str, Any]) -> list[str]:
-    """Names of the operators that DeepSpeed compiles when a run of this config starts; none without `optimizer`."""
+    """Names of the operators that DeepSpeed compiles when a run of this config starts."""
     section = config.get("optimizer")
     zero = config.get("zero_optimization", {})
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
@@ -44,7 +44,7 @@ def require(config: dict[str, Any]) -> list[str]:
     """The operators that a run of this config compiles when it starts.
 
     Raises:
-        UserError: what stands in the way of that.
+        UserError: one cannot be compiled or loaded.
     """
     operators = needed_operators(config)
     found = faults(operators)
@@ -54,7 +54,7 @@ def require(config: dict[str, Any]) -> list[str]:
 
 
 def faults(operators: list[str]) -> list[str]:
-    """What stands in the way of compiling or loading these, one line a fault."""
+    """Why operators cannot be compiled or loaded, one line each; empty if they can."""
     found = []
     root = extensions_folder()
     for name in operators:
@@ -62,8 +62,7 @@ def faults(operators: list[str]) -> list[str]:
         age = time.time() - lock.stat().st_mtime if lock.exists() else 0
         if age > STALE_SECONDS:
             found.append(
-                f"{lock} has stood for {age / 60:.0f} minutes: a build was interrupted, and every run waits "
-                f"for it; rm {lock}"
+                f"{lock} is {age / 60:.0f} minutes old: a build was interrupted, and every run waits for it; rm {lock}"
             )
         if (root / name / f"{name}.so").exists() or _came_with_deepspeed(name):
             continue
@@ -75,16 +74,16 @@ def faults(operators: list[str]) -> list[str]:
             )
         if name == "async_io" and not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
             found.append(
-                "the operator async_io is built with libaio, whose headers are not here; apt install "
+                "the operator async_io is built with libaio, whose headers are not installed; apt install "
                 f"libaio-dev, or {WITHOUT[name]}"
             )
         if not _has_ninja():
-            found.append(f"the operator {name} is built by ninja, which is not here; pip install ninja")
+            found.append(f"the operator {name} is built by ninja, which is not installed; pip install ninja")
     return found
 
 
 def _came_with_deepspeed(name: str) -> bool:
-    """Whether DeepSpeed was installed with this operator compiled (DS_BUILD_OPS); it is not imported for this."""
+    """Whether DeepSpeed was installed with this operator compiled (DS_BUILD_OPS), without importing it."""
     found = importlib.util.find_spec("deepspeed")
     places = found.submodule_search_locations if found is not None else None
     return any(any(Path(place).glob(f"ops/**/{name}_op*.so")) for place in places or ())
@@ -100,7 +99,7 @@ def _has_ninja() -> bool:
 
 
 def extensions_folder() -> Path:
-    """Where torch keeps compiled extensions, by the rule of torch.utils.cpp_extension."""
+    """The folder of torch's compiled extensions, by the rule of torch.utils.cpp_extension."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named:
         return Path(named)

@@ -1,4 +1,4 @@
-"""Which device this rank works on. Decided before deepspeed is imported, which looks for accelerators at import."""
+"""The device and the CPU affinity of this rank, set before deepspeed is imported, which then looks for accelerators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 def choose_device(no_cuda: bool) -> torch.device:
-    """This rank's GPU, or the CPU where there is none or `no_cuda` asks for it. Tells DeepSpeed as well.
+    """This rank's GPU, or the CPU without one or with `no_cuda`. Sets DeepSpeed's accelerator accordingly.
 
     Raises:
         UserError: more ranks on this node than GPUs.
@@ -38,7 +38,7 @@ def choose_device(no_cuda: bool) -> torch.device:
         dist.log0(f"note: one of {count} GPUs is used; deepspeed --num_gpus {count} --module qa_deepspeed ... uses all")
     device = torch.device("cuda", dist.local_rank())
     torch.cuda.set_device(device)
-    # cuDNN's attention plans anew for every length, a tenth of a second each: micro-batches are of many lengths
+    # cuDNN's attention makes a plan for every new length, a tenth of a second each; micro-batches have many lengths
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -49,9 +49,9 @@ def bf16_supported(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep blocks up to 1 GiB for the next step instead of giving them back to the system.
+    """Make glibc keep freed blocks of up to 1 GiB for the next step instead of returning them to the system.
 
-    Activations are freed and asked for again in every step; fetching each page anew is a tenth of a step on long rows.
+    Activations are freed and allocated again in every step; page faults take a tenth of a step on long rows.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -64,19 +64,19 @@ THREADS = "OMP_NUM_THREADS"
 
 
 def assign_cores() -> None:
-    """Give this rank its part of the machine's cores, unless the user or a launcher that binds ranks has done so.
+    """Set threads and CPU affinity of this rank, unless the user or the launcher has set them.
 
-    Left alone, ranks that the deepspeed launcher starts have a thread per core of the machine each, and take each
-    other's cores: steps become 4 to 40 times slower. torchrun sets one thread a rank, which leaves cores idle.
+    By default each rank of the deepspeed launcher has one thread per core of the machine, and the ranks compete for
+    cores: steps become 4 to 40 times slower. torchrun sets one thread per rank, which leaves cores idle.
     """
     if _threads_were_chosen() or not hasattr(os, "sched_getaffinity"):
         return
     mine, bound = os.sched_getaffinity(0), False
-    if len(mine) == len(os.sched_getaffinity(os.getppid())):  # with fewer than its launcher, a rank was bound by it
+    if len(mine) == len(os.sched_getaffinity(os.getppid())):  # with fewer, the rank is bound
         mine = cores_of(mine, dist.local_rank(), dist.local_world_size())
         bound = len(mine) > 1 and dist.local_world_size() > 1
     torch.set_num_threads(len(mine))
-    if bound:  # to a single core it would have no way out when something else runs there
+    if bound:  # a rank on a single core could not evade other processes
         os.sched_setaffinity(0, mine)
     if dist.local_world_size() > 1:
         dist.log0(
@@ -86,7 +86,7 @@ def assign_cores() -> None:
 
 
 def cores_of(cores: set[int], rank: int, ranks: int) -> set[int]:
-    """The cores of one of `ranks` ranks: as many for each, at least one, neighbours by number."""
+    """The cores of one of `ranks` ranks: the same number for each, at least one, adjacent."""
     each = max(1, len(cores) // ranks)
     ordered = sorted(cores)
     begin = rank * each % len(ordered)
@@ -94,12 +94,12 @@ def cores_of(cores: set[int], rank: int, ranks: int) -> set[int]:
 
 
 def _threads_were_chosen() -> bool:
-    """Whether the user said how many threads; torchrun says 1 for those who said nothing, which is no choice."""
+    """Whether the user set the number of threads; torchrun sets 1 if the user did not."""
     if THREADS not in os.environ:
         return False
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ[THREADS] != "1":
         return True
-    try:  # what torchrun itself was started with
+    try:  # torchrun's own environment
         started = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return True

@@ -1,8 +1,8 @@
 """DeepSpeed configs: found by name or path, checked against the options, and every "auto" filled.
 
-The dialect is that of transformers.Trainer: `"auto"` is a number that the command line owns. Where the config holds a
-number and the command line is silent, the config's number counts; where both say it and disagree, the run is refused
-before any model is loaded, with every conflict and both owners in one message.
+As in transformers.Trainer, `"auto"` is a number that the command line owns. A number of the config counts if the
+command line does not give it; if both give it and differ, the run ends with an error before any model is loaded, with
+all conflicts and both owners in one message.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ OWNER_OF = {
     "zero_optimization.offload_optimizer.nvme_path": "nvme_path",
     "zero_optimization.offload_param.nvme_path": "nvme_path",
 }
-"""The option that owns a config key, for the numbers that both can say."""
+"""Config key -> option that owns it, for the numbers that both can give."""
 
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
-"""The config sections whose `enabled` chooses a precision; none of them enabled is float32."""
+"""Config sections whose `enabled` selects a precision; with none of them it is float32."""
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A config without `"auto"` in what can be known before the data is read, and the options it agreed with."""
+    """A config with every `"auto"` filled that is known before the data is read, and the options that match it."""
 
     config: dict[str, Any]
     options: RunOptions
     plan: BatchPlan
     name: str
     notes: tuple[str, ...] = ()
-    """What the user may not expect of this config, a phrase each."""
+    """Phrases about this config that the user should read."""
 
     @property
     def zero_stage(self) -> int:
@@ -75,7 +75,7 @@ class ResolvedConfig:
 
 
 def shipped() -> dict[str, Path]:
-    """The configs that come with the package, by name; from an installed wheel as well as a bare checkout."""
+    """The configs of this package by name, in an installed wheel or in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "ds_configs", package.parent / "ds_configs"):
         if folder.is_dir():
@@ -120,24 +120,24 @@ def _load(name: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key stands twice."""
+    """A JSON object; ValueError if it has a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' is given twice")
     return found
 
 
 def resolve(
     options: RunOptions, world_size: int, device_type: str, bf16_supported: bool = True, default: str = DEFAULT_CONFIG
 ) -> ResolvedConfig:
-    """Agree config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
+    """Merge config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
 
-    A config of the user's own is checked by DeepSpeed, which is imported for it.
+    A config that is not shipped is checked by DeepSpeed, which is imported for that.
 
     Raises:
-        UserError: DeepSpeed refuses the config; everything on which config and command line disagree, in one message;
-            batch sizes that do not divide; a precision that the device cannot do.
+        UserError: DeepSpeed refuses the config; config and command line disagree, with all conflicts in one message;
+            batch sizes do not divide; the device does not support the precision.
     """
     name = options.deepspeed_config or default
     config, notes = _load(name)
@@ -151,47 +151,47 @@ def resolve(
     options = _agree_numbers(config, options, name, conflicts)
     if conflicts:
         raise UserError(
-            f"{name} and the command line disagree: {'; '.join(conflicts)}. Say each in one place only, "
+            f"{name} and the command line disagree: {'; '.join(conflicts)}. Give each in one place only, "
             'or put "auto" into the config'
         )
     options = _derive_micro_batch(config, options, name, world_size)
     resolved = ResolvedConfig(config, options, _plan(options, world_size), name, tuple(notes))
     if resolved.precision == "fp16" and device_type == "cpu":
-        raise UserError("fp16 does not run on a CPU: take --bf16, or leave --fp16 out for float32")
+        raise UserError("fp16 does not run on a CPU: use --bf16, or leave --fp16 out for float32")
     attention = options.attn_implementation or ""
     if attention.startswith("flash_attention") and (device_type == "cpu" or resolved.precision == "fp32"):
         raise UserError(
-            f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or take --bf16 on a GPU"
+            f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or use --bf16 on a GPU"
         )
     zero = config.get("zero_optimization", {})
     if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
-        raise UserError(f"{name}: the quantised messages of ZeRO++ need GPUs: take zero3")
+        raise UserError(f"{name}: the quantized messages of ZeRO++ need GPUs: use zero3")
     return resolved
 
 
 def check_trainable(resolved: ResolvedConfig) -> None:
-    """Raises UserError for what DeepSpeed 0.19.8 accepts but trains or saves wrongly, and for NVMe without a folder.
+    """Raises UserError for settings that DeepSpeed 0.19.8 accepts but trains or saves wrongly, and for NVMe without a
+    folder.
 
-    In float16 at stage 0 it divides gradients by the loss scale that it never multiplied the loss by: seen on a GPU,
-    where the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only).
-
-    Its writers that work in the background: engine/checkpoint.py says why they cannot be had.
+    In float16 at stage 0 it divides gradients by a loss scale that the loss was not multiplied by: seen on a GPU, where
+    the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only). Its writers in the background do
+    not work here, see engine/checkpoint.py.
     """
     if resolved.config.get("sequence_parallel_size", 1) != 1:
         raise UserError(
-            f"{resolved.name}: sequence_parallel_size {resolved.config['sequence_parallel_size']}: each rank trains on "
-            "rows of its own here; take it out, or put 1"
+            f"{resolved.name}: sequence_parallel_size {resolved.config['sequence_parallel_size']} is not supported: "
+            "each rank trains on its own rows; take it out, or set it to 1"
         )
     for key in ("writer", "load_universal"):
         if resolved.config.get("checkpoint", {}).get(key):
             raise UserError(
                 f"{resolved.name}: checkpoint.{key} does not go with this trainer's checkpoints, which are "
-                "whole or not there, and load at any number of ranks as they are: take it out"
+                "complete or absent, and load at any world size without conversion: take it out"
             )
     if resolved.precision == "fp16" and resolved.zero_stage == 0:
         raise UserError(
-            "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients lose the loss "
-            "scale twice): take --deepspeed_config zero1 or zero2, or --bf16"
+            "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients are divided by "
+            "the loss scale twice): use --deepspeed_config zero1 or zero2, or --bf16"
         )
     zero = resolved.config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
@@ -204,7 +204,7 @@ def check_trainable(resolved: ResolvedConfig) -> None:
 
 
 def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict[str, Any]:
-    """The config that DeepSpeed gets: every remaining `"auto"` filled from the run and the model.
+    """The config for DeepSpeed: every remaining `"auto"` filled from the run and the model.
 
     Bucket sizes follow the model's hidden size by the rules of transformers' DeepSpeed integration
     (`trainer_config_finalize` in transformers/integrations/deepspeed.py).
@@ -235,13 +235,13 @@ def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict
             parent[leaf] = filled[key]
     left = [key for key, parent, leaf in _leaves(config) if parent[leaf] == AUTO]
     if left:
-        raise UserError(f'{resolved.name}: nothing owns the "auto" of {", ".join(left)}; put a value there')
+        raise UserError(f'{resolved.name}: no option fills the "auto" of {", ".join(left)}; put a value there')
     return config
 
 
 def section_in_words(config: dict[str, Any], section: str) -> str:
-    """The `optimizer` or `scheduler` that a config names, with those of its parameters that no option owns; "default"
-    where it names none."""
+    """The `optimizer` or `scheduler` of a config as text, with those of its parameters that no option owns; "default"
+    if it has none."""
     named = config.get(section)
     if not named:
         return "default"
@@ -254,35 +254,36 @@ def section_in_words(config: dict[str, Any], section: str) -> str:
 
 
 def hidden_size(model_config: Any) -> int:
-    """The width that bucket sizes follow, by whatever name the architecture has for it; 768 where it has none."""
+    """The width by which bucket sizes are set, under any of its names; 768 for a config without one."""
     for name in ("hidden_size", "d_model", "dim", "n_embd"):
-        if isinstance(getattr(model_config, name, None), int):
-            return getattr(model_config, name)
+        width = getattr(model_config, name, None)
+        if isinstance(width, int):
+            return width
     return 768
 
 
 def _agree_numbers(config: dict[str, Any], options: RunOptions, name: str, conflicts: list[str]) -> RunOptions:
-    """Fill the config's `"auto"`s from the options; take over the numbers that only the config says."""
+    """Fill the config's `"auto"`s from the options; adopt the numbers that only the config gives."""
     adopted: dict[str, Any] = {}
     for key, parent, leaf in list(_leaves(config)):
         owner = OWNER_OF.get(key)
         if owner is None:
             continue
-        said, asked = parent[leaf], getattr(options, owner)
-        if said == AUTO:
+        value, option = parent[leaf], getattr(options, owner)
+        if value == AUTO:
             if key not in ("train_batch_size", "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"):
-                parent[leaf] = asked
-        elif owner in options.given and said != asked:
-            conflicts.append(f"{key} is {said} in {name}, {owner} is {asked} on the command line")
-        elif owner in adopted and adopted[owner] != said:
-            conflicts.append(f"{key} is {said} in {name}, where another key says {owner} {adopted[owner]}")
+                parent[leaf] = option
+        elif owner in options.given and value != option:
+            conflicts.append(f"{key} is {value} in {name}, {owner} is {option} on the command line")
+        elif owner in adopted and adopted[owner] != value:
+            conflicts.append(f"{key} is {value} in {name}, another key gives {owner} {adopted[owner]}")
         else:
-            adopted[owner] = said
+            adopted[owner] = value
     return dataclasses.replace(options, **adopted, given=options.given | adopted.keys())
 
 
 def _derive_micro_batch(config: dict[str, Any], options: RunOptions, name: str, world_size: int) -> RunOptions:
-    """Where only the config's train_batch_size is given, its micro-batch follows from it, as DeepSpeed derives it.
+    """Derive the micro-batch, as DeepSpeed does, if only the config's train_batch_size is given.
 
     Raises:
         UserError: it does not divide.
@@ -296,7 +297,7 @@ def _derive_micro_batch(config: dict[str, Any], options: RunOptions, name: str, 
     if rows % parts:
         raise UserError(
             f"{name}: train_batch_size {rows} does not divide into {parts} parts ({world_size} ranks x accumulation "
-            f"steps): take a multiple of {parts}, or say train_micro_batch_size_per_gpu too"
+            f"steps): use a multiple of {parts}, or give train_micro_batch_size_per_gpu too"
         )
     adopted = options.given | {"per_gpu_train_batch_size"}
     return dataclasses.replace(options, per_gpu_train_batch_size=rows // parts, given=adopted)
@@ -312,17 +313,17 @@ def _plan(options: RunOptions, world_size: int) -> BatchPlan:
 
 
 def _precision_asked(options: RunOptions, config: dict[str, Any], device_type: str, bf16_supported: bool) -> str | None:
-    """The precision the command line asks for, or None if it is silent; apex levels in today's words."""
+    """The precision that the command line asks for, None if it does not; apex levels become precisions."""
     level = options.fp16_opt_level
     if options.bf16 and (options.fp16 or level in ("O1", "O2")):
-        raise UserError("--bf16 and --fp16 exclude each other: take one")
+        raise UserError("--bf16 and --fp16 exclude each other: use one")
     if level not in (None, "O0", "O1", "O2"):
-        raise UserError(f"fp16_opt_level {level} is not offered: take O0 (float32), O1 (torch_autocast) or O2 (fp16)")
+        raise UserError(f"fp16_opt_level {level} is not supported: use O0 (float32), O1 (torch_autocast) or O2 (fp16)")
     if level == "O1":
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if not bf16_supported and stage != 0:
             raise UserError(
-                "fp16_opt_level O1 with float16 is right at ZeRO stage 0 only: take --deepspeed_config "
+                "fp16_opt_level O1 with float16 is correct at ZeRO stage 0 only: use --deepspeed_config "
                 "zero0, or --fp16 alone"
             )
         return "torch_autocast"
@@ -334,7 +335,7 @@ def _precision_asked(options: RunOptions, config: dict[str, Any], device_type: s
 
 
 def _set_precision(config: dict[str, Any], asked: str | None, name: str, conflicts: list[str]) -> None:
-    """Write the asked precision into the config's sections; a section that says otherwise is a conflict."""
+    """Set the requested precision in the config's sections; a section with another value is a conflict."""
     for section in PRECISIONS:
         wanted = section == asked
         if section not in config:
@@ -342,15 +343,17 @@ def _set_precision(config: dict[str, Any], asked: str | None, name: str, conflic
                 config[section] = {"enabled": True}
             continue
         settings = config[section]
-        said = settings.get("enabled", AUTO)
-        if said == AUTO:
+        enabled = settings.get("enabled", AUTO)
+        if enabled == AUTO:
             settings["enabled"] = wanted
-        elif asked is not None and bool(said) != wanted:
-            conflicts.append(f"{section}.enabled is {str(said).lower()} in {name}, the command line asks for {asked}")
+        elif asked is not None and bool(enabled) != wanted:
+            conflicts.append(
+                f"{section}.enabled is {str(enabled).lower()} in {name}, the command line asks for {asked}"
+            )
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every value of the nested config as (dotted key, the dict that holds it, its name there)."""
+    """Every value of the nested config as (dotted key, dict that holds it, key in that dict)."""
     for leaf, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{leaf}.")

@@ -29,13 +29,13 @@ from qa_deepspeed.utils.errors import UserError
 
 
 def import_deepspeed(verbose: bool) -> Any:
-    """Import DeepSpeed (3 s), after the device is chosen and the ranks have met; quiet unless `verbose`.
+    """Import DeepSpeed (3 s) after the device is chosen and the process group is joined; quiet unless `verbose`.
 
-    Its shared-memory op, which only inference uses, would be compiled on CPUs at every start and leave files in
-    /dev/shm: it is switched off. CPU ranks of one host gather by broadcasts (`dist.gather_by_broadcasts`).
+    Its shared-memory operator, which only inference uses, is disabled: on CPUs it would be compiled at every start and
+    leave files in /dev/shm. CPU ranks of one host gather by broadcasts (`dist.gather_by_broadcasts`).
     """
     if not verbose:
-        # torch renames collectives that DeepSpeed still calls by their old names, once a name and rank
+        # DeepSpeed calls collectives by old names, for which torch warns once per name and rank
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
@@ -49,9 +49,9 @@ def import_deepspeed(verbose: bool) -> Any:
 
 
 class EvalModel:
-    """A model that answers: whole on this rank, or partitioned over the ranks under ZeRO-3.
+    """A model for forward passes: complete on this rank, or partitioned over the ranks under ZeRO-3.
 
-    `module` is the Transformers model itself.
+    `module` is the Transformers model.
     """
 
     def __init__(self, module: torch.nn.Module, resolved: ResolvedConfig, device: torch.device) -> None:
@@ -62,9 +62,9 @@ class EvalModel:
         self._autocast_dtype = dtype_named(resolved.config.get("torch_autocast", {}).get("dtype", "bfloat16"))
 
     def eval_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
-        """What the model returns, without dropout and gradients. Collective under ZeRO-3.
+        """The model's outputs, without dropout and gradients. Collective under ZeRO-3.
 
-        ZeRO-3 moves parameters in and out in place, which inference mode forbids.
+        ZeRO-3 replaces parameters in place, which inference mode forbids.
         """
         no_grad = torch.no_grad if self.zero_stage == 3 else torch.inference_mode
         autocast = torch.autocast(self.device.type, self._autocast_dtype, enabled=self.precision == "torch_autocast")
@@ -73,7 +73,7 @@ class EvalModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout inside; the mode there was is put back afterwards."""
+        """Inside, the model is in evaluation mode (no dropout); afterwards in its mode of before."""
         training = self.module.training
         self.module.eval()
         try:
@@ -83,9 +83,9 @@ class EvalModel:
 
 
 class DeferringWriter:
-    """DeepSpeed's writer of checkpoint files, but for one thing: a write that fails is kept, not raised.
+    """DeepSpeed's writer of checkpoint files, which stores the error of a failed write instead of raising it.
 
-    DeepSpeed's save has barriers in it: a rank that left in the middle would leave the others waiting there.
+    DeepSpeed's save contains barriers: a rank that raised between them would leave the others waiting.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -99,7 +99,7 @@ class DeferringWriter:
         """Write one file."""
         try:
             self._writer.save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             lines = str(error).splitlines()
             self.problem = error if isinstance(error, OSError) else OSError(f"{lines[0] if lines else error} ({path})")
 
@@ -114,26 +114,26 @@ class Engine(EvalModel):
         compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
         self.grad_norm: float | None = None
-        self._fresh_groups = [
+        self._initial_groups = [
             {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
             for group in getattr(deepspeed_engine.optimizer, "param_groups", [])  # none where it only evaluates
         ]
-        self._fresh_rates = list(getattr(deepspeed_engine.lr_scheduler, "base_lrs", []))
+        self._initial_rates = list(getattr(deepspeed_engine.lr_scheduler, "base_lrs", []))
 
     @property
     def parameters(self) -> int:
-        """How many numbers the whole model has, on all ranks together."""
+        """Number of parameters of the full model, on all ranks together."""
         return sum(compat.full_numel(parameter) for parameter in self.module.parameters())
 
     @property
     def trained_parameters(self) -> int:
-        """How many of them are trained: all, or LoRA's adapters and the head."""
+        """Number of parameters that are trained: all, or LoRA's adapters and the head."""
         trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
         return sum(compat.full_numel(parameter) for parameter in trained)
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next optimizer step will use."""
+        """The learning rate of the next optimizer step."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
     @property
@@ -142,16 +142,16 @@ class Engine(EvalModel):
         return float(self._engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
     def measured_peak_flops(self) -> float:
-        """Matrix operations a second that this rank's device does in the type of the training."""
+        """Measured peak FLOP/s of this rank's device in matrix products of the training's dtype."""
         dtype = self._autocast_dtype if self.precision == "torch_autocast" else weight_dtype(self.precision)
         return measured_peak_flops(self.device, dtype)
 
     def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
-        """What the model returns, with dropout and gradients."""
+        """The model's outputs, with dropout and gradients."""
         return self._engine(**inputs)
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Say before each forward whether the optimizer step ends with this micro-batch."""
+        """Call before each forward: `last` if the optimizer step ends with this micro-batch."""
         self._engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -161,8 +161,8 @@ class Engine(EvalModel):
     def step(self, want_norm: bool) -> None:
         """End a micro-batch; after the last one of an optimizer step, clip, update and advance the schedule.
 
-        `grad_norm` is then the norm before clipping, if `want_norm` (in float32 at ZeRO-0 DeepSpeed keeps none: it is
-        taken here).
+        With `want_norm`, `grad_norm` is then the norm before clipping. DeepSpeed computes none in float32 at ZeRO-0: it
+        is computed here.
         """
         want_norm = want_norm and self._engine.is_gradient_accumulation_boundary()
         norm: Any = None
@@ -170,19 +170,19 @@ class Engine(EvalModel):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         try:
             self._engine.step()
-        except Exception as error:  # DeepSpeed's own kind for this is Exception itself
+        except Exception as error:  # DeepSpeed raises a plain Exception
             if not compat.is_loss_scale_exhausted(error):
                 raise
             raise UserError(
-                f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or take "
-                "--bf16 or float32; the checkpoints saved before are good"
+                f"float16 overflows at the smallest loss scale, {self.loss_scale}: lower --learning_rate, or use "
+                "--bf16 or float32; earlier checkpoints are valid"
             ) from None
         if want_norm:
             norm = norm if norm is not None else self._engine.get_global_grad_norm()
             self.grad_norm = float(norm) if norm is not None else None
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The model's whole state dict on the CPU of rank 0, None elsewhere. Collective."""
+        """The full state dict of the model on the CPU of rank 0, None elsewhere. Collective."""
         if self.zero_stage == 3:
             return compat.consolidated_state_dict(self._engine)
         if not dist.is_rank_zero():
@@ -190,10 +190,10 @@ class Engine(EvalModel):
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def save_shards(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's checkpoint files to folder/tag. Collective; all ranks come through it, whoever fails.
+        """Write DeepSpeed's checkpoint files to folder/tag. Collective; all ranks return, also if one's write fails.
 
         Raises:
-            OSError: this rank could not write its share.
+            OSError: this rank could not write its files.
         """
         self._writer.problem = None
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
@@ -201,28 +201,29 @@ class Engine(EvalModel):
             raise self._writer.problem
 
     def write_common_states(self) -> None:
-        """From now on this rank writes what all ranks have alike, as rank 0 does: for a disk that rank 0's is not."""
+        """Make this rank also write the non-partitioned state (node-local disks)."""
         compat.write_common_states(self._engine)
 
     def load_shards(self, folder: Path, tag: str) -> None:
-        """Read back what `save_shards` wrote at the same world size. Collective."""
+        """Load the files of `save_shards`, written at the same world size. Collective."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
 
     @property
     def config(self) -> dict[str, Any]:
         """The config that DeepSpeed was given."""
-        return self._engine.config
+        config: dict[str, Any] = self._engine.config
+        return config
 
     @property
     def optimized_names(self) -> list[str]:
-        """The trained parameters, in the order of the optimizer's groups."""
+        """Names of the trained parameters, in the order of the optimizer's groups."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         groups = parameter_groups(self.module, weight_decay=0.0)
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
     def load_resharded(self, shards: Shards) -> None:
-        """Take weights and optimizer state out of a checkpoint of other ranks or another stage. Collective.
+        """Load weights and optimizer state from a checkpoint of another world size or ZeRO stage. Collective.
 
         Raises:
             UserError: as `shards.fill_engine`.
@@ -231,17 +232,17 @@ class Engine(EvalModel):
         self.apply_options(shards.common.steps - shards.common.skipped)
 
     def apply_options(self, updates: int) -> None:
-        """Use this run's own hyperparameters, not those of a checkpoint, after so many updates of the optimizer.
+        """Use this run's hyperparameters instead of a loaded checkpoint's, after `updates` updates of the optimizer.
 
-        A schedule of the DeepSpeed config keeps its own count.
+        A schedule from the DeepSpeed config keeps its own count.
         """
         optimizer, schedule = self._engine.optimizer, self._engine.lr_scheduler
         groups = optimizer.param_groups
-        for group, fresh in zip(groups, self._fresh_groups, strict=True):
-            group.update(fresh)
+        for group, initial in zip(groups, self._initial_groups, strict=True):
+            group.update(initial)
         compat.set_gradient_clipping(optimizer, self._engine.gradient_clipping())
         if isinstance(schedule, LambdaLR):
-            rates = compat.restart_schedule(schedule, list(self._fresh_rates), updates)
+            rates = compat.restart_schedule(schedule, list(self._initial_rates), updates)
         elif schedule is not None:
             rates = schedule.get_lr()
         else:
@@ -251,8 +252,8 @@ class Engine(EvalModel):
 
 
 def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device) -> None:
-    """The fastest attention that is here, where the options name none: our own on CPUs, flash attention where it is
-    installed and works (half precision on GPUs), else torch's."""
+    """Set the fastest available attention unless the options name one: the one of models/cpu_attention.py on CPUs,
+    flash attention in half precision on GPUs where it is installed, else torch's."""
     if device.type == "cpu":
         speed_up_on_cpu(model, keep_attention=resolved.options.attn_implementation is not None)
         return
@@ -264,7 +265,7 @@ def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device)
 def training_engine(
     model: Any, config: dict[str, Any], resolved: ResolvedConfig, total_steps: int, device: torch.device
 ) -> Engine:
-    """`deepspeed.initialize` with the default optimizer and schedule, or those that the config's sections name."""
+    """`deepspeed.initialize` with the default optimizer and schedule, or those of the config's sections."""
     deepspeed = import_deepspeed(resolved.options.verbose_logging)
     options: RunOptions = resolved.options
     choose_attention(model, resolved, device)
@@ -287,7 +288,7 @@ def training_engine(
 def evaluation_model(
     model: torch.nn.Module, config: dict[str, Any], resolved: ResolvedConfig, device: torch.device
 ) -> EvalModel:
-    """The model for forward passes only: partitioned over the ranks under ZeRO-3, whole on each rank otherwise."""
+    """The model for forward passes only: partitioned over the ranks under ZeRO-3, complete on each rank otherwise."""
     choose_attention(model, resolved, device)
     if resolved.zero_stage == 3:
         deepspeed = import_deepspeed(resolved.options.verbose_logging)

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices, and how many multiplications a model's training step is made of."""
+"""Measured peak FLOP/s of a device, and FLOPs of a training step: the two parts of MFU (model FLOPs utilisation)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _WIDTH = {"cpu": 1024, "cuda": 8192}
 
 
 def measured_peak_flops(device: torch.device, kind: torch.dtype) -> float:
-    """Floating-point operations a second of square matrix products of this type on this device, best of several.
+    """FLOP/s of square matrix products of this dtype on this device, the best of several.
 
-    All ranks of a node measure at the same time, so that they share its cores and memory as they do in training. A
-    GPU's record of its greatest use of memory begins anew.
+    All ranks of a node measure at the same time, so that they share its cores and memory as in training. Resets a GPU's
+    peak memory statistics.
     """
     width = _WIDTH[device.type]
     one, other = (torch.randn(width, width, device=device).to(kind) for _ in range(2))
@@ -28,24 +28,24 @@ def measured_peak_flops(device: torch.device, kind: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()
-        if began is None:  # the first product starts up libraries and clocks
+        if began is None:  # the first product includes the start of libraries
             began = now
             continue
         best = min(best, now - start)
         if now - began > _SECONDS[device.type]:
             del one, other, product
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)  # these matrices are not the run's
+                torch.cuda.reset_peak_memory_stats(device)  # without these matrices
             return 2 * width**3 / best
 
 
 def training_flops(model: torch.nn.Module, model_config: Any) -> tuple[float, float]:
-    """Matrix operations of a forward and a backward pass: (per token, per pair of tokens of one row).
+    """FLOPs in matrix products of a forward and a backward pass: (per token, per pair of tokens of one row).
 
-    6 for each weight of a matrix that every token meets (Kaplan et al. 2020, section 2.1; embeddings are looked up and
-    do not count), 4 where the weight is frozen and has no gradient, and 12 x layers x width for each pair that attends
-    (Chowdhery et al. 2022, appendix B). What gradient checkpointing computes again does not count: utilisation is of
-    the model, not of the machine.
+    6 for each weight of a matrix that every token is multiplied by (Kaplan et al. 2020, section 2.1; embeddings are
+    looked up and do not count), 4 where the weight is frozen and has no gradient, and 12 x layers x width for each pair
+    of tokens in attention (Chowdhery et al. 2022, appendix B). Recomputation by gradient checkpointing does not count:
+    MFU is of the model's FLOPs, not of the hardware's.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     shapes = [(parameter, full_shape(parameter)) for parameter in model.parameters()]

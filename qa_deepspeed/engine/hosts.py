@@ -1,4 +1,7 @@
-"""The hosts of a run: the hostfile, whether they can be reached, whether the same software is on them."""
+"""The hosts of a run: the hostfile, whether they can be reached, whether they have the same software.
+
+`python -m qa_deepspeed.engine.hosts` prints the versions that must agree on all hosts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ CONNECT_SECONDS = 5
 PROBE_SECONDS = 30
 
 ALWAYS_SENT = ("MLFLOW", "PYTHON", "MV2", "UCX")
-"""Beginnings of the variables that DeepSpeed's launcher sends on from its own environment (its `EXPORT_ENVS`)."""
+"""Prefixes of the variables that DeepSpeed's launcher passes to the hosts from its environment (its `EXPORT_ENVS`)."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?", text)
         if match is None or int(match[2]) == 0:
-            raise UserError(f"hostfile {path}, line {number}: '{text}' is not like 'node1 slots=8'; write it so")
+            raise UserError(f"hostfile {path}, line {number}: '{text}' is not like 'node1 slots=8'; correct it")
         if match[1] in hosts:
-            raise UserError(f"hostfile {path}, line {number}: {match[1]} stands there already; give each host one line")
+            raise UserError(f"hostfile {path}, line {number}: {match[1]} is listed twice; give each host one line")
         hosts[match[1]] = Host(match[1], int(match[2]))
     if not hosts:
         raise UserError(f"hostfile {path} names no host; lines look like 'node1 slots=8'")
@@ -59,7 +62,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def faults(hosts: list[Host], ssh_port: int | None) -> list[str]:
-    """What is wrong with each host, one line a fault; all are asked at once. Empty if they can run this program."""
+    """Faults of the hosts, one line each, found in parallel by ssh; empty if all can run this program."""
     here = versions()
     with ThreadPoolExecutor(len(hosts)) as pool:
         found = pool.map(lambda host: _faults_of(host, ssh_port, here), hosts)
@@ -67,32 +70,32 @@ def faults(hosts: list[Host], ssh_port: int | None) -> list[str]:
 
 
 def _faults_of(host: Host, ssh_port: int | None, here: dict[str, str]) -> list[str]:
-    ask = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -m qa_deepspeed.engine.hosts"
+    probe = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -m qa_deepspeed.engine.hosts"
     port = ["-p", str(ssh_port)] if ssh_port else []
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-    command = ["ssh", *options, *port, host.name, ask]
+    command = ["ssh", *options, *port, host.name, probe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
     except FileNotFoundError:
-        return ["ssh is not installed here: hosts cannot be asked; install the OpenSSH client"]
+        return ["ssh is not installed here: install the OpenSSH client"]
     except subprocess.TimeoutExpired:
-        return [f"{host.name} does not answer within {PROBE_SECONDS} s: look at its load and its disks"]
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [f"{host.name} does not answer within {PROBE_SECONDS} s: check its load and its disks"]
+    message = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode == 255:  # ssh's own failures
-        return [f"{host.name} cannot be reached: {said}; try '{' '.join(['ssh', *port, host.name])} true'"]
+        return [f"{host.name} cannot be reached: {message}; try '{' '.join(['ssh', *port, host.name])} true'"]
     try:
         there = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        return [f"{host.name} has not this program at {Path.cwd()} for {sys.executable} ({said}); put it there"]
+        return [f"{host.name} has no such program at {Path.cwd()} for {sys.executable} ({message}); install it there"]
     return [
-        f"{host.name} has {name} {there.get(name, 'none')}, here is {version}; make them the same"
+        f"{host.name} has {name} {there.get(name, 'none')}, this host has {version}; install the same"
         for name, version in here.items()
         if there.get(name) != version
     ]
 
 
 def environment_files() -> list[Path]:
-    """The files whose variables DeepSpeed's launcher sends to every host."""
+    """The files whose variables DeepSpeed's launcher passes to every host."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     return [path for path in (Path.home() / name, Path(name)) if path.is_file()]
 
@@ -104,9 +107,9 @@ def sent_variables() -> list[str]:
 
 
 def faults_of_environment_files() -> list[str]:
-    """Lines of those files on which the launcher would fail."""
+    """Lines of those files on which DeepSpeed's launcher fails."""
     return [
-        f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher fails on it; mend it"
+        f"{path}, line {number}: '{line}' is not NAME=VALUE, and DeepSpeed's launcher fails on it; correct it"
         for path in environment_files()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if "=" not in line
@@ -117,8 +120,8 @@ PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Versions by package, without importing any; of this package a digest of its code, which has no version yet that
-    tells two checkouts apart."""
+    """Versions by package, without importing any; of this package a digest of its code, since two checkouts can
+    have the same version."""
     found = {name: _version(name) for name in PACKAGES}
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent.parent

@@ -1,8 +1,8 @@
-"""What one rank of a training run needs, by arithmetic: bytes of memory, and bytes moved in an optimizer step.
+"""Estimate of one rank's memory in a training run, and of the bytes it moves in an optimizer step.
 
-The terms are those of DeepSpeed 0.19's own code for the default optimizer (AdamW, two moments). P is the number of
-parameters, T of those that are trained (with LoRA the adapters and the head, else all), N the number of ranks, e the
-size of one element (4 in float32, 2 in half precision):
+The terms are those of DeepSpeed 0.19's code for the default optimizer (AdamW, two moments). P is the number of
+parameters, T of trained ones (with LoRA the adapters and the head, else all), N the number of ranks, e the size of one
+element (4 in float32, 2 in half precision):
 
     stage   parameters            gradients              optimizer (master weights and moments)
     0       eP                    eT, in half +4T        8T, in half 12T
@@ -10,15 +10,16 @@ size of one element (4 in float32, 2 in half precision):
     2       eP                    eT/N, in half +6T/N    12T/N
     3       eP/N and gathered     eT/N, in half +4T/N    12T/N
 
-Stage 1 has whole gradients, eT, where a step is several micro-batches. In half precision the step makes a float32 copy
-of the gradients, stages 1 and 2 out of a flattened one; stages 1 to 3 keep master weights of their own even in float32.
-With offload the optimizer's part, and float32 gradients 4T/N, are in host memory. Gradients and activations are never
-whole at the same time: the backward pass frees these as it makes those, and the step's copies come after it.
+Stage 1 has full gradients, eT, if a step has several micro-batches. In half precision the step makes a float32 copy of
+the gradients, at stages 1 and 2 from a flattened one; stages 1 to 3 keep separate master weights even in float32. With
+offload the optimizer's part, and float32 gradients 4T/N, are in host memory. Gradients and activations never reach
+their full size at the same time: the backward pass frees activations as it makes gradients, and the step's copies come
+after it.
 
 Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2S(N-1)/N, an all-gather or a
 reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
 (`use_multi_rank_bucket_allreduce`), so that they move half as much again as stage 0; Rajbhandari et al. 2020, section
-7, count a reduce-scatter there. Stage 3 gathers all parameters, frozen ones too, twice, or once where all may stay
+7, count a reduce-scatter there. Stage 3 gathers all parameters, frozen ones too, twice, or once if all may stay
 (`max_live`).
 """
 
@@ -35,15 +36,15 @@ STAGE_0_BUCKET = 500_000_000
 """Elements that stage 0 flattens and reduces at once (`MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine)."""
 
 PROCESS_HOST_BYTES = 300 * 2**20
-"""Anonymous host memory of a rank before any model: Python, torch, Transformers and DeepSpeed as imported."""
+"""Anonymous host memory of a rank without a model: Python, torch, Transformers and DeepSpeed imported."""
 
 PROCESS_DEVICE_BYTES = 2 * GIB
-"""Device memory that no tensor has: the CUDA context, NCCL's channels, kernel workspaces. An allowance."""
+"""Device memory outside of tensors: the CUDA context, NCCL's channels, kernel workspaces. An allowance."""
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a DeepSpeed config decides about memory; sizes are elements, defaults are DeepSpeed's."""
+    """The settings of a DeepSpeed config that decide about memory; sizes in elements, defaults as DeepSpeed's."""
 
     stage: int
     offload_optimizer: bool
@@ -56,7 +57,7 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> ZeroSettings:
-        """Of a config whose `"auto"`s are filled."""
+        """The settings of a config without `"auto"`."""
         section = config.get("zero_optimization", {})
         stage = int(section.get("stage", 0))
         return cls(
@@ -72,25 +73,25 @@ class ZeroSettings:
 
 
 def countable(config: dict[str, Any]) -> bool:
-    """Whether what follows counts all that a run of this config needs: not NVMe, ZeRO++ or torch_autocast's copies."""
+    """Whether this module covers a config: it does not count NVMe, ZeRO++ and torch_autocast's copies."""
     zero = config.get("zero_optimization", {})
     devices = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
     plusplus = any(zero.get(key) for key in ("zero_hpz_partition_size", "zero_quantized_weights"))
-    return "nvme" not in devices and not plusplus and not config.get("torch_autocast", {}).get("enabled")
+    return not ("nvme" in devices or plusplus or config.get("torch_autocast", {}).get("enabled"))
 
 
 def _offloads(section: dict[str, Any] | None) -> bool:
-    return (section or {}).get("device", "none") != "none"
+    return bool((section or {}).get("device", "none") != "none")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank. On a GPU rank all but the host's parts are on the device; a CPU rank has all in host memory.
 
-    gradients: at the step, copies included; held: of them, what stays during the next micro-batch of the same step.
-    activations with every tensor kept, checkpointed with gradient checkpointing; both are on the device.
-    host: what is in host memory while training; loading: while the weights are read, in float32. At stage 3 every rank
-    takes its share out of the mapped files (safetensors), and has one parameter whole at a time.
+    gradients: at the step, copies included; held: those that stay during the next micro-batch of the same step.
+    activations: with all tensors kept; checkpointed: with gradient checkpointing; both are on the device.
+    host: in host memory while training; loading: while the weights are read, in float32. At stage 3 every rank copies
+    its partitions from the mapped files (safetensors), with one full parameter at a time.
     sent: over the network in one optimizer step; bus: between host and device in one optimizer step.
     """
 
@@ -107,11 +108,11 @@ class MemoryEstimate:
     bus: int
 
     def host_of(self, ranks: int) -> int:
-        """The most host memory of a node with so many ranks."""
+        """Peak host memory of a node with so many ranks."""
         return max(self.host, self.loading) * ranks
 
     def device(self, checkpointing: bool = False) -> int:
-        """All device memory of a GPU rank."""
+        """Peak device memory of a GPU rank."""
         activations = self.checkpointed if checkpointing else self.activations
         always = self.parameters + self.optimizer + self.buffers + PROCESS_DEVICE_BYTES
         return always + max(self.gradients, self.held + activations)
@@ -120,28 +121,29 @@ class MemoryEstimate:
 def estimate_memory(
     model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
 ) -> MemoryEstimate:
-    """What a GPU rank needs; `element` bytes a parameter, `accumulation` micro-batches an optimizer step."""
-    whole, share = model.parameters, -(-model.parameters // ranks)
-    trained, trained_share = model.trained, -(-model.trained // ranks)
+    """Estimate for a GPU rank; `element` bytes per parameter, `accumulation` micro-batches per optimizer step."""
+    full, partition = model.parameters, -(-model.parameters // ranks)
+    trained, trained_partition = model.trained, -(-model.trained // ranks)
     half = element == 2
     partitioned = zero.stage >= 2 or (zero.stage == 1 and accumulation == 1)
-    gradients = element * (trained_share if partitioned else trained)
+    gradients = element * (trained_partition if partitioned else trained)
     held = gradients * (accumulation > 1)
     if half:
-        gradients += 4 * (trained if zero.stage == 0 else trained_share) + 2 * trained_share * (zero.stage in (1, 2))
+        gradients += 4 * (trained if zero.stage == 0 else trained_partition)
+        gradients += 2 * trained_partition * (zero.stage in (1, 2))
     if zero.stage == 1 and not zero.overlap:
-        gradients = max(gradients, element * trained)  # all wait for the end of the backward pass
-    optimizer = 12 * trained_share if zero.stage else (8 + 4 * half) * trained
-    parameters = element * whole
-    in_host = element * share * zero.offload_parameters
+        gradients = max(gradients, element * trained)  # all are kept to the end of the backward pass
+    optimizer = 12 * trained_partition if zero.stage else (8 + 4 * half) * trained
+    parameters = element * full
+    in_host = element * partition * zero.offload_parameters
     host = PROCESS_HOST_BYTES + in_host
     bus = 2 * accumulation * in_host
     if zero.stage == 3:
-        gathered = min(whole, max(zero.max_live, model.largest_layer))
-        parameters = element * (gathered + share) - in_host
+        gathered = min(full, max(zero.max_live, model.largest_layer))
+        parameters = element * (gathered + partition) - in_host
     if zero.offload_optimizer:
-        host += (12 + element + 4) * trained_share
-        bus += (element * accumulation + element) * trained_share
+        host += (12 + element + 4) * trained_partition
+        bus += (element * accumulation + element) * trained_partition
         gradients, held, optimizer = 0, 0, 0
     return MemoryEstimate(
         parameters=parameters,
@@ -152,31 +154,31 @@ def estimate_memory(
         activations=model.saved - model.attention,
         checkpointed=model.checkpointed - model.checkpointed_attention,
         host=host,
-        loading=PROCESS_HOST_BYTES + (4 * model.largest_tensor + in_host if zero.stage == 3 else 4 * whole),
+        loading=PROCESS_HOST_BYTES + (4 * model.largest_tensor + in_host if zero.stage == 3 else 4 * full),
         sent=_sent(model, zero, element, ranks, accumulation),
         bus=bus,
     )
 
 
-CPU_ATTENTION_SHARE = 5 / 12
-"""Of the attention matrices that torch keeps (three in float32), this package's CPU attention keeps so much: the
-probabilities and one byte a score for what was dropped."""
+CPU_ATTENTION_RATIO = 5 / 12
+"""Attention matrices that models/cpu_attention.py keeps for the backward pass (float32 probabilities, and one byte per
+score for dropout), relative to torch's attention (three float32 matrices)."""
 
 
 def estimate_cpu_memory(
     model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
 ) -> MemoryEstimate:
-    """What a CPU rank needs, all of it in `host`: freed blocks are kept for the next step, so that what never is needed
-    at the same time adds up nevertheless."""
+    """Estimate for a CPU rank, all of it in `host`. Freed blocks are kept for the next step, so that tensors add up
+    that do not exist at the same time."""
     on_gpu = estimate_memory(model, zero, ranks, element, accumulation)
-    share = -(-model.parameters // ranks)
+    partition = -(-model.parameters // ranks)
     buffers = element * _buffers_on_cpu(model, zero, ranks)
-    activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_SHARE))
-    # A frozen module's own output and its adapter's go when they are added up. Smaller tensors take the edges of their
-    # places in glibc's heap, and the next ones do not fit.
+    activations = model.saved - int(model.attention * (1 - CPU_ATTENTION_RATIO))
+    # The outputs of a frozen module and its adapter are freed when they are added up. Smaller tensors then take
+    # parts of their places in glibc's heap, and the next outputs do not fit.
     holes = 2 * model.adapted
     host = on_gpu.parameters + on_gpu.gradients + on_gpu.optimizer + buffers + activations + holes + on_gpu.host
-    kept = element * share if zero.stage == 3 and not zero.offload_parameters else 0
+    kept = element * partition if zero.stage == 3 and not zero.offload_parameters else 0
     return dataclasses.replace(
         on_gpu,
         buffers=buffers,
@@ -189,31 +191,30 @@ def estimate_cpu_memory(
 
 
 def _buffers_on_cpu(model: Footprint, zero: ZeroSettings, ranks: int) -> int:
-    """Elements of what DeepSpeed and gloo allocate beside parameters, gradients and optimizer state, as traced with
-    torch's profiler. What is gathered needs no copy on one host (`dist.gather_by_broadcasts`)."""
+    """Elements that DeepSpeed and gloo allocate beside parameters, gradients and optimizer state, as seen in torch's
+    profiler. Gathering needs no copy on one host (`dist.gather_by_broadcasts`)."""
     if zero.stage == 0:
         return model.trained  # the flattened gradients
-    share, bucket = -(-model.trained // ranks), min(zero.reduce_bucket, model.trained)
-    # The bucket is allocated anew in every step, elsewhere, so that all of it comes to be touched. The share are zeros
-    # that stand for gradients at the optimizer's start.
-    buffers = zero.reduce_bucket + share
+    partition, bucket = -(-model.trained // ranks), min(zero.reduce_bucket, model.trained)
+    # The bucket is allocated at another place in every step, so that all its pages are touched. The partition holds
+    # zeros, which serve as gradients when the optimizer is initialized.
+    buffers = zero.reduce_bucket + partition
     if zero.stage == 3:
-        # The bucket put together and gloo's copy of it, or at other times what is gathered at once before it is dealt
-        # to its parameters; the step's flat gradients.
-        buffers += max(2 * bucket, min(zero.prefetch_bucket, model.parameters)) + share
+        # The assembled bucket and gloo's copy of it, or at other times one gather's buffer; the step's flat gradients.
+        buffers += max(2 * bucket, min(zero.prefetch_bucket, model.parameters)) + partition
     else:
-        # The bucket flattened and copied back (reduce_scatter), a second one while the first travels.
+        # The flattened bucket and its copy (reduce_scatter), a second bucket while the first is sent.
         buffers += (2 * zero.reduce_scatter + zero.overlap) * bucket
-    # The largest gradient as autograd made it, and as it is handed on.
+    # The largest gradient of autograd, and DeepSpeed's copy of it.
     return buffers + 2 * model.largest_trained * (zero.offload_optimizer or zero.stage == 3)
 
 
 def _buffers(model: Footprint, zero: ZeroSettings) -> int:
-    """Elements of the buffers of communication."""
+    """Elements of the communication buffers."""
     if zero.stage == 0:
         return min(model.trained, STAGE_0_BUCKET)
     bucket = max(zero.reduce_bucket, model.largest_trained)
-    # The bucket that fills, below stage 3 a second one while the first travels, and the flattened copy that travels.
+    # The bucket being filled, below stage 3 a second one while the first is sent, and the flattened copy that is sent.
     second, flattened = zero.overlap and zero.stage < 3, zero.reduce_scatter or zero.stage == 3
     return bucket * (1 + second + flattened) + model.largest_trained * zero.offload_optimizer
 

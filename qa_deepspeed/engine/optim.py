@@ -1,6 +1,8 @@
-"""The default optimizer and learning-rate schedule, handed to DeepSpeed as a client's own: no compiler is needed."""
+"""The default optimizer and learning-rate schedule, passed to DeepSpeed as client objects: no compiler is needed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
@@ -11,10 +13,10 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.deepspeed_compat import full_shape
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices decay, vectors (biases and norms) do not.
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: matrices with weight decay, vectors (biases and norms) without.
 
-    Under ZeRO-3 a parameter's own shape is that of its partition.
+    Under ZeRO-3 the shape that counts is the full one, not that of the partition.
     """
     decayed: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -22,7 +24,10 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             shape = full_shape(parameter)
             (decayed if len(shape) > 1 else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -33,5 +38,6 @@ def default_optimizer(model: torch.nn.Module, options: RunOptions) -> AdamW:
 
 
 def default_schedule(optimizer: Optimizer, options: RunOptions, total_steps: int) -> LRScheduler:
-    """Linear warm-up, then what lr_scheduler_type says, counted in optimizer steps."""
-    return get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, total_steps)
+    """Linear warm-up, then the schedule lr_scheduler_type, counted in optimizer steps."""
+    schedule: LRScheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, total_steps)
+    return schedule

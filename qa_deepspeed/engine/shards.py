@@ -21,12 +21,12 @@ from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.progress import ProgressBar
 
 WEIGHT = "weight"
-"""Name of a parameter's float32 value beside those of its optimizer state, like `exp_avg`."""
+"""Key of a parameter's float32 value beside those of its optimizer state, such as `exp_avg`."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a stretch of a flattened parameter lies: in each of these flat tensors from `start` on."""
+    """A slice of a flattened parameter: `count` elements from `start` in each of these flat tensors."""
 
     tensors: dict[str, torch.Tensor]
     start: int
@@ -36,10 +36,10 @@ class _Piece:
 class Shards:
     """The parameters of the checkpoint folder `checkpoint`, which was written at ZeRO stage `stage` by `ranks` ranks.
 
-    `optimized` names the parameters in the order of the optimizer's groups, which stage 0 does not write down.
+    `optimized` lists the parameters in the order of the optimizer's groups, which stage 0 does not save.
 
     Raises:
-        UserError: shards are not on this disk.
+        UserError: shards are missing on this disk.
     """
 
     def __init__(self, checkpoint: Path, stage: int, ranks: int, optimized: list[str]) -> None:
@@ -50,7 +50,7 @@ class Shards:
         self._stage = stage
         self._pieces: dict[str, list[_Piece]] = {}
         self.optimizer_step = 0.0
-        """Updates the optimizer has made."""
+        """Number of updates that the optimizer has made."""
         if stage == 0:
             self._index_whole(optimized)
             return
@@ -61,7 +61,7 @@ class Shards:
 
     @property
     def names(self) -> list[str]:
-        """The parameters that are trained."""
+        """Names of the trained parameters."""
         return list(self._pieces)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
@@ -73,13 +73,13 @@ class Shards:
         }
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The model's state dict, floating-point entries in `dtype`; entries that share a tensor go on sharing it."""
+        """The model's state dict, floating-point entries in `dtype`; entries that share a tensor still do."""
         shapes = self._shapes() if self._stage == 3 else {}
         frozen = self._frozen() if self._stage == 3 else {}
         found: dict[str, torch.Tensor] = {}
         result: dict[str, torch.Tensor] = {}
         module = self.common.module
-        with ProgressBar("putting weights together", len(module), "tensor", shown=dist.is_rank_zero()) as bar:
+        with ProgressBar("assembling weights", len(module), "tensor", shown=dist.is_rank_zero()) as bar:
             for name, stored in module.items():
                 source = self.common.aliases.get(name, name)
                 if source not in found:
@@ -124,7 +124,7 @@ class Shards:
 
     def _tensors(self, flat: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.optimizer_step = float(state.get("step", 0))
-        # At stages 1 and 2 the weights are saved without the padding at the end that the state may have.
+        # At stages 1 and 2 weights are saved without padding at the end, states may have one.
         return {WEIGHT: flat, **{key: value for key, value in state.items() if torch.is_tensor(value) and value.ndim}}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -143,17 +143,17 @@ class Shards:
 
 
 def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
-    """Where nodes have disks of their own, each disk has the shards of its node's ranks.
+    """Check that the shards of `ranks` are on this disk: node-local disks have those of their node's ranks.
 
     Raises:
-        UserError: `checkpoint` has not those of all these `ranks` here.
+        UserError: shards are missing.
     """
-    lacking = [rank for rank in ranks if stage > 0 and not list(checkpoint.glob(compat.optimizer_files(rank)))]
-    if lacking:
-        ranks_there = ", ".join(map(str, lacking))
+    missing = [rank for rank in ranks if stage > 0 and not list(checkpoint.glob(compat.optimizer_files(rank)))]
+    if missing:
+        ranks_there = ", ".join(map(str, missing))
         raise UserError(
-            f"{checkpoint} has no shards of rank {ranks_there} on this disk, another node's has them: go on with the "
-            "same hosts in the same order, or put the checkpoint's files of all nodes together on each"
+            f"{checkpoint} has no shards of rank {ranks_there} on this disk, another node has them: resume with the "
+            "same hosts in the same order, or copy the checkpoint's files of all nodes to each node"
         )
 
 
@@ -162,10 +162,10 @@ def _like(value: Any, weight: torch.Tensor) -> bool:
 
 
 def fill_engine(engine: Any, shards: Shards) -> None:
-    """Fill a fresh DeepSpeed engine: float32 weights, the model's own copy of them, optimizer state, counters.
+    """Fill a new DeepSpeed engine: float32 weights, the model's copy of them, optimizer state, counters.
 
     Raises:
-        UserError: the checkpoint is of another model, or DeepSpeed's optimizer wrapper is one that is not known here.
+        UserError: the checkpoint is of another model, or DeepSpeed's optimizer wrapper is not supported.
     """
     names = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if names != set(shards.names):

@@ -34,7 +34,7 @@ def load(
     import_deepspeed(options.verbose_logging)
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    partitioning = HfDeepSpeedConfig(config)  # Transformers holds it by a weak reference, and looks for it
+    partitioning = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # Transformers looks for it, by a weak reference
     with transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned):
         model, fresh = load_model(options, model_config, put=fill)
     del partitioning
@@ -42,7 +42,7 @@ def load(
 
 
 def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter or buffer, partitioned or not, its `value`, which every rank passes whole. Collective.
+    """Set a parameter or buffer, partitioned or not, to its full `value`, which every rank passes. Collective.
 
     Raises:
         RuntimeError: shapes differ.
@@ -67,7 +67,7 @@ def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _report_unpartitioned(reason: str) -> None:
-    """Say that the loading takes the way that needs more memory."""
+    """Report that the loading does not read partitions."""
     dist.log0(f"note: {reason}: Transformers reads the full model on rank 0 and broadcasts it, which takes more memory")
 
 

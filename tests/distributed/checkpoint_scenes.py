@@ -356,7 +356,7 @@ def exports_are_proved_from_every_stage() -> None:
             stages = [line.split(":")[0] for line in lines]
             assert list(dict.fromkeys(stages)) == [
                 f"checking checkpoint-{step}",
-                "putting weights together",
+                "assembling weights",
                 "saving the model",
                 "comparing weights",
             ], lines

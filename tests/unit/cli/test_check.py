@@ -194,7 +194,7 @@ def test_a_stale_lock_of_an_interrupted_build(
     assert check(changed(run, deepspeed_config=with_optimizer(tmp_path)), port=free_port()) == 0  # it may be at work
     os.utime(lock, (time.time() - 7200,) * 2)
     (fault,) = faults(capsys, changed(run, deepspeed_config=with_optimizer(tmp_path)))
-    assert "has stood for 120 minutes" in fault and f"rm {lock}" in fault
+    assert "is 120 minutes old" in fault and f"rm {lock}" in fault
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_stale_lock_of_an_interrupted_build(
         ("node1 slots=2\nnode2 slot=2\n", "line 2: 'node2 slot=2' is not like 'node1 slots=8'"),
         ("node1\n", "line 1: 'node1' is not like"),
         ("# nothing\n\n", "names no host"),
-        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands there already"),
+        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 is listed twice"),
         ("node1 slots=0\n", "line 1"),
     ],
 )
@@ -246,13 +246,13 @@ def test_a_version_that_differs_on_one_host(run: RunOptions, tmp_path: Path, cap
     other = json.dumps({**versions(), "transformers": "4.9"})
     hostfile = fake_ssh(tmp_path, monkeypatch, f"echo '{other}'")
     (fault,) = faults(capsys, run, hostfile=str(hostfile))
-    assert f"node2 has transformers 4.9, here is {versions()['transformers']}; make them the same" in fault
+    assert f"node2 has transformers 4.9, this host has {versions()['transformers']}; install the same" in fault
 
 
 def test_a_host_without_the_program(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     hostfile = fake_ssh(tmp_path, monkeypatch, "echo 'No such file or directory' >&2; exit 1")
     (fault,) = faults(capsys, run, hostfile=str(hostfile))
-    assert "node2 has not this program" in fault and "No such file" in fault
+    assert "node2 has no such program" in fault and "No such file" in fault
 
 
 def test_a_bad_line_of_the_environment_file(run: RunOptions, tmp_path: Path, capsys: Any) -> None:

@@ -47,7 +47,7 @@ def failing(error: Exception) -> Callable[[Path], None]:
         RuntimeError("PytorchStreamWriter failed: No space left"),
     ],
 )
-def test_whatever_a_full_disk_raises_the_run_goes_on(
+def test_training_continues_after_any_error_of_a_full_disk(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writer = Checkpoints(StandIn(), tmp_path, None)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def test_whatever_a_full_disk_raises_the_run_goes_on(
     assert writer.save(state(4), failing(error)) is None
     printed = capsys.readouterr().out
     assert "cannot save a checkpoint: " in printed and "No space left" in printed
-    assert "checkpoint-4 was NOT saved; training goes on, earlier checkpoints are untouched" in printed
+    assert "checkpoint-4 was NOT saved; training continues, earlier checkpoints are untouched" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
     assert writer.save(state(6)) is not None
 

@@ -145,13 +145,13 @@ def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"fp16": True}, "fp16 does not run on a CPU: take --bf16"),
+        ({"fp16": True}, "fp16 does not run on a CPU: use --bf16"),
         ({"attn_implementation": "flash_attention_2", "bf16": True}, "flash_attention_2 computes in half precision"),
-        ({"fp16_opt_level": "O3"}, "O3 is not offered"),
+        ({"fp16_opt_level": "O3"}, "O3 is not supported"),
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"deepspeed_config": "zero22"}, "did you mean 'zero2'"),
         ({"fp16_opt_level": "O1"}, "ZeRO stage 0 only"),
-        ({"deepspeed_config": "zero3_zeropp"}, "need GPUs: take zero3"),
+        ({"deepspeed_config": "zero3_zeropp"}, "need GPUs: use zero3"),
         ({"deepspeed_config": "zero2_autocast", "bf16": True}, "torch_autocast.enabled is true in zero2_autocast"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_broken_config_file_is_one_clear_line(tmp_path: Path, text: str) -> No
         ds_config.load(str(tmp_path / "mine.json"))
 
 
-def test_an_auto_that_nobody_owns_is_named(tmp_path: Path) -> None:
+def test_an_auto_that_no_option_fills_is_named(tmp_path: Path) -> None:
     name = write(tmp_path, {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}})
     with pytest.raises(UserError, match="zero_optimization.stage3_max_live_parameters"):
         ds_config.finish(ds_config.resolve(options(deepspeed_config=name), 1, "cpu"), 10, 10)
@@ -242,9 +242,9 @@ def test_what_deepspeed_refuses_is_one_line_with_file_and_key(
     assert message in str(error.value) and "mine.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+def test_a_key_given_twice_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
-    with pytest.raises(UserError, match="mine.json is not valid JSON: the key 'stage' stands twice"):
+    with pytest.raises(UserError, match="mine.json is not valid JSON: the key 'stage' is given twice"):
         ds_config.load(str(tmp_path / "mine.json"))
 
 
@@ -315,7 +315,7 @@ def test_a_train_batch_size_that_does_not_divide_is_refused(tmp_path: Path) -> N
 
 def test_sequence_parallelism_is_refused_in_training(tmp_path: Path) -> None:
     resolved = ds_config.resolve(options(deepspeed_config=write(tmp_path, {"sequence_parallel_size": 2})), 2, "cpu")
-    with pytest.raises(UserError, match="sequence_parallel_size 2: each rank trains on rows of its own"):
+    with pytest.raises(UserError, match="sequence_parallel_size 2 is not supported: each rank trains on its own rows"):
         ds_config.check_trainable(resolved)
 
 
@@ -328,7 +328,7 @@ def test_other_ways_to_save_are_refused_in_training(tmp_path: Path, asked: dict[
 
 
 def test_float16_at_stage_0_is_refused_in_training() -> None:
-    with pytest.raises(UserError, match="take --deepspeed_config zero1"):
+    with pytest.raises(UserError, match="use --deepspeed_config zero1"):
         ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero0", fp16=True), 1, "cuda"))
     ds_config.check_trainable(ds_config.resolve(options(deepspeed_config="zero1", fp16=True), 1, "cuda"))
 
