@@ -1,0 +1,190 @@
+"""Golden tests of the cache: features and keys of fixed input, as recorded for `FORMAT_VERSION`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from qa_deepspeed.qa.cache import key
+from qa_deepspeed.qa.cache.key import FORMAT_VERSION, cache_key
+from qa_deepspeed.qa.cache.prepare import prepare_features
+from qa_deepspeed.qa.data.reading import Columns, DataSource
+from qa_deepspeed.qa.features import example_store
+from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.families import Family
+from qa_deepspeed.qa.features.template import Special, Template
+from tests.unit import small_tokenizers
+from tests.unit.qa.features import test_slow_tokenizers as small_slow_tokenizers
+
+# ---- features ----
+
+GOLDEN_FEATURES: dict[int, dict[str, str]] = {
+    1: {
+        "bert": "def01bc990f543e3553b432a7d42537b7c3c273d58728b035509ad52b56ee38e",
+        "roberta": "7ded47a33264e48ae6b6208d4d428576608d8fb0cf8c5f1418ec2c72f589a8a2",
+        "llama": "87d5652fc4e32b00912b64f57b029d2e97105172d0e54b720ccba50c49dad501",
+        "xlnet": "e3901191d47cb6b72d798f52ebca157e84a5963983d457eb930091143f6e2195",
+        "t5": "274a8253174672af47a6579c3be8d4dd7ddeba5b4d6e50560349e4555893e688",
+        "gpt2": "57232412724898b5c55410e5c06f41093e7d373241905c27a34e9b5b2e7d51e7",
+        "deberta-v2": "9e70c39ad5f0a3190c1175011d19bb663c4ae917d3d66712d1b80a34a432fbb4",
+        "modernbert": "1a8de1e3b7ef52b8da9da26cef01e77e40690d787da08039cc03683e59a393ab",
+        "prophetnet": "b3bd2e2d174f2a827a6b5145722557a0310afb5ca037fd4c80ed3979441f40ce",
+        "phobert": "c474c13f8d30dab624ac0bdde874aee07493e886ad0ebe4b5c676ecd29877297",
+        "byt5": "d3b000aea058430082ec109128f2d560ade8e4c12f9f2354902f21c213393c69",
+    },
+}
+"""FORMAT_VERSION -> tokenizer -> digest of what the cache holds of `document()`. Keep the rows of older versions."""
+
+SLOW = ("prophetnet", "phobert", "byt5")
+FAST = ("bert", "roberta", "llama", "xlnet", "t5", "gpt2", "deberta-v2", "modernbert")
+
+SHARD_SIZES = (
+    example_store.FIRST_SHARDS,
+    example_store.SMALL_SHARD,
+    example_store.LARGE_SHARD,
+    example_store.SHARD_CHARACTERS,
+)
+
+
+def document(version_2: bool) -> dict[str, Any]:
+    """SQuAD JSON: contexts of several windows, several answers, a repaired one, none, and questions to reject."""
+    sentences = small_tokenizers.SENTENCES
+    contexts = [f"{sentences[number]} {sentences[number - 1]}" for number in range(len(sentences))]
+    paragraphs = []
+    for number, context in enumerate([*contexts, contexts[0], " ", "It is short."]):
+        words = context.split()
+        answers = [_answer(context, word) for word in words[number % 3 :: 5]]
+        questions = [
+            {"id": f"{number}-all", "question": f"Which words, {number}?", "answers": answers},
+            {"id": f"{number}-last", "question": sentences[1], "answers": answers[-1:]},
+            {
+                "id": f"{number}-repaired",
+                "question": "What?",
+                "answers": [_answer(context, one, 2) for one in words[:1]],
+            },
+            {"id": f"{number}-absent", "question": "Who?", "answers": [{"text": "absent", "answer_start": 1}]},
+            {"id": f"{number}-all", "question": "Is the id new?", "answers": answers},
+        ]
+        if version_2:
+            questions.append({"id": f"{number}-none", "question": "What?", "answers": [], "is_impossible": True})
+        paragraphs.append({"context": context, "qas": questions})
+    return {"version": "2.0" if version_2 else "1.1", "data": [{"title": "golden", "paragraphs": paragraphs}]}
+
+
+def _answer(context: str, word: str, shift: int = 0) -> dict[str, Any]:
+    return {"text": word, "answer_start": context.index(word) + shift}
+
+
+CASES: dict[str, tuple[dict[str, Any], FeatureSettings]] = {
+    "train": (
+        {"purpose": "train", "version_2_with_negative": True},
+        FeatureSettings(max_seq_length=60, doc_stride=16, max_query_length=24),
+    ),
+    "train on some, few windows": (
+        {"purpose": "train", "version_2_with_negative": False, "max_examples": 20, "seed": 7},
+        FeatureSettings(60, 8, "overlap", 24, "all", "sample"),
+    ),
+    "evaluate": (
+        {"purpose": "evaluate", "version_2_with_negative": True},
+        FeatureSettings(60, 8, "overlap", 24, "all"),
+    ),
+}
+
+
+def entry_digest(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """SHA-256 of all that the entries of a tokenizer hold, for every case."""
+    monkeypatch.setattr(example_store, "SMALL_SHARD", 16)
+    slow = name in SLOW
+    tokenizer = small_slow_tokenizers.tokenizer(name) if slow else small_tokenizers.tokenizer(name)
+    family = small_slow_tokenizers.family(name) if slow else small_tokenizers.family(name)
+    digest = hashlib.sha256(repr(SHARD_SIZES).encode())
+    for case, (changes, settings) in CASES.items():
+        data, cache = folder / f"{case}.json", folder / case
+        data.write_text(json.dumps(document(changes["version_2_with_negative"])), encoding="utf-8")
+        source = DataSource(files=(str(data),), **changes)
+        prepare_features(source, tokenizer, family, settings, cache)
+        (entry,) = (path for path in cache.iterdir() if path.is_dir())
+        digest.update(case.encode())
+        for path in sorted(entry.glob("*.arrow")):
+            digest.update(path.name.encode())
+            _add_columns(digest, path)
+        digest.update(json.dumps(_lasting(json.loads((entry / "manifest.json").read_text()))).encode())
+        rejected = entry / "rejected.json"
+        digest.update(rejected.read_bytes() if rejected.exists() else b"none")
+    return digest.hexdigest()
+
+
+def _add_columns(digest: Any, path: Path) -> None:
+    with pa.memory_map(str(path)) as source:
+        batch = pa.ipc.open_file(source).get_batch(0)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            digest.update(f"{name} {column.type} {column.values.to_pylist()}\n".encode())
+
+
+def _lasting(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without what depends on the key and on the version of the library that writes Arrow files."""
+    marks = [manifest["index"], *(mark for shard in manifest["shards"] for mark in shard.values())]
+    for mark in marks:
+        mark.update(size=0, checksum="")
+    return {**manifest, "fingerprint": ""}
+
+
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_features_are_those_of_the_format_version(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = entry_digest(name, tmp_path, monkeypatch)
+    assert GOLDEN_FEATURES.get(FORMAT_VERSION, {}).get(name) == found, (
+        f"what the cache holds for {name} is not what was recorded for FORMAT_VERSION {FORMAT_VERSION}: if the change "
+        f"is meant, raise FORMAT_VERSION in qa/cache/key.py and record {found!r} under the new version; if only the "
+        "version of a library or the input of this test changed, record it under the present one"
+    )
+
+
+# ---- keys ----
+
+SOURCE = DataSource(
+    files=("one.json", "two.json"),
+    purpose="train",
+    version_2_with_negative=True,
+    max_examples=100,
+    seed=7,
+    columns=Columns("key", "asked", "text", "gold", "none"),
+)
+SETTINGS = FeatureSettings(200, 50, "overlap", 30, "all", "sample")
+FAMILY = Family("bert", False, "cls", "right", True, False, 0, 0)
+TEMPLATE = Template(Special((1,), (0,)), Special((2, 2), (0, 1)), Special((2,), (1,)), 0, 1, False, True, 0)
+
+GOLDEN_KEYS = {
+    "train": "125d261765b595c7290bfb66c64c03c45646341fc5601345d3557fe5b40440a5",
+    "train on all": "d633f96b04c262062ff3d6c1dc29d890d2a942477fe4aeb3a2ba11374766e1f2",
+    "evaluate": "29c4dabe811e6febee827aa7f0cafcafd4188a0e65cedce71b323572c0ce93f0",
+    "without type ids": "4f1bb80ca89bcc17498af5bcac07c8fee93ffe9caaf545ba49b1ea00b7587512",
+}
+"""Keys that the first release gave to this input, under FORMAT_VERSION 1."""
+
+
+@pytest.mark.parametrize("case", GOLDEN_KEYS)
+def test_keys_are_those_of_the_first_release(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of fields of DataSource, FeatureSettings and Template enter the key: renaming one loses every cache."""
+    monkeypatch.setattr(key, "FORMAT_VERSION", 1)
+    source, family = SOURCE, FAMILY
+    if case == "train on all":
+        source = replace(SOURCE, max_examples=None)
+    elif case == "evaluate":
+        source = replace(SOURCE, purpose="evaluate")
+    elif case == "without type ids":
+        family = replace(FAMILY, sends_token_type_ids=False)
+    assert cache_key(["aa", "bb"], source, "state \ud800", TEMPLATE, family, SETTINGS) == GOLDEN_KEYS[case]
+
+
+def test_another_version_has_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for version in (1, 2, 3):
+        monkeypatch.setattr(key, "FORMAT_VERSION", version)
+        keys.add(cache_key(["aa"], SOURCE, "state", TEMPLATE, FAMILY, SETTINGS))
+    assert len(keys) == 3
