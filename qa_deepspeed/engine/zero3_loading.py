@@ -36,7 +36,7 @@ def load(
 
     partitioning = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # Transformers looks for it, by a weak reference
     with transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned):
-        model, fresh = load_model(options, model_config, put=fill)
+        model, fresh = load_model(options, model_config, fill=fill)
     del partitioning
     return model, fresh
 

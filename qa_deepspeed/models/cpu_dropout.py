@@ -1,8 +1,8 @@
-"""Dropout for CPUs: the same distribution of masks as torch's, drawn several times faster.
+"""Dropout for CPUs: masks of the same distribution as torch's, drawn several times faster.
 
 torch draws a Bernoulli number for every value, about 8 ns each, a sixth of a training step of a small model. Here a
-value takes 16 random bits of numpy's SFC64 generator, about 1 ns; the probability is rounded to a multiple of 2^-16,
-and what is kept is scaled by the rounded one, so that the expectation is exact.
+value takes 16 random bits of numpy's SFC64 generator, about 1 ns. The probability is rounded to a multiple of 2^-16 and
+kept values are scaled by the rounded one, so that the expectation is exact.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _VALUES_AT_ONCE = 1 << 16  # 256 kB in float32, so that values, mask and result 
 
 
 class KeepMasks:
-    """The masks of one call of a dropout: seeded from torch's generator, so `torch.manual_seed` decides them.
+    """The masks of one call of a dropout, seeded from torch's generator: `torch.manual_seed` determines them.
 
-    A forward pass that is computed again from torch's restored state (gradient checkpointing) draws the same ones.
+    A forward pass that is recomputed from torch's restored state (gradient checkpointing) draws the same masks.
     """
 
     def __init__(self, probability: float) -> None:
         self._dropped_levels = round(probability * _LEVELS)
         self._bits = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
         self.scale = _LEVELS / (_LEVELS - self._dropped_levels)
-        """What kept values are multiplied by."""
+        """Factor of kept values."""
 
     def draw(self, *shape: int) -> Tensor:
-        """Bytes of this shape, 0 with the probability of being dropped, else 1.
+        """Bytes of this shape, 0 with the probability of dropping, else 1.
 
-        torch turns bytes into other numbers faster than booleans.
+        torch converts bytes to other types faster than booleans.
         """
         count = int(np.prod(shape))
         levels = self._bits.random_raw(-(-count // 4)).view(np.int16)[:count]
@@ -41,7 +41,7 @@ class KeepMasks:
 
 
 class _Dropped(torch.autograd.Function):
-    """Values of which a share is dropped; a byte a value is kept for the backward pass."""
+    """Dropout that keeps one byte per value for the backward pass."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, probability: float) -> Tensor:
@@ -52,25 +52,26 @@ class _Dropped(torch.autograd.Function):
         return _kept(values, keep, masks.scale)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (keep,) = context.saved_tensors
         return _kept(gradient, keep, context.scale), None
 
 
 def _kept(values: Tensor, keep: Tensor, scale: float) -> Tensor:
-    """`values` x `keep` x `scale`, a part at a time, so that all three stay in the processor's cache."""
-    answer = torch.empty(values.shape, dtype=values.dtype)
-    parts = [each.reshape(-1).split(_VALUES_AT_ONCE) for each in (answer, keep, values)]
-    for place, kept, some in zip(*parts, strict=True):
-        place.copy_(kept).mul_(some).mul_(scale)
-    return answer
+    """`values` x `keep` x `scale`, part by part, so that all three stay in the processor's cache."""
+    result = torch.empty(values.shape, dtype=values.dtype)
+    parts = [torch.split(each.reshape(-1), _VALUES_AT_ONCE) for each in (result, keep, values)]
+    for out, kept, part in zip(*parts, strict=True):
+        out.copy_(kept).mul_(part).mul_(scale)
+    return result
 
 
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with masks from `KeepMasks`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` with a share `p` of its values set to zero and the others scaled up, in training."""
+        """In training, `input` with values set to zero with probability `p` and the others scaled up."""
         if not self.training or self.p in (0.0, 1.0) or input.device.type != "cpu":
             return super().forward(input)
-        return _Dropped.apply(input, self.p)
+        output: Tensor = _Dropped.apply(input, self.p)  # type: ignore[no-untyped-call]
+        return output

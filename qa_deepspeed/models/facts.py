@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are loaded: config, tokenizer, family, longest row."""
+"""A model's config, tokenizer and family, known before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qa_deepspeed.utils.errors import UserError
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are loaded."""
+    """Config, tokenizer and family of a model, without its weights."""
 
     config: PretrainedConfig
     tokenizer: Any
     family: Family
 
     def layout(self, columns: frozenset[str], lang_id: int) -> Layout:
-        """How rows are padded for a model that takes `columns`."""
+        """The padding of rows for a model that takes `columns`."""
         return Layout(
             pad_token_id=self.family.pad_token_id,
             pad_type_id=getattr(self.tokenizer, "pad_token_type_id", 0) or 0,
@@ -34,7 +34,11 @@ class ModelFacts:
 
 
 def model_facts(options: RunOptions) -> ModelFacts:
-    """Config, tokenizer and family; no weights are read. Raises UserError as `models.loading` does."""
+    """Config, tokenizer and family of the options' model.
+
+    Raises:
+        UserError: as in models/loading.py; max_seq_length exceeds the model's positions.
+    """
     config = load_config(options)
     tokenizer = load_tokenizer(options)
     family = family_of(config, tokenizer)
@@ -48,6 +52,6 @@ def model_facts(options: RunOptions) -> ModelFacts:
 
 
 def positions(config: Any) -> int | None:
-    """The longest row a model takes, in tokens; None where its config sets no limit."""
+    """Maximum length of a row in tokens; None if the config sets no limit."""
     longest = getattr(config, "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None

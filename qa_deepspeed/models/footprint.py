@@ -1,4 +1,4 @@
-"""How large a model is and what its forward pass keeps for the backward pass, counted on the meta device.
+"""Memory footprint of a model: parameters, and activations that the forward pass saves, counted on the meta device.
 
 Nothing is loaded and nothing computed: tensors on that device have shapes only.
 """
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 
 from qa_deepspeed.models.lora import LoraSettings, adapted_modules, add_adapters
-from qa_deepspeed.models.transformers_compat import repeated_layers
+from qa_deepspeed.models.transformers_compat import model_of_class, repeated_layers
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -22,12 +22,12 @@ from qa_deepspeed.utils.errors import UserError
 class Footprint:
     """Numbers of parameters, and bytes of activations of one micro-batch.
 
-    trained: those that are trained. largest_layer: parameters of the largest repeated layer (of the whole model if none
-    repeats). largest_tensor, largest_trained: elements of the largest parameter, and of the largest that is trained.
-    saved: bytes of the tensors that autograd keeps, the matrices of attention weights among them (`attention`), and
-    queries, keys and values as wide as the model's own numbers.
-    checkpointed and checkpointed_attention: the same where only the input of each repeated layer is kept and one layer
-    at a time is computed again. adapted: bytes of what the modules with adapters give out.
+    trained: those that are trained. largest_layer: parameters of the largest repeated layer (of the model if none
+    repeats). largest_tensor, largest_trained: elements of the largest parameter, and of the largest trained one.
+    saved: bytes of the tensors that autograd keeps, of which `attention` are matrices of attention weights; queries,
+    keys and values count in the model's dtype. checkpointed and checkpointed_attention: the same if only the input of
+    each repeated layer is kept and one layer at a time is recomputed. adapted: bytes of the outputs of modules with
+    adapters. counted: whether activations were counted, else they are from a formula.
     """
 
     parameters: int
@@ -46,15 +46,15 @@ class Footprint:
 def footprint(
     config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype, lora: LoraSettings | None = None
 ) -> Footprint:
-    """The footprint of a model of this config in training on `rows` rows of `length` tokens, in `dtype`; all of it
-    trained, or only adapters like `lora` and the head.
+    """The footprint of a model of this config in training on `rows` rows of `length` tokens in `dtype`; all of it is
+    trained, or only adapters as in `lora` and the head.
 
     Raises:
-        UserError: no question-answering head exists for it, or it has none of the modules that are to get adapters.
+        UserError: it has no question-answering head, or none of the modules named for adapters.
     """
     with torch.device("meta"):
         try:
-            model = AutoModelForQuestionAnswering.from_config(copy.deepcopy(config), dtype=dtype).train()
+            model = model_of_class(AutoModelForQuestionAnswering, copy.deepcopy(config), dtype).train()
         except ValueError as error:
             raise UserError(f"no question-answering model of type {config.model_type}: {error}") from None
         if lora is not None:
@@ -64,11 +64,15 @@ def footprint(
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     largest_layer = max((sum(each.numel() for each in layer.parameters()) for layer in layers), default=sum(parameters))
     try:
-        kept = _Kept(model, layers, rows, length)
-        kept.run(torch.zeros(rows, length, dtype=torch.long, device="meta"))
-        saved = kept.totals()
-    except (RuntimeError, NotImplementedError, AttributeError):  # the pass needs values, which this device has not
-        kept = None
+        counter = _SavedTensors(model, layers, rows, length)
+        counter.run(torch.zeros(rows, length, dtype=torch.long, device="meta"))
+        saved = counter.totals()
+    except (
+        RuntimeError,
+        NotImplementedError,
+        AttributeError,
+    ):  # the pass needs values
+        counter = None
         saved = _by_formula(config, rows, length, torch.finfo(dtype).bits // 8)
     return Footprint(
         sum(parameters),
@@ -77,13 +81,13 @@ def footprint(
         max(parameters),
         max(trained),
         *saved,
-        adapted=kept.adapted if kept else 0,
-        counted=kept is not None,
+        adapted=counter.adapted if counter else 0,
+        counted=counter is not None,
     )
 
 
 def describe_parameters(model: Footprint) -> str:
-    """How many parameters a model has, and how many of them are trained where not all are."""
+    """The number of parameters as text, and of trained ones if not all are."""
     some = f", {model.trained:,} of them trained" if model.trained != model.parameters else ""
     return f"{model.parameters:,} parameters{some}"
 
@@ -98,8 +102,8 @@ def _by_formula(config: PretrainedConfig, rows: int, length: int, element: int) 
     return (rest + attention) * layers, attention * layers, kept_input * layers + rest + attention, attention
 
 
-class _Kept:
-    """Bytes that the forward pass of a model keeps, by the repeated layer that keeps them (None: outside of all)."""
+class _SavedTensors:
+    """Bytes that the forward pass of a model saves, by repeated layer (None: outside of all)."""
 
     def __init__(self, model: torch.nn.Module, layers: list[Any], rows: int, length: int):
         self.bytes_of: dict[int | None, int] = defaultdict(int)
@@ -135,7 +139,7 @@ class _Kept:
             outside_attention + max(self.attention_of.values(), default=0),
         )
 
-    def _enter(self, module: Any, arguments: tuple, named: dict[str, Any]) -> None:
+    def _enter(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         # A layer that is used several times (ALBERT's) keeps its activations each time.
         self._layer, self._calls = self._calls, self._calls + 1
         given = next(value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))
@@ -155,12 +159,12 @@ class _Kept:
             if tensor.dim() > 2 and tensor.shape[-2:] == (self._length, self._length):
                 self.attention_of[self._layer] += size
             elif self._half and self._of_heads(tensor):
-                size //= 2  # torch's plain attention, the only one on this device, keeps a float32 copy of them
+                size //= 2  # torch's math attention, the only one on this device, saves a float32 copy
             self.bytes_of[self._layer] += size
         return tensor
 
     def _of_heads(self, tensor: torch.Tensor) -> bool:
-        """Whether these are queries, keys or values in float32, `[rows * heads, length, width of a head]` or turned."""
+        """Whether these are queries, keys or values in float32, `[rows * heads, length, head width]` or transposed."""
         shape = tensor.shape
         of_rows = tensor.dim() == 3 and shape[0] > self._rows and shape[0] % self._rows == 0
         return of_rows and tensor.dtype == torch.float32 and self._length in shape[1:]

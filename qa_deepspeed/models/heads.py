@@ -1,4 +1,4 @@
-"""What a question-answering head takes and gives, and the best spans in it: one object for each kind of head."""
+"""Question-answering heads: inputs, loss and best spans of each kind (span, beam)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEAM_CLASSES = {"xlnet": "XLNetForQuestionAnswering", "xlm": "XLMForQuestionAnsw
 
 @dataclass(frozen=True)
 class Objective:
-    """What a head is trained for: `heads.span_loss`, or `marginal_loss` over all gold spans; smoothing as there."""
+    """The training objective: `span_loss`, or `marginal_loss` over all gold spans, with label smoothing."""
 
     marginal: bool = False
     smoothing: float = 0.0
@@ -29,10 +29,10 @@ CLASSIC = Objective()
 
 
 class Head(Protocol):
-    """A kind of head. `outputs` is what the Transformers model returns."""
+    """A kind of head; `outputs` are those of the Transformers model."""
 
     null_score_is_odds: bool
-    """Whether the null score is the null odds themselves; else they are the null score less the best span's."""
+    """Whether the null score is the null odds; else the null odds are the null score minus the best span's score."""
 
     def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The model's arguments in training."""
@@ -48,10 +48,10 @@ class Head(Protocol):
 
 
 def head_of(model: torch.nn.Module, version_2_with_negative: bool, objective: Objective = CLASSIC) -> Head:
-    """The kind of head that a Transformers model has.
+    """The kind of head of a Transformers model.
 
     Raises:
-        UserError: an objective that a beam head, whose loss is the model's own, does not have.
+        UserError: an objective for a beam head, whose loss is computed by the model.
     """
     if type(model).__name__ not in BEAM_CLASSES.values():
         return SpanHead(objective)
@@ -69,11 +69,11 @@ class SpanHead:
         self._objective = objective
 
     def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The labels stay outside: `losses` is ours."""
+        """Without labels: `losses` computes the loss."""
         return batch.inputs
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """As the objective says."""
+        """By the objective."""
         length = outputs.start_logits.shape[1]
         possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
         logits, smoothing = (outputs.start_logits, outputs.end_logits), self._objective.smoothing
@@ -82,23 +82,23 @@ class SpanHead:
         return span_loss(*logits, batch.start, batch.end, possible, smoothing)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The row alone."""
+        """The columns of the batch."""
         return batch.inputs
 
     def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
-        """As `heads.best_spans`; the null score is the sum of both logits at the null position."""
+        """As `best_spans`; the null score is the sum of both logits at the null position."""
         start_logits, end_logits = outputs.start_logits, outputs.end_logits
         found = best_spans(start_logits, end_logits, *starts, batch.context_end, count, max_length)
         return BestSpans(*found, null_scores(batch, start_logits, end_logits))
 
 
 class BeamHead:
-    """Ends that depend on the start, and a score for "no answer" of its own: XLNet's head, which XLM has too.
+    """Ends that depend on the start, and a separate score for "no answer": the head of XLNet and XLM.
 
-    The model finds the start_n_top best starts and, for each, the end_n_top best ends (probabilities, though they are
+    The model returns the start_n_top best starts and, for each, the end_n_top best ends (probabilities, though they are
     named `..._log_probs`), and whether the question is unanswerable (`cls_logits`). Sources: forward of
-    XLNetForQuestionAnswering and XLMSQuADHead in Transformers 5; p_mask as run_squad.py made it: 0 for the context and
-    the null position.
+    XLNetForQuestionAnswering and XLMSQuADHead in Transformers 5; p_mask as in run_squad.py: 0 for the context and the
+    null position.
     """
 
     null_score_is_odds = True
@@ -108,27 +108,28 @@ class BeamHead:
         self._v2 = version_2_with_negative
 
     def training_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The row and its labels: the loss is made inside the model, where the ends are asked for the true start."""
+        """Columns and labels: the model computes the loss, with the ends that belong to the true start."""
         labels = {"start_positions": batch.start, "end_positions": batch.end}
         if self._v2:
             labels["is_impossible"] = (batch.start == batch.null_position).to(self._dtype())
         return self.inputs(batch) | labels
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """The model's loss is a mean over the rows; each row is given it, so that sums over rows are right."""
-        return outputs.loss.float().expand(len(batch.start))
+        """The model's loss, a mean over the rows, repeated for each row, so that sums over rows are right."""
+        losses: Tensor = outputs.loss.float().expand(len(batch.start))
+        return losses
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The row, where its null position is, and which tokens cannot be in an answer."""
+        """Columns, null positions, and a mask of the tokens that cannot be in an answer."""
         length = batch.inputs["input_ids"].shape[1]
         possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
         return batch.inputs | {"cls_index": batch.null_position, "p_mask": (~possible).to(self._dtype())}
 
     def _dtype(self) -> torch.dtype:
-        return next(self._model.parameters()).dtype  # the model's code mixes these arguments with its hidden states
+        return next(self._model.parameters()).dtype  # the model adds these arguments to its hidden states
 
     def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
-        """As `heads.best_beam_spans`."""
+        """As `best_beam_spans`."""
         found = best_beam_spans(
             outputs.start_top_index,
             outputs.start_top_log_probs,
@@ -152,11 +153,11 @@ def best_beam_spans(
     count: int,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `count` likeliest valid spans among a beam head's pairs; equal scores are ordered by start, then end.
+    """The `count` most likely valid spans among a beam head's pairs; equal scores are ordered by start, then end.
 
     Args:
         start, start_probability: `[rows, start_n_top]`.
-        end, end_probability: `[rows, end_n_top * start_n_top]`; the end's number is the slower index.
+        end, end_probability: `[rows, end_n_top * start_n_top]`; the index of the end varies slowest.
         starts, context_end: a span starts in [first, stop) and ends before context_end; each `[rows]`.
 
     Returns:
@@ -175,7 +176,7 @@ def best_beam_spans(
     begin, end, start_score, end_score, score = (
         column.reshape(rows, -1) for column in (begin, end, start_score, end_score, score)
     )
-    order = (begin * (end.max() + 1) + end).argsort(dim=1)  # by position; the sort by score keeps it for equals
+    order = (begin * (end.max() + 1) + end).argsort(dim=1)  # by position, which the stable sort by score keeps
     order = order.gather(1, score.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :count]
     begin, end, start_score, end_score, score = (
         column.gather(1, order) for column in (begin, end, start_score, end_score, score)

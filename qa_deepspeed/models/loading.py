@@ -1,4 +1,4 @@
-"""Config, tokenizer and model with a question-answering head, from a folder or the hub."""
+"""Load config, tokenizer and model with a question-answering head from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qa_deepspeed.models.transformers_compat import check_supported, keep_used_r
 from qa_deepspeed.utils.errors import UserError
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError)
-"""What Transformers raises: ImportError for a package that the model asks for, the last for a config's values."""
+"""Errors of Transformers: ImportError for a package that a model needs, the last one for values of a config."""
 
 
 def quiet_transformers(verbose: bool) -> None:
-    """Keep Transformers' load reports and progress bars away unless `verbose`."""
+    """Silence Transformers' load reports and progress bars unless `verbose`."""
     if not verbose:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_config(options: RunOptions) -> PretrainedConfig:
@@ -35,8 +35,9 @@ def load_config(options: RunOptions) -> PretrainedConfig:
         UserError: no model named, none found, or `model_type` contradicts it.
     """
     if not options.model_name_or_path:
-        raise UserError("which model? pass --model_name_or_path (a checkpoint folder or a hub name)")
-    config = _from_pretrained(AutoConfig, options.config_name or _where(options, "config.json"), options)
+        raise UserError("--model_name_or_path is required: a folder of a model or a name on the hub")
+    name = options.config_name or _name_with(options, "config.json")
+    config: PretrainedConfig = _from_pretrained(AutoConfig, name, options)
     if options.model_type and options.model_type.lower() != config.model_type:
         raise UserError(
             f"model_type {options.model_type} contradicts {options.model_name_or_path}, which is a "
@@ -52,34 +53,34 @@ def load_tokenizer(options: RunOptions) -> Any:
         UserError: none found.
     """
     extra = {"do_lower_case": True} if options.do_lower_case else {}
-    name = options.tokenizer_name or _where(options, "tokenizer_config.json")
+    name = options.tokenizer_name or _name_with(options, "tokenizer_config.json")
     return _from_pretrained(AutoTokenizer, name, options, **extra)
 
 
-def _where(options: RunOptions, file: str) -> str | None:
-    """The model's folder or hub name; that of its base model where it is an adapter that came without `file`."""
+def _name_with(options: RunOptions, file: str) -> str | None:
+    """The model's folder or hub name; for an adapter without `file` that of its base model."""
     name = options.model_name_or_path
     base = base_of(name)
     return name if base is None or (Path(str(name)) / file).is_file() else base
 
 
-def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter its value."""
+def set_value(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Set a parameter to `value`."""
     with torch.no_grad():
         parameter.copy_(value)
 
 
 def load_model(
-    options: RunOptions, config: PretrainedConfig, put: Callable[[torch.Tensor, torch.Tensor], None] = put
+    options: RunOptions, config: PretrainedConfig, fill: Callable[[torch.Tensor, torch.Tensor], None] = set_value
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The model in float32, and the names of weights that the checkpoint lacks and that were drawn at random.
+    """The model in float32, and the names of weights that are missing in the checkpoint and drawn at random.
 
-    Where `model_name_or_path` is a folder with a LoRA adapter: its base model with the adapter and its head in it.
+    If `model_name_or_path` is a folder with a LoRA adapter: its base model with the adapter and its head.
 
     Args:
-        put: gives a parameter its whole value, for models that are not whole here.
+        fill: sets a parameter to its full value, for partitioned models.
     Raises:
-        UserError: no weights found, or no question-answering head exists for this architecture.
+        UserError: no weights are found, or the architecture has no question-answering head.
     """
     check_supported()
     name = options.model_name_or_path
@@ -96,18 +97,18 @@ def load_model(
     keep_used_renamings(model)
     fresh = set(report["missing_keys"])
     if base is not None:
-        fresh -= set(load_adapters(model, str(name), put))
+        fresh -= set(load_adapters(model, str(name), fill))
     return model, sorted(fresh)
 
 
 def require_trained_head(name: str | None, fresh: list[str]) -> None:
-    """Raises UserError if the checkpoint `name` lacked weights (`fresh`): its answers would be drawn at random."""
+    """Raises UserError if weights (`fresh`) were missing in the checkpoint `name`: its answers would be random."""
     if fresh:
         raise UserError(f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)")
 
 
 def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> torch.nn.Module:
-    """The model with weights drawn at random, to be filled from a checkpoint.
+    """The model with random weights, to be filled from a checkpoint.
 
     Raises:
         UserError: as `load_model`.
@@ -118,7 +119,7 @@ def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> t
 
 
 def head_kind(config: PretrainedConfig, qa_head: str | None) -> str:
-    """Which head `load_model` gives, span or beam, by the same rules.
+    """The kind of head of `load_model`'s model: span or beam.
 
     Raises:
         UserError: as `load_model`.
@@ -127,9 +128,9 @@ def head_kind(config: PretrainedConfig, qa_head: str | None) -> str:
 
 
 def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
-    """The Transformers class for `qa_head` (span or beam), or for the head that the checkpoint has, if none is asked.
+    """The Transformers class for `qa_head` (span or beam), or by default for the checkpoint's head.
 
-    AutoModelForQuestionAnswering gives XLNet and XLM their simple, the span head.
+    AutoModelForQuestionAnswering selects the span head of XLNet and XLM.
     """
     beam = BEAM_CLASSES.get(config.model_type)
     if qa_head == "span" or (qa_head is None and beam not in (config.architectures or ())):

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): adapters of low rank beside frozen weights, by peft; saved as peft saves them.
+"""LoRA (Hu et al. 2021): low-rank adapters beside frozen weights, by peft and in its file format.
 
-Adapters are put into the Transformers model itself, which keeps its class and its forward; the question-answering head
-is trained beside them, whole.
+Adapters are injected into the Transformers model, which keeps its class and its forward; the question-answering head is
+trained in full.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """What adapters are like. target_modules: names of modules, or all linear ones but the head's."""
+    """Settings of adapters. target_modules: names of modules, or all linear ones except the head's."""
 
     rank: int
     alpha: int
@@ -45,10 +45,10 @@ class LoraSettings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoraSettings | None:
-        """Those of a run's options by name; None for a run that trains all weights (or one of before there was LoRA).
+        """The settings in a run's options by name; None for a run that trains all weights (or an old run's options).
 
         Raises:
-            UserError: numbers that cannot be.
+            UserError: numbers out of range.
         """
         rank = options.get("lora_rank")
         if rank is None:
@@ -57,25 +57,25 @@ class LoraSettings:
             raise UserError("lora_rank and lora_alpha must be at least 1, lora_dropout at least 0 and less than 1")
         names = tuple(name.strip() for name in options["lora_target_modules"].split(",") if name.strip())
         if not names:
-            raise UserError(f"lora_target_modules names no module: pass names with commas between, or {ALL_LINEAR}")
+            raise UserError(f"lora_target_modules names no module: pass names separated by commas, or {ALL_LINEAR}")
         return cls(rank, options["lora_alpha"], options["lora_dropout"], names)
 
 
 def check_lora(options: RunOptions) -> None:
-    """Before a training run.
+    """Check LoRA's options before a training run.
 
     Raises:
-        UserError: LoRA's options cannot be had, or are given without a rank, or the run would start from an adapter.
+        UserError: they are invalid, or given without a rank, or the run would start from an adapter.
     """
     settings = LoraSettings.of(options.to_dict())
     given = sorted(name for name in options.given if name.startswith("lora_"))
     if settings is not None:
         require_peft()
     elif given:
-        raise UserError(f"{', '.join(given)} without --lora_rank: pass a rank, like 8, or leave them out")
+        raise UserError(f"{', '.join(given)} without --lora_rank: pass a rank, such as 8, or leave them out")
     if base_of(options.model_name_or_path):
         raise UserError(
-            f"{options.model_name_or_path} holds a LoRA adapter, which is not trained further: start from "
+            f"{options.model_name_or_path} holds a LoRA adapter, which cannot be trained further: start from "
             "its base model, or merge a checkpoint first (qa-deepspeed export --merge_lora)"
         )
 
@@ -95,7 +95,7 @@ def require_peft() -> Any:
 
 
 def head_names(model: Any) -> list[str]:
-    """The modules of the question-answering head: what stands beside the base model."""
+    """Names of the modules of the question-answering head, which are all modules outside of the base model."""
     return [
         name
         for name, child in model.named_children()
@@ -104,13 +104,13 @@ def head_names(model: Any) -> list[str]:
 
 
 def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> Any:
-    """Put fresh adapters into `model`, whose weights come from `base`; only they and the head are trained then.
+    """Inject new adapters into `model`, whose weights come from `base`; only they and the head are trained then.
 
-    Returns peft's tuner, which can merge the adapters into the weights. What is saved names the model's class, not
-    peft's task type: its wrapper for question answering forgets token_type_ids (peft 0.21), its general one does not.
+    Returns peft's tuner, which can merge the adapters into the weights. The saved config names the model's class, not
+    peft's task type: peft's wrapper for question answering drops token_type_ids (peft 0.21), its general one does not.
 
     Raises:
-        UserError: peft is missing, or the model has none of the modules that are named.
+        UserError: peft is not installed, or the model has none of the named modules.
     """
     peft = require_peft()
     heads = head_names(model)
@@ -124,10 +124,10 @@ def add_adapters(model: Any, settings: LoraSettings, base: str, seed: int) -> An
         exclude_modules=rf"({'|'.join(heads)})(\..*)?",
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
     )
-    torch.manual_seed(seed)  # what was drawn before differs from one ZeRO stage to another
+    torch.manual_seed(seed)  # the generator's state differs between ZeRO stages
     tuner = _inject(model, config, f"lora_target_modules {','.join(settings.target_modules)}")
     config.target_modules, config.exclude_modules = adapted_names(tuner), None
-    config.modules_to_save = heads  # for those who load it; here the head needs no wrapper
+    config.modules_to_save = heads  # for loading by peft; here the head needs no wrapper
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in heads:
             parameter.requires_grad_(True)
@@ -144,23 +144,23 @@ def _inject(model: Any, config: Any, what: str) -> Any:
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether adapters were put into the model."""
+    """Whether the model has adapters."""
     return ADAPTER in getattr(model, "peft_config", {})
 
 
 def adapted_modules(model: Any) -> list[Any]:
-    """The modules that adapters were put into."""
+    """The modules with adapters."""
     return adapter_layers(model) if has_adapters(model) else []
 
 
 def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **how: Any) -> Mapping[str, torch.Tensor]:
-    """Write the model whose whole state dict is `state` into `folder`; returns the tensors in its files, by name.
+    """Write the model with the full state dict `state` into `folder`; returns the tensors in its files, by name.
 
-    A model without adapters as Transformers does, with `how` for its `save_pretrained`. Of one with adapters, these and
-    the head so that `PeftModel.from_pretrained` reads them, and the config, which a tuned threshold goes into.
+    A model without adapters is written by Transformers, with `how` for its `save_pretrained`. Of a model with adapters,
+    these and the head are written as `PeftModel.from_pretrained` reads them, and the config, for a tuned threshold.
     """
     if not has_adapters(model):
-        size = sum({value.data_ptr(): value.nbytes for value in state.values()}.values())  # shared ones are one
+        size = sum({value.data_ptr(): value.nbytes for value in state.values()}.values())  # shared tensors count once
         with write_progress("saving the model", folder, size):
             model.save_pretrained(folder, state_dict=dict(state), **how)
         for path in folder.glob("*.safetensors"):
@@ -178,8 +178,8 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], **
 
 
 def load_by_peft(folder: Path, kind: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
-    """What peft itself makes of the adapter in `folder` on its base model, of the Transformers class `kind`: the model,
-    and the adapter's tensors by their names in files."""
+    """The adapter in `folder` on its base model of the Transformers class `kind`, loaded by peft alone: the model, and
+    the adapter's tensors by their names in files."""
     peft = require_peft()
     config = AutoConfig.from_pretrained(folder)
     base = kind.from_pretrained(base_of(str(folder)), config=config, dtype=dtype)
@@ -188,7 +188,7 @@ def load_by_peft(folder: Path, kind: Any, dtype: torch.dtype) -> tuple[Any, dict
 
 
 def adapter_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a state dict the adapters and the head, by the names of peft's files."""
+    """The adapters and the head of a state dict, by the names of peft's files."""
     heads = head_names(model)
     found = require_peft().get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
     found |= {name: value for name, value in state.items() if name.split(".")[0] in heads}
@@ -196,10 +196,10 @@ def adapter_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def base_of(name: str | None) -> str | None:
-    """The base model of the adapter in the folder `name`, or None if there is no adapter in it.
+    """The base model of the adapter in the folder `name`; None if it holds no adapter.
 
     Raises:
-        UserError: its config cannot be read, it is of another kind than LoRA, or the base model's folder is gone.
+        UserError: its config cannot be read, it is of another kind than LoRA, or the base model's folder is missing.
     """
     if not name or not (Path(name) / CONFIG_FILE).is_file():
         return None
@@ -209,20 +209,20 @@ def base_of(name: str | None) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{Path(name) / CONFIG_FILE} cannot be read ({error!r})") from None
     if kind != "LORA":
-        raise UserError(f"{name} holds an adapter of the kind {kind}: only LORA is read here")
+        raise UserError(f"{name} holds an adapter of the kind {kind}: only LORA is supported")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(
-            f"the adapter in {name} was trained on {base}, which is not there: put the base model there, "
-            f"or its place into {CONFIG_FILE}"
+            f"the adapter in {name} was trained on {base}, which does not exist: put the base model there, "
+            f"or its path into {CONFIG_FILE}"
         )
     return base
 
 
-def load_adapters(model: Any, name: str, put: Callable[[torch.Tensor, torch.Tensor], None]) -> list[str]:
-    """Put the adapters in the folder `name` into its base model, and its head; returns the parameters they fill.
+def load_adapters(model: Any, name: str, fill: Callable[[torch.Tensor, torch.Tensor], None]) -> list[str]:
+    """Load the adapters and the head in the folder `name` into its base model; returns the names of their parameters.
 
     Args:
-        put: gives a parameter of the model its whole value.
+        fill: sets a parameter of the model to its full value.
     Raises:
         UserError: the adapter is not for this model, or its weights are missing.
     """
@@ -243,5 +243,5 @@ def load_adapters(model: Any, name: str, put: Callable[[torch.Tensor, torch.Tens
     if unknown:
         raise UserError(f"the adapter in {name} does not fit its base model: {', '.join(unknown[:3])} ...")
     for stored, value in saved.items():
-        put(parameters[names[stored]], value)
+        fill(parameters[names[stored]], value)
     return [names[stored] for stored in saved]

@@ -1,4 +1,4 @@
-"""A tuned threshold on the null odds, kept in a model's config.json."""
+"""The tuned null threshold (a bound on the null odds) in a model's config.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = "null_score_diff_threshold"
 
 
 def save_null_threshold(folder: Path, threshold: float) -> None:
-    """Write the threshold into the config of the model in `folder`, if there is one."""
+    """Write the threshold into the config of the model in `folder`, if there is a model."""
     path = folder / "config.json"
     if path.is_file():
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {KEY: threshold})
@@ -24,6 +24,6 @@ def saved_null_threshold(model_config: Any) -> float:
 
 
 def drop_null_threshold(model_config: Any) -> None:
-    """Take a kept threshold away: it is not that of the model that training makes of this one."""
+    """Remove a saved threshold: it does not apply to the model that training makes of this one."""
     if hasattr(model_config, KEY):
         delattr(model_config, KEY)

@@ -167,7 +167,9 @@ def supports_flash_attention(model: Any) -> bool:
     return bool(getattr(model, "_supports_flash_attn", False))
 
 
-def torch_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+def torch_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
     """Transformers' attention function around torch's scaled_dot_product_attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -2,8 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us: data, flags, files or the machine.
+    """A user's mistake in data, flags, files or machine.
 
-    The message is one line that says what is wrong, where, and what to do. The command line prints it and exits
-    with status 2. Mistakes of our own are `assert`s.
+    The message is one line: what is wrong, where, and what to do. The command line prints it and exits with status 2.
+    Mistakes of this program are `assert`s.
     """

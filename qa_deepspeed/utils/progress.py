@@ -1,4 +1,4 @@
-"""Progress of whatever takes more than two seconds: a bar on terminals, a line now and then in files."""
+"""Progress of stages that take more than two seconds: a bar on terminals, a line every half minute in files."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from types import TracebackType
 from tqdm import tqdm
 
 QUIET_SECONDS = 2.0
-"""What is over sooner is not worth a bar."""
+"""Stages that end sooner get no bar."""
 
 LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal."""
 
 
 class ProgressBar:
-    """Counts work done and tells rate and time left on the standard error stream. Use it as a context manager.
+    """Counts finished units and shows rate and ETA on the standard error stream. Use it as a context manager.
 
-    Threads may share one.
+    It is thread-safe.
     """
 
     def __init__(
         self, what: str, total: int | None, unit: str, shown: bool = True, lines: bool = True, done: int = 0
     ) -> None:
-        """what: the stage, such as "answering"; total: units of the whole, if known; shown: false to tell nothing;
-        lines: false to tell nothing where there is no terminal; done: units that were done before.
+        """what: the stage, such as "answering"; total: number of units, if known; shown: false for no output; lines:
+        false for no output without a terminal; done: units finished before.
         """
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -45,7 +45,7 @@ class ProgressBar:
         )
         self._lines = shown and lines and not terminal
         self._what, self._total, self._unit = what, total, unit
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._before = self._done = done
         self._lock = threading.RLock()
 
@@ -58,24 +58,24 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it stands; for where no context manager fits."""
+        """End the bar as it is; for use without a context manager."""
         self._bar.close()
 
     def advance(self, units: int = 1) -> None:
-        """Count units that are done."""
+        """Count finished units."""
         with self._lock:
             self.reach(self._done + units)
 
     def reach(self, done: int, total: int | None = None) -> None:
-        """Tell how many units are done, and of how many, once that is known."""
+        """Set the number of finished units, and of all once it is known."""
         with self._lock:
             if total is not None and total != self._total:
                 self._total = self._bar.total = total
             self._bar.update(done - self._done)
             self._done = done
             now = time.monotonic()
-            if self._lines and now - self._told >= LINE_SECONDS:
-                self._told = now
+            if self._lines and now - self._last_line >= LINE_SECONDS:
+                self._last_line = now
                 print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
@@ -86,7 +86,7 @@ class ProgressBar:
 
 
 def clock(seconds: float) -> str:
-    """Such as 1:02:03."""
+    """Seconds as text such as 1:02:03."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
@@ -94,14 +94,14 @@ def clock(seconds: float) -> str:
 MEGABYTE = 10**6
 
 LOOK_SECONDS = 0.5
-"""Between two looks at files that grow."""
+"""Seconds between two measurements of growing files."""
 
 BLOCK_BYTES = 512
-"""What `st_blocks` counts in, whatever the disk."""
+"""Unit of `st_blocks` on any disk."""
 
 
 def hash_progress(what: str, paths: Iterable[Path], shown: bool = True) -> ProgressBar:
-    """Progress of reading these files whole, which `sha256_of` advances."""
+    """A bar over the megabytes of these files, which `sha256_of` advances."""
     return ProgressBar(what, sum(_megabytes(path.stat().st_size) for path in paths), "megabyte", shown)
 
 
@@ -117,12 +117,12 @@ def sha256_of(path: Path, bar: ProgressBar) -> str:
 
 @contextmanager
 def write_progress(what: str, folder: Path, size: int) -> Iterator[None]:
-    """While the body writes `size` bytes into `folder` by code that tells nothing itself, tell how far that is."""
+    """Show progress while the body writes `size` bytes into `folder` by code that reports none."""
     whole, over = _megabytes(size), threading.Event()
 
     def follow() -> None:
         while not over.wait(LOOK_SECONDS):
-            with suppress(OSError):  # a file got its final name meanwhile
+            with suppress(OSError):  # a file was renamed meanwhile
                 bar.reach(min(_written(folder) // MEGABYTE, whole))
 
     with ProgressBar(what, whole, "megabyte") as bar:
@@ -137,7 +137,7 @@ def write_progress(what: str, folder: Path, size: int) -> Iterator[None]:
 
 
 def _written(folder: Path) -> int:
-    """Bytes that the folder's files take on the disk: their lengths are often set before they are filled."""
+    """Bytes that the folder's files take on the disk: their lengths are often set before they are written."""
     return sum(path.stat().st_blocks * BLOCK_BYTES for path in folder.rglob("*") if path.is_file())
 
 

@@ -101,7 +101,7 @@ def test_saved_adapters_are_loaded_by_peft_and_by_us(tmp_path: Path) -> None:
     (adapter / "config.json").unlink()  # as peft itself saves
     assert load_config(asked).vocab_size == 30
 
-    with pytest.raises(UserError, match="holds a LoRA adapter, which is not trained further"):
+    with pytest.raises(UserError, match="holds a LoRA adapter, which cannot be trained further"):
         check_lora(options(model_name_or_path=str(adapter)))
     base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="was trained on .*base, which is not there"):
