@@ -104,7 +104,7 @@ def test_saved_adapters_are_loaded_by_peft_and_by_us(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a LoRA adapter, which cannot be trained further"):
         check_lora(options(model_name_or_path=str(adapter)))
     base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="was trained on .*base, which is not there"):
+    with pytest.raises(UserError, match="was trained on .*base, which does not exist"):
         base_of(str(adapter))
 
 
