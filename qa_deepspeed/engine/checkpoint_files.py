@@ -5,6 +5,7 @@ The contents of the other files are known to engine/checkpoint.py only, which wr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -65,12 +66,28 @@ def read_loop_state(checkpoint: Path) -> LoopState:
     """The loop's state of a checkpoint.
 
     Raises:
-        UserError: `checkpoint` is not a complete checkpoint folder.
+        UserError: `checkpoint` is not a complete checkpoint folder, or the file is not what the manifest lists.
     """
     try:
-        return LoopState(**json.loads((checkpoint / LOOP_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = (checkpoint / LOOP_FILE).read_bytes()
+        listed = _listed_digest(checkpoint)
+        if listed is not None and hashlib.sha256(content).hexdigest() != listed:
+            raise ValueError(f"{LOOP_FILE} does not hold what was written")
+        state = LoopState(**json.loads(content))
+        if not isinstance(state.step, int) or not isinstance(state.identity["global_batch_size"], int):
+            raise ValueError(f"{LOOP_FILE} has no step or batch size")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint of this trainer ({error})") from None
+    return state
+
+
+def _listed_digest(checkpoint: Path) -> str | None:
+    """SHA-256 of the loop's state in the manifest; None before there is a manifest, or where it is damaged."""
+    try:
+        entry = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"][LOOP_FILE]
+        return str(entry["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def checkpoint_name(step: int, rows: int, rows_now: int) -> str:
