@@ -1,7 +1,7 @@
 """`python -m qa_deepspeed.torchrun ...`: torchrun, whose exit status tells how the run ended.
 
-torchrun ends with 1 whatever happened. Here it is the status of the rank that failed first: 2 for a user's mistake, 75
-where the run stopped in good order with work left; also when it is torchrun that was told to stop.
+torchrun exits with 1 after any failure. Here the status is that of the rank that failed first: 2 for a user's mistake,
+75 after preemption, also when torchrun itself received the signal.
 """
 
 from __future__ import annotations

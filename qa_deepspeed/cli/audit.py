@@ -107,7 +107,7 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
 def _questions(report: ReadReport) -> dict[str, Any]:
     return {
         "usable": report.usable,
-        "mended": report.mended,
+        "repaired": report.mended,
         "unanswerable": report.unanswerable,
         "rejected": len(report.rejected),
         "rejected_by_reason": report.rejected_by_reason,
@@ -132,7 +132,7 @@ def table(found: dict[str, Any]) -> list[str]:
         "questions",
         [
             ("usable", questions["usable"], ""),
-            ("  mended", questions["mended"], "answer moved to where it stands"),
+            ("  repaired", questions["repaired"], "answer moved to where it stands"),
             ("  unanswerable", questions["unanswerable"], f"{questions['unanswerable'] / questions['usable']:.1%}"),
             ("  repeated", questions["repeated"], "same question and context under another id"),
             ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),

@@ -403,7 +403,7 @@ TOPICS: tuple[tuple[str, Callable[[PreflightState], list[str]]], ...] = (
     ("hosts", _hosts),
     ("launch", _launch),
 )
-"""What is looked at, in this order: later ones need what earlier ones found."""
+"""The checks in order: later ones need what earlier ones found."""
 
 
 def _known(value: Any) -> Any:

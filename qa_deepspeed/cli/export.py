@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export and prove.
+    """Export and verify.
 
     Raises:
         UserError: as `export` says.
@@ -66,11 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
 def export(
     checkpoint: Path, out: Path, dtype: str = "fp32", max_shard_size: str = "5GB", merge: bool = False
 ) -> dict[str, Any]:
-    """Write the model of `checkpoint` into `out` and prove it; returns what was proved, which run.json there holds.
+    """Write the model of `checkpoint` into `out` and verify it; returns the result of the reload check, which run.json there holds.
 
     Raises:
         UserError: the checkpoint is damaged, `out` holds something or cannot be written, there is nothing to `merge`,
-            or the proof fails (then `out` is left as it was).
+            or the reload check fails (then `out` is unchanged).
     """
     problem = damage(checkpoint)
     if problem and (checkpoint / "config.json").is_file():
@@ -90,8 +90,10 @@ def export(
         model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
         saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER).save_pretrained(aside)
-        proof = verify_saved_model(aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge)
-        record = {"step": loop.step, **proof, "checkpoint": str(checkpoint.resolve())}
+        verified = verify_saved_model(
+            aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge
+        )
+        record = {"step": loop.step, **verified, "checkpoint": str(checkpoint.resolve())}
         move_files(aside, out)
         write_json(out / RECORD_FILE, {"status": "exported", "export": record})
     except (OSError, SafetensorError) as error:

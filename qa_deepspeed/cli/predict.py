@@ -1,4 +1,4 @@
-"""`qa-deepspeed predict`: answers from a trained reader, to a file of questions or to one."""
+"""`qa-deepspeed predict`: answers from a trained model, for a file of questions or for one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions: SQuAD JSON, rows as JSON lines, CSV or Parquet with "
         "question and context (an id, if they have one); - for standard input (JSON)",
     )
-    add("--model_name_or_path", required=True, help="folder or hub name of a trained reader")
+    add("--model_name_or_path", required=True, help="folder or hub name of a trained model")
     add("--question", help="one question, instead of a file")
     add("--context", help="the text that answers it")
     for name in COLUMNS:

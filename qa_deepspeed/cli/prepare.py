@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _help(run_options: RunOptions, purposes: list[Any]) -> None:
-    """The same work in another process; what goes wrong there, the first process tells."""
+    """The same work in another process; the first process reports what fails."""
     try:
         _build(run_options, purposes)
     except UserError:

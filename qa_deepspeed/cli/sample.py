@@ -1,4 +1,4 @@
-"""`sample DIR`: a corpus in SQuAD v2 format and a tiny untrained BERT, made from a seed, to see the whole way at work.
+"""`sample DIR`: a corpus in SQuAD v2 format and a tiny untrained BERT, generated from a seed, to try the whole path.
 
 The corpus is about invented towns, ships, festivals ... (sample_text.yaml). An article states each relation at most
 once, so that the relation a question asks for settles its answer; a question is unanswerable where the article does

@@ -1,6 +1,6 @@
 """Answers are those of the pipeline of Transformers 4.57.6: a table of calls, on all questions of the real data.
 
-Needs another environment, since that pipeline is gone from Transformers 5, and a trained reader:
+Needs another environment, since Transformers 5 has no such pipeline, and a trained model:
 
     QA_DEEPSPEED_TRANSFORMERS_4=venv457/bin/python QA_DEEPSPEED_READER=runs/mine python -m pytest tests/contract
 """
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.timeout(7200),
     needs_real_data,
     pytest.mark.skipif(not PYTHON, reason="QA_DEEPSPEED_TRANSFORMERS_4 names no Python that has transformers 4.57.6"),
-    pytest.mark.skipif(not READER, reason="QA_DEEPSPEED_READER names no folder of a trained reader"),
+    pytest.mark.skipif(not READER, reason="QA_DEEPSPEED_READER names no folder of a trained model"),
 ]
 
 CALLS: list[dict[str, Any]] = [

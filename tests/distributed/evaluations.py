@@ -37,17 +37,17 @@ def evaluate_sizes(task: dict[str, Any], config_name: str) -> None:
     config = ds_config.finish(resolved, 1, ds_config.hidden_size(facts.config))
     model, _ = zero3_loading.load(options, facts.config, config)
     assert "token_type_ids" in model_columns(model, facts.config)
-    reader = evaluation_model(model, config, resolved, device)
+    model_of_rank = evaluation_model(model, config, resolved, device)
     if task.get("dies"):
-        _die(reader, *task["dies"])
+        _die(model_of_rank, *task["dies"])
     for size in task["sizes"]:
         folder = Path(task["folder"]) / f"{config_name}-{size}"
         folder.mkdir(exist_ok=True)
-        evaluate(reader, data[size], options, folder)
+        evaluate(model_of_rank, data[size], options, folder)
 
 
-def _die(reader: EvalModel, rank: int, at: int) -> None:
-    forward, done = reader.eval_forward, 0
+def _die(model_of_rank: EvalModel, rank: int, at: int) -> None:
+    forward, done = model_of_rank.eval_forward, 0
 
     def counted(inputs: Any) -> Any:
         nonlocal done
@@ -56,7 +56,7 @@ def _die(reader: EvalModel, rank: int, at: int) -> None:
             os._exit(7)
         return forward(inputs)
 
-    reader.eval_forward = counted  # type: ignore[method-assign]
+    model_of_rank.eval_forward = counted  # type: ignore[method-assign]
 
 
 def main(path: str) -> None:

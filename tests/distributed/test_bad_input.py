@@ -32,8 +32,8 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="module")
-def told(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each mistake was told: N.err and N.status."""
+def reported(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the standard error and exit status of each mistake: N.err and N.status."""
     folder: Path = tmp_path_factory.mktemp("mistakes")
     commands = [
         ["train", *flags(**{**base_options, "output_dir": folder / f"run{number}", **change})]
@@ -48,9 +48,9 @@ def told(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: str(MISTAKES[number][1]))
-def test_one_clear_line(told: Path, number: int) -> None:
-    stderr = (told / f"{number}.err").read_text()
-    assert (told / f"{number}.status").read_text() == "2"
+def test_one_clear_line(reported: Path, number: int) -> None:
+    stderr = (reported / f"{number}.err").read_text()
+    assert (reported / f"{number}.status").read_text() == "2"
     assert MISTAKES[number][1] in stderr and "Traceback" not in stderr
     assert sum(line.startswith("qa-deepspeed: error:") for line in stderr.splitlines()) == 1
 
@@ -133,9 +133,9 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_and_questions(
         "output_dir": tmp_path / "run",
     }
     done = run(by_torchrun(2, "train", *flags(**options)), tmp_path)
-    told = done.stdout + done.stderr
-    assert done.returncode != 0 and told.count("qa-deepspeed: error:") == 1
-    line = next(line for line in told.splitlines() if "qa-deepspeed: error:" in line)
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0 and printed.count("qa-deepspeed: error:") == 1
+    line = next(line for line in printed.splitlines() if "qa-deepspeed: error:" in line)
     step = int(re.search(r"became (?:nan|inf|-inf|infinite or nan) at step (\d+)", line).group(1))
     batch = json.loads((tmp_path / "run/bad_batch.json").read_text())
     assert batch["step"] == step and batch["questions"][0] in line and "1.000e+25" in line

@@ -68,7 +68,7 @@ def test_a_disk_that_refuses_leaves_the_run_going(options: dict[str, object], tm
     command = by_torchrun(2, "train", *flags(**{**options, "output_dir": tmp_path / "run"}))
     done = run(["bash", "-c", limited, *command], tmp_path)
     for step in (2, 4, 6):
-        assert f"checkpoint-{step} was NOT saved; training goes on" in done.stdout
+        assert f"checkpoint-{step} was NOT saved; training continues" in done.stdout
     assert "cannot save a checkpoint: " in done.stdout
     assert "step 6/6" in done.stdout
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -120,8 +120,8 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(
     assert launcher.returncode != 0
     reason = json.loads((tmp_path / "run/requeue").read_text())["reason"]
     (checkpoint,) = checkpoints(tmp_path / "run")
-    told = f"stopped by {reason} after step {step_of(checkpoint)} of 100000"
-    assert told in printed, printed[-2000:] + errors[-2000:]
+    line = f"preempted by {reason} after step {step_of(checkpoint)} of 100000"
+    assert line in printed, printed[-2000:] + errors[-2000:]
     assert damage(checkpoint) is None
 
 

@@ -37,10 +37,21 @@ def trained(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFa
     return folder / "run"
 
 
-def test_the_log_tells_loss_rate_speed_and_scores(trained: Path) -> None:
+def test_the_log_has_loss_rate_speed_and_scores(trained: Path) -> None:
     printed = (trained.parent / "stdout").read_text()
-    words = ("step 4/12  loss", "lr ", "grad norm", "questions/s", "tokens/s", "padding", "HasAns_f1", "NoAns_f1")
-    for part in (*words, "zero2 (ZeRO stage 2, fp32): 12 optimizer steps of 8 rows"):
+    words = (
+        "step 4/12  loss",
+        "lr ",
+        "grad_norm",
+        "questions/s",
+        "tokens/s",
+        "padding",
+        "MFU",
+        "ETA",
+        "HasAns_f1",
+        "NoAns_f1",
+    )
+    for part in (*words, "zero2 (ZeRO stage 2, fp32): 12 optimizer steps, 8 rows a step"):
         assert part in printed
     assert "FutureWarning" not in printed
 
@@ -133,10 +144,10 @@ EASIER = ("zero0", "zero1", "zero2")
 
 
 @pytest.mark.parametrize("config", [*(pytest.param(name, marks=pytest.mark.slow) for name in EASIER), "zero3"])
-def test_a_run_killed_between_checkpoints_goes_on_exactly(
+def test_a_run_killed_between_checkpoints_resumes_exactly(
     base_options: dict[str, object], tmp_path: Path, config: str
 ) -> None:
-    """Preempted after step 8 (its last checkpoint is of step 6), started again by the same command: the same weights.
+    """Killed after step 8 (its last checkpoint is of step 6), resumed by the same command: the same weights.
 
     A run is stopped by taking away what an unbroken one wrote after step 6.
     """
@@ -159,7 +170,7 @@ def test_a_run_killed_between_checkpoints_goes_on_exactly(
     _forget_after(tmp_path / "whole", "checkpoint-6")
     again = run(command, tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on from" in again.stdout and "step 6 of 12" in again.stdout
+    assert "resuming from" in again.stdout and "step 6 of 12" in again.stdout
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == whole
     np.testing.assert_array_equal(losses(tmp_path / "whole")[-6:], first_losses[-6:])
     third = run(command, tmp_path)
@@ -175,7 +186,7 @@ def _forget_after(output_dir: Path, checkpoint: str) -> None:
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "status": "running"}))
 
 
-def test_the_run_record_tells_what_made_the_run_and_sums_what_it_left(trained: Path) -> None:
+def test_the_run_record_holds_settings_versions_and_checksums(trained: Path) -> None:
     record = json.loads((trained / "run.json").read_text())
     assert record["status"] == "finished" and record["options"]["learning_rate"] == 1e-3
     assert record["ds_config"]["zero_optimization"]["stage"] == 2 and "auto" not in json.dumps(record["ds_config"])

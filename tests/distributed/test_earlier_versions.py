@@ -84,7 +84,7 @@ def test_an_interrupted_run_resumes_from_its_checkpoint_with_the_losses_of_an_un
 
     assert f"{INTERRUPTED}/checkpoint-{DONE}" in printed
     after = (folder / INTERRUPTED / "metrics.jsonl").read_text().splitlines()
-    assert after[:DONE] == before[:DONE], "the run started afresh"
+    assert after[:DONE] == before[:DONE], "the run started again"
     found = losses(folder / INTERRUPTED)
     unbroken = EXPECTED["losses_of_the_unbroken_run"]
     rest = EXPECTED["losses_from_step_5_with_dropout_0.1"] if dropout else unbroken[DONE:]

@@ -61,7 +61,7 @@ END
         ip -n "$name" link set eth0 up
         ip -n "$name" link set lo up
         start="/usr/sbin/sshd -f $folder/sshd_config -E $folder/node$number.log"
-        # `ip netns exec` has mounts of its own, and whoever logs in has those of the server.
+        # `ip netns exec` has mounts of its own, and logins have those of the server.
         if [ -n "$disk" ] && [ "$number" -gt 1 ]; then start="mount -t tmpfs node$number $disk && $start"; fi
         ip netns exec "$name" bash -c "$start"
     done

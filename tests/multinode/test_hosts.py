@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_checkpoints_on_separate_disks(
     assert process.wait(timeout=300) == 75, output(tmp_path)[-5000:]
     process = on_node1(hosts, tmp_path, *given)
     assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
-    assert "going on from" in output(tmp_path)
+    assert "resuming from" in output(tmp_path)
     assert_equal(disk / "run", references / config)
 
 
@@ -169,7 +169,7 @@ def test_a_lost_host_is_noticed_and_the_rest_goes_on(
     assert process.wait(timeout=300) == 0, output(tmp_path)[-5000:]
     text = output(tmp_path)
     assert f"node{last} does not answer and is left out" in text
-    assert "going on from" in text.split("restart 1 of 1")[1]
+    assert "resuming from" in text.split("restart 1 of 1")[1]
     metrics = json.loads((disk / "run" / "metrics.json").read_text())
     print(
         f"{last} hosts, {config}, {loss}: noticed and ended after {noticed:.0f} s, all done after "

@@ -81,12 +81,12 @@ def test_when_a_host_is_lost_the_others_meet_again(
             subprocess.run(["kill", "-9", *hosts.processes(hosts.count)], check=False)
         wait_for("or hangs", tmp_path, started[0])
         noticed = time.monotonic() - lost
-        wait_for("going on from", tmp_path, started[0])
+        wait_for("resuming from", tmp_path, started[0])
         again = time.monotonic() - lost
         assert [agent.wait(timeout=300) for agent in started[:-1]] == [0] * (hosts.count - 1), output(tmp_path)[-5000:]
     done, metrics = time.monotonic() - lost, json.loads((disk / "run" / "metrics.json").read_text())
     print(
-        f"{hosts.count} hosts, torchrun, {loss}: noticed after {noticed:.0f} s, going on after {again:.0f} s, all "
+        f"{hosts.count} hosts, torchrun, {loss}: noticed after {noticed:.0f} s, resumed after {again:.0f} s, all "
         f"done after {done:.0f} s; exact {metrics['exact']:.1f}, F1 {metrics['f1']:.1f}"
     )
     assert noticed < 3 * TIMEOUT

@@ -87,7 +87,7 @@ def test_findings_of_a_small_file_with_mapped_columns(capsys, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--id_column", "key", "--version_2_with_negative", "--max_answer_length", 3)
     found = json.loads(audit(capsys, str(path).replace("rows", "r*"), "--json", *flags)[1])
-    expected = {"usable": 4, "unanswerable": 1, "repeated": 2, "rejected": 1, "mended": 0}
+    expected = {"usable": 4, "unanswerable": 1, "repeated": 2, "rejected": 1, "repaired": 0}
     assert {name: found["questions"][name] for name in expected} == expected
     assert found["answers"] == {"longest": 1, "longer_than_max_answer_length": 0, "in_no_window": 1}
     assert found["windows"]["questions_with_one"] == 3

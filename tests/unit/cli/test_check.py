@@ -1,4 +1,4 @@
-"""The preflight: a good run is told what it would do; every cause of a failing start is one line with its mend."""
+"""The preflight: a good run is described; every cause of a failing start is one line that says what to do."""
 
 import dataclasses
 import json
@@ -105,24 +105,24 @@ def test_batch_arithmetic(run: RunOptions, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    """The longest rows that fit together are what memory is reckoned with, not per_gpu_train_batch_size."""
-    told, reckoned, footprint = [], [], preflight.footprint
-    monkeypatch.setattr(preflight, "footprint", lambda *given: reckoned.append(given[1]) or footprint(*given))
+    """The longest rows that fit together are what memory is computed for, not per_gpu_train_batch_size."""
+    printed, rows, footprint = [], [], preflight.footprint
+    monkeypatch.setattr(preflight, "footprint", lambda *given: rows.append(given[1]) or footprint(*given))
     for tokens in (None, 130, 100_000):
         assert check(changed(run, max_tokens_per_batch=tokens, global_batch_size=32), ranks=2, port=free_port()) == 0
-        told.append(capsys.readouterr().out)
-    assert "cut into micro-batches" not in told[0]
-    assert "at most 130 padded tokens on a rank: 2 of the longest rows" in told[1]
-    assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in told[2]
-    assert reckoned == [4, 2, 16]
+        printed.append(capsys.readouterr().out)
+    assert "cut into micro-batches" not in printed[0]
+    assert "at most 130 padded tokens on a rank: 2 of the longest rows" in printed[1]
+    assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in printed[2]
+    assert rows == [4, 2, 16]
 
 
 def test_lora_is_counted_as_what_it_trains(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
-    told = []
+    printed = []
     for options in (run, changed(run, lora_rank=2)):
         assert check(options, port=free_port()) == 0
-        told.append(capsys.readouterr().out)
-    assert "of them trained" not in told[0] and re.search(r"[\d,]+ parameters, [\d,]+ of them trained", told[1])
+        printed.append(capsys.readouterr().out)
+    assert "of them trained" not in printed[0] and re.search(r"[\d,]+ parameters, [\d,]+ of them trained", printed[1])
 
 
 def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
