@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 def export(
     checkpoint: Path, out: Path, dtype: str = "fp32", max_shard_size: str = "5GB", merge: bool = False
 ) -> dict[str, Any]:
-    """Write the model of `checkpoint` into `out` and verify it; returns the result of the reload check (in its run.json).
+    """Write the model of `checkpoint` into `out` and verify it; returns the result of the reload check (in run.json).
 
     Raises:
         UserError: the checkpoint is damaged, `out` holds something or cannot be written, there is nothing to `merge`,

@@ -121,3 +121,19 @@ def test_every_file_that_is_named_is_there(document: str) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().split()) <= MOST_WORDS
+
+
+def test_the_map_has_every_file() -> None:
+    """The tree in qa_deepspeed/README.md: every module, and nothing that is not there."""
+    text = (REPOSITORY / "qa_deepspeed/README.md").read_text()
+    tree = text.split("```\nqa_deepspeed/\n")[1].split("```")[0]
+    listed, folders = set(), ["qa_deepspeed"]
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name.rstrip("/")]
+        if name.endswith(".py"):
+            listed.add("/".join(folders))
+            assert len(line.split()) > 1, f"{name} has no comment"
+    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "qa_deepspeed").rglob("*.py")}
+    assert listed == {name for name in modules if not name.endswith(("__init__.py", "__main__.py"))}
