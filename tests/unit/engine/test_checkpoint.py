@@ -1,4 +1,4 @@
-"""One save after another by a stand-in for the engine: what fails leaves the run going, the best and the last stay."""
+"""Saves of a stand-in engine: training continues after a failed one, the best and the last checkpoint stay."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -60,8 +60,8 @@ def test_training_continues_after_any_error_of_a_full_disk(
     assert writer.save(state(6)) is not None
 
 
-def test_the_best_and_the_last_outlive_the_limit(tmp_path: Path) -> None:
-    """Also where checkpoints with higher steps lie in the folder, of settings that were left behind."""
+def test_the_limit_spares_the_best_and_the_last_checkpoint(tmp_path: Path) -> None:
+    """Also if checkpoints of earlier settings with higher steps are in the folder."""
     writer = Checkpoints(StandIn(), tmp_path, 1)  # type: ignore[arg-type]
     for step in (20, 40):
         Checkpoints(StandIn(), tmp_path, None).save(state(step))  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def test_the_best_and_the_last_outlive_the_limit(tmp_path: Path) -> None:
     assert damage(tmp_path / "checkpoint-40") is None
 
 
-def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     for name in ("checkpoint-3.partial", "checkpoint-2.old.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard.pt").touch()
@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_full_disk_is_told_before_and_in_the_save(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_in_either_phase(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = StandIn(600_000)
     writer = Checkpoints(engine, small_disk, None)  # type: ignore[arg-type]
     assert writer.save(state(2)) is not None

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest finds every kind of damage; old checkpoints go, the best and the last stay."""
+"""The manifest finds every kind of damage; old checkpoints are removed, the best and the last stay."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_whole_checkpoint_is_whole(checkpoint: Path) -> None:
+def test_a_complete_checkpoint_is_valid(checkpoint: Path) -> None:
     assert damage(checkpoint) is None
     (checkpoint / "notes.txt").write_text("someone's own file does no harm")
     assert damage(checkpoint) is None
@@ -78,7 +78,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", ["shard.pt", "inner/config.json", MANIFEST_FILE])
-def test_damage_of_any_file_is_found_and_the_file_named(checkpoint: Path, kind: str, name: str) -> None:
+def test_damage_is_found_and_the_file_is_named(checkpoint: Path, kind: str, name: str) -> None:
     DAMAGES[kind](checkpoint / name)
     found = damage(checkpoint)
     assert found is not None and (name in found or name == MANIFEST_FILE)
@@ -90,7 +90,7 @@ def test_a_manifest_of_another_shape_is_damage(checkpoint: Path, content: str) -
     assert damage(checkpoint) == f"{MANIFEST_FILE} is missing or cannot be read"
 
 
-def test_a_manifest_cannot_be_written_of_nothing(tmp_path: Path) -> None:
+def test_a_manifest_of_a_missing_folder_cannot_be_written(tmp_path: Path) -> None:
     assert damage(tmp_path / "checkpoint-9") == "there is no such folder"
 
 
@@ -98,7 +98,7 @@ def test_a_manifest_cannot_be_written_of_nothing(tmp_path: Path) -> None:
     ("limit", "best", "left"),
     [(9, [], [2, 4, 6, 10]), (2, [], [6, 10]), (1, [], [10]), (2, [2], [2, 10]), (1, [2, 4], [2, 4, 10])],
 )
-def test_the_oldest_go_the_best_and_the_last_stay(tmp_path: Path, limit: int, best: list[int], left: list[int]) -> None:
+def test_the_oldest_are_removed(tmp_path: Path, limit: int, best: list[int], left: list[int]) -> None:
     written(tmp_path, 2, 4, 6, 10)
     (tmp_path / "checkpoint-12.partial").mkdir()
     (tmp_path / "checkpoint-mine").mkdir()
@@ -108,8 +108,8 @@ def test_the_oldest_go_the_best_and_the_last_stay(tmp_path: Path, limit: int, be
     assert (tmp_path / "checkpoint-mine").is_dir() and not (tmp_path / "checkpoint-12.partial").exists()
 
 
-def test_what_was_written_last_is_the_newest_whatever_its_step(tmp_path: Path) -> None:
-    """A run that went back from step 10 to 4 with another rate, and back to the first one from there."""
+def test_the_last_written_is_the_newest_at_any_step(tmp_path: Path) -> None:
+    """A run that resumed step 4 after step 10 with another rate, then with the first rate again."""
     written(tmp_path, 2, 4, 8, 10)
     written(tmp_path, 6, rate=1e-4)
     first, second = ({"learning_rate": rate, "global_batch_size": 8} for rate in (1e-3, 1e-4))
@@ -117,13 +117,13 @@ def test_what_was_written_last_is_the_newest_whatever_its_step(tmp_path: Path) -
     written(tmp_path, 7)
     assert names(newest_first(tmp_path, first)) == ["7", "10", "8", "4", "2", "6"]
     (tmp_path / "checkpoint-8" / LOOP_FILE).write_text("{")
-    assert names(newest_first(tmp_path, first))[0] == "8"  # to be named and passed over
+    assert names(newest_first(tmp_path, first))[0] == "8"  # damaged: reported and skipped
     removed = remove_old(tmp_path, 2, {"checkpoint-7", "checkpoint-4"})
     assert names(removed) == ["8", "2", "10", "6"]  # the damaged one, then as they were written
     assert names(checkpoints(tmp_path)) == ["4", "7"]
 
 
-def test_steps_of_other_batches_make_way_and_come_back(tmp_path: Path) -> None:
+def test_checkpoints_of_other_batch_sizes_are_renamed_and_back(tmp_path: Path) -> None:
     written(tmp_path, 20, 40)
     rename_by_rows(tmp_path, 16)
     assert names(checkpoints(tmp_path)) == ["20.batch8", "40.batch8"]
@@ -131,7 +131,7 @@ def test_steps_of_other_batches_make_way_and_come_back(tmp_path: Path) -> None:
     rename_by_rows(tmp_path, 16)
     assert sorted(names(checkpoints(tmp_path))) == ["20", "20.batch8", "30", "40.batch8"]
     assert checkpoint_name(40, 8, 16) == "checkpoint-40.batch8" and checkpoint_name(30, 16, 16) == "checkpoint-30"
-    (tmp_path / "checkpoint-30" / LOOP_FILE).unlink()  # stays as it is, to be named
+    (tmp_path / "checkpoint-30" / LOOP_FILE).unlink()  # damaged: not renamed
     rename_by_rows(tmp_path, 8)
     assert sorted(names(checkpoints(tmp_path))) == ["20", "20.batch16", "30", "40"]
     assert read_loop_state(tmp_path / "checkpoint-20").identity["global_batch_size"] == 8

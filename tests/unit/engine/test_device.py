@@ -1,4 +1,4 @@
-"""Cores divided among ranks and among parts of work: each its own, and what the user said is left alone."""
+"""CPU affinity: cores are divided among ranks and among parts of work, the user's settings are kept."""
 
 import os
 import subprocess
@@ -13,19 +13,19 @@ from qa_deepspeed.inference.answerer import on_all_cores
 from tests.paths import REPOSITORY
 
 CORES = len(os.sched_getaffinity(0))
-TELL = (
+REPORT = (
     "import torch; from qa_deepspeed.engine.device import assign_cores; assign_cores(); print(torch.get_num_threads())"
 )
 AS_TORCHRUN = f"""if True:
     import os, subprocess, sys
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
-    subprocess.run([sys.executable, "-c", {TELL!r}], check=True)
+    subprocess.run([sys.executable, "-c", {REPORT!r}], check=True)
 """
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_every_rank_has_cores_of_its_own(ranks: int) -> None:
+def test_every_rank_has_separate_cores(ranks: int) -> None:
     cores = {0, 1, 2, 3, 8, 9, 10, 11}
     parts = [cores_of(cores, rank, ranks) for rank in range(ranks)]
     assert {len(part) for part in parts} == {8 // ranks}
@@ -41,7 +41,7 @@ def test_more_ranks_than_cores_have_one_each() -> None:
     [
         (AS_TORCHRUN, {}, CORES),
         (AS_TORCHRUN, {"OMP_NUM_THREADS": "1"}, 1),
-        (TELL, {"LOCAL_WORLD_SIZE": str(2 * CORES)}, 1),
+        (REPORT, {"LOCAL_WORLD_SIZE": str(2 * CORES)}, 1),
     ],
     ids=["torchrun_alone", "one_asked_for", "deepspeed_launcher"],
 )
@@ -55,11 +55,11 @@ def test_threads(code: str, environment: dict[str, str], threads: int) -> None:
 
 
 @pytest.mark.parametrize(("threads", "parts", "at_once", "of_each"), [(4, 9, 4, 1), (16, 9, 8, 2), (5, 2, 2, 2)])
-def test_parts_are_worked_on_at_once(
+def test_parts_are_processed_at_the_same_time(
     threads: int, parts: int, at_once: int, of_each: int, threads_put_back: None
 ) -> None:
     torch.set_num_threads(threads)
-    together = threading.Barrier(at_once, timeout=60)  # breaks if fewer than that are worked on at the same time
+    together = threading.Barrier(at_once, timeout=60)  # breaks if fewer are processed at the same time
 
     def work(part: int) -> tuple[int, int]:
         if part < at_once:
@@ -75,7 +75,7 @@ def test_parts_are_worked_on_at_once(
     assert later == [threads]
 
 
-def test_one_thread_or_one_part_is_worked_on_here(threads_put_back: None) -> None:
+def test_one_thread_or_one_part_needs_no_other_thread(threads_put_back: None) -> None:
     here = threading.get_ident()
     for threads, parts in ((1, 3), (4, 1), (4, 0)):
         torch.set_num_threads(threads)
@@ -97,5 +97,5 @@ def test_an_error_ends_the_work(threads_put_back: None) -> None:
     threading.Timer(1.0, released.set).start()
     with pytest.raises(ValueError, match="part 0"):
         list(on_all_cores(work, range(100)))
-    assert len(begun) < 10  # what had not begun is not begun any more
+    assert len(begun) < 10  # no further part begins
     assert torch.get_num_threads() == 2

@@ -1,4 +1,4 @@
-"""DeepSpeed configs: found by name or path, agreed with the options, every "auto" filled, conflicts all at once."""
+"""DeepSpeed configs: found by name or path, merged with the options, every "auto" filled, conflicts all at once."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_a_config_written_for_trainer_is_filled(tmp_path: Path) -> None:
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (64, 4)
 
 
-def test_numbers_of_a_plain_config_count_where_the_command_line_is_silent(tmp_path: Path) -> None:
+def test_numbers_of_a_config_count_unless_the_command_line_gives_them(tmp_path: Path) -> None:
     name = write(
         tmp_path,
         {
@@ -117,7 +117,7 @@ def test_all_conflicts_come_in_one_message_with_both_owners(tmp_path: Path) -> N
     assert "\n" not in message
 
 
-def test_saying_the_same_in_both_places_is_no_conflict(tmp_path: Path) -> None:
+def test_the_same_value_in_both_places_is_no_conflict(tmp_path: Path) -> None:
     name = write(tmp_path, {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}})
     resolved = ds_config.resolve(options(deepspeed_config=name, per_gpu_train_batch_size=4, bf16=True), 1, "cpu")
     assert (resolved.plan.micro_batch_size, resolved.precision) == (4, "bf16")
@@ -135,7 +135,7 @@ def test_saying_the_same_in_both_places_is_no_conflict(tmp_path: Path) -> None:
         ({"fp16_opt_level": "O1", "deepspeed_config": "zero0"}, "cuda", False, "torch_autocast"),
     ],
 )
-def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works: bool, precision: str) -> None:
+def test_flags_choose_the_precision(given: dict[str, Any], device: str, bf16_works: bool, precision: str) -> None:
     resolved = ds_config.resolve(options(**given), 1, device, bf16_works)
     assert resolved.precision == precision
     if precision == "torch_autocast":
@@ -155,7 +155,7 @@ def test_precision_flags_choose_the_section(given: dict, device: str, bf16_works
         ({"deepspeed_config": "zero2_autocast", "bf16": True}, "torch_autocast.enabled is true in zero2_autocast"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(given: dict, message: str) -> None:
+def test_unsupported_options_are_refused_in_one_line(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ds_config.resolve(options(**given), 1, "cpu", bf16_supported="fp16_opt_level" not in given)
 
@@ -270,7 +270,7 @@ def test_a_key_given_twice_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_the_user_may_not_expect_is_noted(tmp_path: Path, config: Any, notes: list[str]) -> None:
+def test_unexpected_effects_are_noted(tmp_path: Path, config: Any, notes: list[str]) -> None:
     resolved = ds_config.resolve(options(deepspeed_config=write(tmp_path, config)), 1, "cpu")
     ds_config.check_trainable(resolved)
     assert len(resolved.notes) == len(notes)
@@ -283,7 +283,7 @@ def test_shipped_configs_pass_deepspeeds_check(name: str) -> None:
     assert check_config(ds_config.load(name), name) == []
 
 
-def test_old_keys_of_offload_become_todays(tmp_path: Path) -> None:
+def test_old_keys_of_offload_are_translated(tmp_path: Path) -> None:
     old = {"stage": 3, "cpu_offload": True, "cpu_offload_param": False}
     config = ds_config.load(write(tmp_path, {"zero_optimization": old, "optimizer": {"type": "Adam"}}))
     assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
@@ -344,7 +344,7 @@ def test_nvme_without_a_folder_is_one_line(given: dict[str, str], tmp_path: Path
     assert offload["offload_param"]["nvme_path"] == offload["offload_optimizer"]["nvme_path"] == str(tmp_path)
 
 
-def test_what_an_operator_lacks_is_told_with_what_to_take_instead(
+def test_missing_tools_for_an_operator_are_reported_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Beam heads: which class is loaded, and decoded pairs against a brute force over the model's own scores."""
+"""Beam heads: which class is loaded, and decoded pairs against a brute-force search over the model's scores."""
 
 import math
 
@@ -90,8 +90,8 @@ def test_pairs_are_those_of_brute_force(setup):
     assert found_some > 2 * len(data.store)
 
 
-def test_the_null_answer_is_applied_with_its_own_threshold(setup, tmp_path):
-    """Null odds are the model's own logit for "no answer", the lowest of the windows; its share is their logistic."""
+def test_the_null_answer_is_applied_with_a_threshold(setup, tmp_path):
+    """Null odds are the model's logit for "no answer", the lowest of the windows; its probability is their logistic."""
     model, data, options = setup
     batch = make_batch(data.store.take, np.arange(len(data.store)), data.layout)
     logits = np.array([null for _, null in brute_force(model, batch, 30)])
@@ -113,7 +113,7 @@ def test_the_null_answer_is_applied_with_its_own_threshold(setup, tmp_path):
 
 
 def test_ends_are_read_in_the_order_of_the_model():
-    """[rows, end_n_top, start_n_top] flattened: the start is the faster index. Equal scores go by place."""
+    """[rows, end_n_top, start_n_top] flattened: the start varies fastest. Equal scores are ordered by position."""
     start, end = torch.tensor([[4, 2]]), torch.tensor([[5, 3, 6, 2, 4, 9]])
     start_probability, end_probability = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5, 0.25, 0.25, 0.0, 0.1]])
     starts = torch.tensor([0]), torch.tensor([8])
@@ -128,7 +128,7 @@ def test_ends_are_read_in_the_order_of_the_model():
     ]
 
 
-def test_whole_logits_of_a_beam_head_are_refused(setup, tmp_path):
+def test_full_logits_of_a_beam_head_are_refused(setup, tmp_path):
     model, data, options = setup
     with pytest.raises(UserError, match="beam head has no logits"):
         evaluate(PlainReader(model), data, RunOptions(**{**options.to_dict(), "gather": "full"}), tmp_path)
@@ -144,7 +144,7 @@ def test_whole_logits_of_a_beam_head_are_refused(setup, tmp_path):
         (["XLNetForQuestionAnswering"], "span", "XLNetForQuestionAnsweringSimple"),
     ],
 )
-def test_the_checkpoint_or_the_option_chooses_the_head(setup, architectures, asked, name):
+def test_the_checkpoint_or_the_option_selects_the_head(setup, architectures, asked, name):
     config = model_facts(setup[2]).config
     if config.model_type == "xlm":
         architectures = [one.replace("XLNetLMHead", "XLMWithLMHead").replace("XLNet", "XLM") for one in architectures]

@@ -1,4 +1,4 @@
-"""Fast dropout and attention on CPUs: the distribution of masks, and the mathematics against plain torch."""
+"""Fast dropout and attention on CPUs: the distribution of masks, and results against plain torch."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_masks_drop_independently_with_the_probability(probability):
     assert np.allclose(both, probability**2, atol=6 * spread)
 
 
-def test_the_seed_decides_the_masks_and_calls_differ():
+def test_the_seed_determines_the_masks_and_calls_differ():
     def draw(seed, calls=1):
         torch.manual_seed(seed)
         return [KeepMasks(0.5).draw(7, 33) for _ in range(calls)]
@@ -34,7 +34,7 @@ def test_the_seed_decides_the_masks_and_calls_differ():
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_dropout_scales_what_it_keeps_and_passes_its_gradient(kind):
+def test_dropout_scales_kept_values_and_their_gradient(kind):
     torch.manual_seed(0)
     layer, values = CpuDropout(0.25), torch.full((300, 999), 3.0, dtype=kind, requires_grad=True)
     output = layer(values)
@@ -46,7 +46,7 @@ def test_dropout_scales_what_it_keeps_and_passes_its_gradient(kind):
 
 
 def plain_attention(query, key, value, keep, scale, kept_scale):
-    """Attention as written in the paper, over whole rows; `keep` `[rows, heads, length, length]` is 0 at padding."""
+    """Attention by the formula of the paper, over full rows; `keep` `[rows, heads, length, length]` is 0 at padding."""
     inside = torch.zeros(len(SPANS), query.shape[2], dtype=torch.bool)
     for row, (begin, end) in enumerate(SPANS):
         inside[row, begin:end] = True
@@ -56,7 +56,7 @@ def plain_attention(query, key, value, keep, scale, kept_scale):
 
 
 @pytest.mark.parametrize("scores_at_once", [1, 200, 10**6])
-def test_attention_with_dropout_equals_the_plain_one(scores_at_once, monkeypatch):
+def test_attention_with_dropout_equals_the_formula(scores_at_once, monkeypatch):
     monkeypatch.setattr(cpu_attention, "SCORES_AT_ONCE", scores_at_once)
     rows, heads, length, width = len(SPANS), 4, 11, 8
     torch.manual_seed(5)
@@ -97,7 +97,7 @@ def small(config_class, model_class, **extra):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_gives_the_same_logits_and_gradients_without_dropout(side, kind, training):
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob") if training and kind[0] is BertConfig else ()
-    no_dropout = dict.fromkeys(names, 0.0)  # in evaluation it must be off by itself
+    no_dropout = dict.fromkeys(names, 0.0)  # in evaluation mode it must be off
     model, other = small(*kind, **no_dropout).train(training), small(*kind, **no_dropout).train(training)
     speed_up_on_cpu(other)
     inputs = {"input_ids": torch.randint(0, 50, (3, 12)), "attention_mask": torch.ones(3, 12, dtype=torch.long)}
@@ -113,7 +113,7 @@ def test_a_model_gives_the_same_logits_and_gradients_without_dropout(side, kind,
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_trains_with_dropout_in_bfloat16_and_its_saved_config_is_its_own(tmp_path):
+def test_a_model_trains_with_dropout_in_bfloat16_and_saves_its_original_config(tmp_path):
     model = small(BertConfig, BertForQuestionAnswering).to(torch.bfloat16).train()
     speed_up_on_cpu(model)
     assert any(isinstance(module, CpuDropout) for module in model.modules())

@@ -1,4 +1,4 @@
-"""What a forward pass keeps, counted without weights, against the same pass with weights on the CPU."""
+"""Saved activations, counted without weights, against the same forward pass with weights on the CPU."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SMALL = dict(hidden_size=64, num_attention_heads=4, intermediate_size=256, vocab
 
 
 def kept_on_cpu(model: torch.nn.Module, rows: int, length: int) -> int:
-    """Bytes of the tensors that autograd saves, parameters apart."""
+    """Bytes of the tensors that autograd saves, without parameters."""
     model.train()
     seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: list[torch.Tensor] = []
@@ -33,7 +33,7 @@ def kept_on_cpu(model: torch.nn.Module, rows: int, length: int) -> int:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_it_is_what_the_pass_with_weights_keeps(layers: int) -> None:
+def test_the_count_is_that_of_a_pass_with_weights(layers: int) -> None:
     config = BertConfig(num_hidden_layers=layers, **SMALL)
     counted = footprint(config, 3, 40, torch.float32)
     model = AutoModelForQuestionAnswering.from_config(config)
@@ -49,20 +49,20 @@ def test_checkpointing_keeps_one_layer_and_the_input_of_each() -> None:
     assert three.checkpointed - one.checkpointed == 2 * layer_input
     assert one.checkpointed - layer_input == one.saved
     assert three.attention == 3 * one.attention and three.checkpointed_attention == one.attention
-    # Three matrices a layer: the softmax, what dropout multiplies by, the product.
+    # Three matrices per layer: the softmax, the dropout mask, their product.
     assert one.attention == 3 * 4 * (3 * 4 * 40 * 40)
 
 
-def test_half_precision_keeps_about_half_beside_attention() -> None:
-    """Attention weights are kept in float32 in either."""
+def test_half_precision_saves_about_half_except_in_attention() -> None:
+    """Attention weights are float32 in both."""
     config = BertConfig(num_hidden_layers=2, **SMALL)
     full, half = (footprint(config, 3, 40, kind) for kind in (torch.float32, torch.bfloat16))
     assert half.attention == full.attention
     assert 0.45 < (half.saved - half.attention) / (full.saved - full.attention) < 0.6
 
 
-def test_adapters_are_counted_as_peft_makes_them() -> None:
-    """Frozen layers below the first adapter keep nothing; those above keep what gradients pass through."""
+def test_adapters_are_counted() -> None:
+    """Frozen layers below the first adapter save nothing; those above save tensors that gradients pass through."""
     config = BertConfig(num_hidden_layers=3, **SMALL)
     settings = LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules=("all-linear",))
     model = AutoModelForQuestionAnswering.from_config(config)
@@ -73,7 +73,7 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
     assert (counted.trained, counted.largest_trained) == (sum(trained), max(trained)) and sum(trained) > 3 * 6 * 4 * 128
     assert counted.largest_tensor == 512 * 64
     assert counted.saved == kept_on_cpu(model, 3, 40)
-    widths = 5 * SMALL["hidden_size"] + SMALL["intermediate_size"]  # of what a layer's six linear modules give out
+    widths = 5 * SMALL["hidden_size"] + SMALL["intermediate_size"]  # outputs of a layer's six linear modules
     assert counted.adapted == 3 * (3 * 40) * widths * 4
     assert footprint(config, 3, 40, torch.float32).adapted == 0
     assert describe_parameters(counted) == f"{counted.parameters:,} parameters, {sum(trained):,} of them trained"

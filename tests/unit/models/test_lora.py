@@ -1,4 +1,4 @@
-"""LoRA adapters: what is refused, what is trained, and files that peft reads."""
+"""LoRA adapters: refused options, trained parameters, and files that peft reads."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def bert() -> BertForQuestionAnswering:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"lora_rank": 0}, "lora_rank and lora_alpha must be at least 1"),
         ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout at least 0"),
@@ -44,8 +44,8 @@ def bert() -> BertForQuestionAnswering:
         ({"lora_alpha": 8, "lora_dropout": 0.1}, "lora_alpha, lora_dropout without --lora_rank"),
     ],
 )
-def test_what_cannot_be_is_refused(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_options_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_lora(options(**given))
 
 
@@ -64,20 +64,20 @@ def test_adapters_and_head_are_trained_and_nothing_else() -> None:
     assert len(trained) == 2 + 2 * 6  # two matrices for each of six linear layers
 
 
-def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_an_unknown_module_is_named_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="lora_target_modules q_proj: .*the model has .*query.*value"):
         add_adapters(bert(), LoraSettings(2, 4, 0.0, ("q_proj",)), "somewhere", 1)
 
 
-def test_all_parts_of_a_beam_head_are_trained_whole() -> None:
+def test_all_parts_of_a_beam_head_are_trained() -> None:
     model = XLNetForQuestionAnswering(XLNetConfig(vocab_size=30, d_model=8, n_layer=1, n_head=2, d_inner=12))
     assert head_names(model) == ["start_logits", "end_logits", "answer_class"]
     add_adapters(model, SETTINGS, "somewhere", 1)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name and "logits" in name]
 
 
-def test_saved_adapters_are_loaded_by_peft_and_by_us(tmp_path: Path) -> None:
-    """The same answers from the trained model, from peft's and from ours; a base that is gone is told."""
+def test_saved_adapters_are_loaded_by_peft_and_here(tmp_path: Path) -> None:
+    """The same answers from the trained model, peft's and ours; a missing base model is reported."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     bert().save_pretrained(base)
     model, _ = load_model(options(model_name_or_path=str(base)), load_config(options(model_name_or_path=str(base))))
@@ -98,7 +98,7 @@ def test_saved_adapters_are_loaded_by_peft_and_by_us(tmp_path: Path) -> None:
     assert torch.equal(ours.eval()(ids).start_logits, expected)
     torch.testing.assert_close(theirs.eval()(ids).start_logits, expected)
 
-    (adapter / "config.json").unlink()  # as peft itself saves
+    (adapter / "config.json").unlink()  # peft saves none
     assert load_config(asked).vocab_size == 30
 
     with pytest.raises(UserError, match="holds a LoRA adapter, which cannot be trained further"):
@@ -109,14 +109,14 @@ def test_saved_adapters_are_loaded_by_peft_and_by_us(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "cannot be read"),
         ("{}", "cannot be read"),
         (json.dumps({"peft_type": "IA3", "base_model_name_or_path": "b"}), "of the kind IA3"),
     ],
 )
-def test_an_adapter_config_that_is_none_is_told(tmp_path: Path, text: str, told: str) -> None:
+def test_an_invalid_adapter_config_is_reported(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / CONFIG_FILE).write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         base_of(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Progress: lines with rate and time left where there is no terminal, a bar on one, silence where it is soon over."""
+"""Progress: a bar on terminals, lines with rate and ETA elsewhere, nothing for short stages."""
 
 import fcntl
 import hashlib
@@ -22,7 +22,7 @@ from tests.paths import REPOSITORY
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that ProgressBar sees: its only entry."""
+    """The time that ProgressBar reads, as the only entry."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -41,7 +41,7 @@ def test_a_file_gets_a_line_every_half_minute(clock: list[float], capsys: pytest
     ]
 
 
-def test_the_whole_may_become_known_on_the_way(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_total_may_become_known_later(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("features", None, "question") as bar:
         for done, total in ((500, None), (500, 9000), (2000, 9000)):
             clock[0] += 40.0
@@ -53,7 +53,7 @@ def test_the_whole_may_become_known_on_the_way(clock: list[float], capsys: pytes
     ]
 
 
-def test_what_is_soon_over_or_not_asked_for_is_not_told(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_or_hidden_stages_print_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     for shown, lines, seconds in ((True, True, 1.0), (False, True, 99.0), (True, False, 99.0)):
         with ProgressBar("answering", 2, "window", shown, lines) as bar:
             clock[0] += seconds
@@ -61,10 +61,10 @@ def test_what_is_soon_over_or_not_asked_for_is_not_told(clock: list[float], caps
     assert capsys.readouterr().err == ""
 
 
-def test_files_that_grow_are_followed(
+def test_growing_files_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By what is on the disk, also where a file gets its length at once; the end is told whatever was seen."""
+    """By the blocks on the disk, also if a file's length is set at once; the end is always shown."""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "LOOK_SECONDS", 0.01)
     seen = ""
@@ -83,7 +83,7 @@ def test_files_that_grow_are_followed(
     assert "saving: 8 of 8 megabytes" in capsys.readouterr().err
 
 
-def test_files_are_read_by_the_megabyte_by_many_threads(
+def test_many_threads_read_files_by_the_megabyte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
@@ -99,7 +99,7 @@ def test_files_are_read_by_the_megabyte_by_many_threads(
 
 
 def on_a_terminal(code: str) -> str:
-    """What Python code writes to a terminal that is 100 columns wide."""
+    """Output of Python code on a terminal of 100 columns."""
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, cwd=REPOSITORY)
