@@ -16,6 +16,7 @@ import torch
 
 from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.batch_plan import total_steps
+from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
 from qa_deepspeed.engine.checkpoint import checkpoint_bytes
@@ -153,7 +154,7 @@ def _config(checked: PreflightState) -> list[str]:
         "seed",
     ):
         keys = [key for key, owner in ds_config.OWNER_OF.items() if owner == name]
-        in_config = any(_at(said, key) not in (None, ds_config.AUTO) for key in keys)
+        in_config = any(_at(said, key) not in (None, AUTO) for key in keys)
         value = (
             plan.gradient_accumulation_steps
             if name == "gradient_accumulation_steps"

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from qa_deepspeed.config import options
+from qa_deepspeed.config.migration import ALIASES
 from qa_deepspeed.config.run_options import RunOptions
 
 OF_A_RUN = ("train", "evaluate")
@@ -37,5 +38,5 @@ def read_run_options(arguments: argparse.Namespace) -> RunOptions:
 
 def commands_with(flag: str) -> list[str]:
     """The commands that use an option, by its flag; none for an unknown one."""
-    name = options.ALIASES.get(flag.lstrip("-"), flag.lstrip("-"))
+    name = ALIASES.get(flag.lstrip("-"), flag.lstrip("-"))
     return next((list(field.metadata["commands"]) for field in options.fields_of(RunOptions) if field.name == name), [])

@@ -111,7 +111,8 @@ class Fillers:
         """A new filler of a kind that sample_text.yaml names."""
         if filler in self.combinations:
             return self._combination(*self.combinations[filler])
-        return getattr(self, f"_{filler}")()
+        made: str = getattr(self, f"_{filler}")()
+        return made
 
     def name(self) -> str:
         """A name that was never made before."""
