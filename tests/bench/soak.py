@@ -282,13 +282,13 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
 
     def noted_steps(run_parts: Any, first_step: int) -> Iterator[Any]:
         with open(f"{run}.rows.{rank}", "a", encoding="utf-8") as file:
-            for step, epoch, rows in steps(run_parts, first_step):
+            for step, rows in steps(run_parts, first_step):
                 tokens = zlib.crc32(run_parts.store.take(rows).input_ids.tobytes())
                 entry = {"step": step, "questions": run_parts.ids_of_step(step), "tokens": tokens}
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 mark("begin", "training")
-                yield step, epoch, rows
+                yield step, rows
                 mark("end", "training")
 
     loop._steps = noted_steps
@@ -297,7 +297,7 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
         (trainer, "_resume", "loading"),
         (Checkpoints, "save", "save"),
         (loop, "evaluate", "evaluation"),
-        (trainer, "_save_proved", "export"),
+        (trainer, "_save_verified", "export"),
         (trainer, "finish_run", "finishing"),
     ):
         note(owner, function, phase)

@@ -176,7 +176,7 @@ def the_clock_saves_and_stops() -> None:
     printed = run("clock", "step 3/6", an_hour_passes, save_steps=0, save_on_time="1h")
     assert [path.name for path in checkpoints(FOLDER / "clock")] == ["checkpoint-3"], printed
     printed = run("clock_stops", "step 3/6", an_hour_passes, save_steps=0, max_time="1h")
-    assert "stopped: stopped by max_time after step 3 of 6" in printed, printed
+    assert "stopped: preempted by max_time after step 3 of 6" in printed, printed
     assert json.loads((FOLDER / "clock_stops/requeue").read_text())["reason"] == "max_time"
     again = run("clock_stops", save_steps=0)
     assert same_model("whole", "clock_stops") and "step 3 of 6" in again
@@ -191,7 +191,7 @@ def a_signal_on_one_rank_stops_all_after_the_step() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     printed = run("signal", "step 4/6", warn, save_steps=0)
-    assert "stopped: stopped by SIGUSR1 after step 4 of 6" in printed, printed
+    assert "stopped: preempted by SIGUSR1 after step 4 of 6" in printed, printed
     run("signal", save_steps=0)
     assert same_model("whole", "signal")
 
@@ -225,7 +225,7 @@ def any_stage_goes_on_from_any_other() -> None:
     way = {1: "zero0", 2: "zero1", 3: "zero3", 4: "zero2", 5: "zero3"}
     for step, stage in way.items():
         printed = stopping_at(step, "crossing", deepspeed_config=stage)
-        assert f"step {step} of 6" in printed and "stopped by" in printed, printed
+        assert f"step {step} of 6" in printed and "preempted by" in printed, printed
         if step % 2 == 0:
             same_states("whole", "crossing", step)
     run("crossing", deepspeed_config="zero0")
@@ -331,7 +331,7 @@ def a_changed_batch_keeps_the_best_model() -> None:
         assert losses_then[-1] == min(losses_then) < losses_then[-2]
 
 
-def told_in_lines(act: Callable[[], Any]) -> tuple[Any, list[str]]:
+def lines_of(act: Callable[[], Any]) -> tuple[Any, list[str]]:
     """What `act` returns, and the lines of progress that it writes into a file."""
     with mock.patch.object(progress, "LINE_SECONDS", 0.0), contextlib.redirect_stderr(io.StringIO()) as written:
         result = act()
@@ -348,7 +348,7 @@ def exports_are_proved_from_every_stage() -> None:
             record = export(FOLDER / name / f"checkpoint-{step}", out)
             assert record["rows"] == 4 and record["largest_difference"] <= 1e-5, record
             full = load_file(out / "model.safetensors")
-            halved, lines = told_in_lines(
+            halved, lines = lines_of(
                 lambda checkpoint=FOLDER / name / f"checkpoint-{step}", out=out: export(
                     checkpoint, out / "bf16", "bf16", "200KB"
                 )
@@ -387,7 +387,7 @@ STAGES = ("zero1", "zero2", "zero3")
 def two_ranks_stop_in_mid_epoch() -> None:
     """The first part of 2 -> 1 -> 2 ranks."""
     for stage in STAGES:
-        assert "stopped by" in stopping_at(2, f"ranks_{stage}", deepspeed_config=stage)
+        assert "preempted by" in stopping_at(2, f"ranks_{stage}", deepspeed_config=stage)
 
 
 def one_rank_goes_on_and_stops() -> None:

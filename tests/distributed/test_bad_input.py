@@ -21,7 +21,7 @@ MISTAKES = [
     ({"max_seq_length": 4000}, "positions"),
     ({"doc_stride": 150}, "doc_stride 150"),
     ({"deepspeed_config": "zero9"}, "zero9"),
-    ({"fp16": True}, "take --bf16"),
+    ({"fp16": True}, "use --bf16"),
     ({"version_2_with_negative": False}, "--version_2_with_negative"),
     ({"global_batch_size": 12}, "global_batch_size 12"),
     ({"resume_from_checkpoint": "nowhere"}, "nowhere"),

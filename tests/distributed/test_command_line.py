@@ -40,7 +40,8 @@ def trained(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFa
 def test_the_log_has_loss_rate_speed_and_scores(trained: Path) -> None:
     printed = (trained.parent / "stdout").read_text()
     words = (
-        "step 4/12  loss",
+        "step 4/12  epoch ",
+        "loss ",
         "lr ",
         "grad_norm",
         "questions/s",

@@ -39,7 +39,7 @@ def test_the_status_is_that_of_the_rank_that_failed_first(tmp_path: Path, code: 
     assert done.returncode == status, done.stderr[-3000:]
 
 
-def test_a_torchrun_that_is_told_to_stop_asks_for_a_requeue_where_the_run_did(tmp_path: Path) -> None:
+def test_a_torchrun_that_is_stopped_asks_for_a_requeue_where_the_run_did(tmp_path: Path) -> None:
     stop = f"def stop(*_):\n    open({str(tmp_path / 'requeue')!r}, 'w').close()\n    sys.exit(75)\n"
     script = ranks(tmp_path, f"{stop}signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)")
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", "1", script, "--output_dir", str(tmp_path)]
