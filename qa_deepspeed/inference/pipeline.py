@@ -1,4 +1,4 @@
-"""`pipeline`: makes a QuestionAnswerer as Transformers 4 made its question-answering pipeline."""
+"""`pipeline`: creates a QuestionAnswerer with the arguments of the question-answering pipeline of Transformers 4."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.inference.answerer import WITHOUT_EFFECT, QuestionAnswerer, as_tokenizer
+from qa_deepspeed.inference.answerer import QuestionAnswerer, as_tokenizer, call_arguments
+from qa_deepspeed.inference.inputs import IGNORED_ARGUMENTS, require_known_arguments
 from qa_deepspeed.utils.errors import UserError
 
-MAKING_WITHOUT_EFFECT = {"framework", "use_fast"}
-"""What has nothing left to choose from: there is PyTorch, and the tokenizers that Transformers 5 has."""
+IGNORED_AT_CREATION = {"framework", "use_fast"}
+"""Arguments that are accepted and ignored: PyTorch is the only framework, Transformers 5 has one kind of tokenizer."""
 
 
-class _Preset(QuestionAnswerer):
-    """Has arguments for every call that does not give them itself, as the pipeline took them when it was made."""
+class _AnswererWithDefaults(QuestionAnswerer):
+    """Takes arguments of its calls when it is created, as the pipeline of Transformers did."""
 
-    preset: dict[str, Any]
+    defaults: dict[str, Any]
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:
-        """As QuestionAnswerer's."""
-        return super().__call__(*inputs, **(self.preset | arguments))
+        """Answer questions as `QuestionAnswerer` does; `arguments` override the defaults."""
+        return super().__call__(*inputs, **(self.defaults | arguments))
 
 
 def pipeline(
@@ -35,29 +36,29 @@ def pipeline(
     batch_size: int | None = None,
     **call: Any,
 ) -> QuestionAnswerer:
-    """What `transformers.pipeline` was for question answering, so that only the import changes.
+    """Replacement for `transformers.pipeline("question-answering", ...)`: only the import changes.
 
     Args:
-        model: folder, hub name, or a model, which then needs its tokenizer too.
-        tokenizer: as model; left out, that of the model's folder.
-        torch_dtype: the older name of dtype.
-        call: arguments of the answerer's calls, for those that do not give them.
+        model: folder, hub name, or a loaded model; a loaded model needs `tokenizer` too.
+        tokenizer: folder, hub name, or a loaded tokenizer; default: the one in the model's folder.
+        torch_dtype: former name of dtype.
+        call: defaults for the arguments of the answerer's calls.
     Raises:
-        UserError: another task, no model, or none of its tokenizer.
+        UserError: another task, no model, or a loaded model without a tokenizer.
+        TypeError: an unknown argument.
     """
     if task != "question-answering":
         raise UserError(f"this pipeline is for 'question-answering' only, not for '{task}'")
-    known = inspect.signature(QuestionAnswerer.__call__).parameters.keys() - {"self", "inputs", "others"}
-    unknown = call.keys() - known - WITHOUT_EFFECT - MAKING_WITHOUT_EFFECT
-    if unknown:
-        raise TypeError(f"pipeline takes no argument '{sorted(unknown)[0]}'")
+    known = call_arguments()
+    own = inspect.signature(pipeline).parameters.keys() - {"call"}
+    require_known_arguments("pipeline", call, known | own, IGNORED_ARGUMENTS | IGNORED_AT_CREATION)
     if isinstance(model, str):
-        made = _Preset.from_pretrained(
+        answerer = _AnswererWithDefaults.from_pretrained(
             model, tokenizer=tokenizer, device=device, dtype=dtype or torch_dtype, batch_size=batch_size
         )
     elif model is None or tokenizer is None:
-        raise UserError("which model? pass model= as a folder or hub name, or a loaded model together with tokenizer=")
+        raise UserError("model is required: pass a folder or hub name, or a loaded model together with tokenizer=")
     else:
-        made = _Preset(model, as_tokenizer(tokenizer), device=device, batch_size=batch_size)
-    made.preset = {name: value for name, value in call.items() if name in known}
-    return made
+        answerer = _AnswererWithDefaults(model, as_tokenizer(tokenizer), device=device, batch_size=batch_size)
+    answerer.defaults = {name: value for name, value in call.items() if name in known}
+    return answerer

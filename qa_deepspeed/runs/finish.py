@@ -1,4 +1,4 @@
-"""What rank 0 leaves of a finished run beside model and predictions: run.json, the model card, the hub's copy."""
+"""The end of a run on rank 0: writes run.json and the model card, uploads the model."""
 
 from __future__ import annotations
 
@@ -25,39 +25,40 @@ HYPERPARAMETERS = (
     "seed",
     "model_name_or_path",
 )
-"""The options by which runs are compared, beside what is derived of them."""
+"""Options shown in TensorBoard's HParams tab, besides derived values."""
 
 
-def hyperparameters(options: RunOptions, identity: Mapping[str, Any], ds_config_name: str) -> dict[str, Any]:
-    """What tells this run from others."""
-    derived = {name: identity[name] for name in ("steps", "global_batch_size", "precision")}
+def hyperparameters(options: RunOptions, fingerprint: Mapping[str, Any], ds_config_name: str) -> dict[str, Any]:
+    """Hyperparameters that distinguish runs in TensorBoard: options and values of the run's fingerprint."""
+    derived = {name: fingerprint[name] for name in ("steps", "global_batch_size", "precision")}
     return {name: getattr(options, name) for name in HYPERPARAMETERS} | derived | {"ds_config": ds_config_name}
 
 
 def finish_run(
     folder: Path,
     options: RunOptions,
-    identity: dict[str, Any],
+    fingerprint: dict[str, Any],
     report: Mapping[str, Any],
     costs: dict[str, dict[str, float]],
     ds_config: dict[str, Any],
     stores: Mapping[str, FeatureStore],
-    proof: dict[str, Any],
+    verified: dict[str, Any],
 ) -> None:
-    """Write the model card and run.json of the finished run in `folder`, and upload the model if that is asked for.
+    """Write the model card and run.json of the finished run in `folder`; upload the model if `push_to_hub` is set.
 
     Args:
-        report: of the evaluation, with `metrics` and `intervals`; empty if there was none.
-        costs: seconds by stage, throughput and peak_memory.
-        ds_config: as DeepSpeed got it.
+        fingerprint: `runs.identity.run_fingerprint`, stored under the key "identity".
+        report: the evaluation's, with `metrics` and `intervals`; empty without an evaluation.
+        costs: `seconds` by stage, `throughput` and `peak_memory`.
+        ds_config: the config that DeepSpeed received.
         stores: the features by purpose, "train" and, if there was an evaluation, "evaluate".
-        proof: what the saved model was compared with.
+        verified: result of the reload check, stored under the key "proof".
     Raises:
-        UserError: the upload failed; the run is finished all the same.
+        UserError: the upload failed; the run is finished and saved.
     """
     details = {
         "metrics": report.get("metrics", {}),
-        "proof": proof,
+        "proof": verified,
         **costs,
         "options": options.to_dict(),
         "ds_config": ds_config,
@@ -65,7 +66,7 @@ def finish_run(
         "software": record.software(),
         "hardware": record.hardware(),
     }
-    write_model_card(folder, options, {"identity": identity, **details}, report.get("intervals", {}))
-    write_run(folder, "finished", identity, **details, files=record.checksums(folder))
+    write_model_card(folder, options, {"identity": fingerprint, **details}, report.get("intervals", {}))
+    write_run(folder, "finished", fingerprint, **details, files=record.checksums(folder))
     if options.push_to_hub:
         dist.log0(f"uploaded to {upload(folder, options.push_to_hub)}")

@@ -1,4 +1,4 @@
-"""A finished model to the hub: only what a model is made of, and told before training if it cannot work."""
+"""Upload of a finished model to the hub: model files only, with a check before training that it can work."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ UPLOADED = [
     "added_tokens.json",
     "metrics.json",
 ]
-"""Patterns of the files that go to the hub; predictions, checkpoints and logs stay."""
+"""Patterns of the uploaded files; predictions, checkpoints and logs are not uploaded."""
 
 
 def check_upload(repository: str) -> None:
-    """Find out before training what would stop the upload after it.
+    """Check before training whether the upload can work after it.
 
     Raises:
-        UserError: the name cannot be one of a repository, nobody is logged in, or the hub is switched off.
+        UserError: the repository's name is not valid, there is no login, or HF_HUB_OFFLINE is set.
     """
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in its __all__
 
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"push_to_hub '{repository}' is no name of a repository: {_first_line(error)}") from None
     if constants.HF_HUB_OFFLINE:
-        raise UserError("push_to_hub cannot work while HF_HUB_OFFLINE is set: unset it, or leave --push_to_hub out")
+        raise UserError("push_to_hub cannot work while HF_HUB_OFFLINE is set: unset it, or omit --push_to_hub")
     if huggingface_hub.get_token() is None:
         raise UserError("push_to_hub needs a login: run hf auth login, or set HF_TOKEN")
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Make the repository if it is not there, and put the model of `folder` into it; returns its address.
+    """Upload the model in `folder`, creating the repository if it does not exist; returns its address.
 
     Raises:
-        UserError: the hub cannot be reached or refuses.
+        UserError: the hub cannot be reached, or refuses.
     """
     import huggingface_hub
 
@@ -61,10 +61,10 @@ def upload(folder: Path, repository: str) -> str:
             folder_path=folder,
             allow_patterns=UPLOADED,
             ignore_patterns=["*/*"],
-            commit_message="Upload the trained reader",
+            commit_message="Upload the trained model",
         )
         return f"{api.endpoint}/{name}"
-    except Exception as error:  # whatever the hub's client raises, which changes: the model itself is safe
+    except Exception as error:  # the client raises many types, changing with its version; the model is saved
         raise UserError(
             f"the model is in {folder}, but could not be uploaded to {repository}: {_first_line(error)}"
         ) from None

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: a lock that the living process holds."""
+"""Lock of an output folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from qa_deepspeed.utils.errors import UserError
 LOCK_FILE = ".lock"
 
 PATIENCE_SECONDS = 10.0
-"""How long a run that was just killed may take to let go of its folder."""
+"""Seconds that a killed run may take to release its lock."""
 
 
 class RunLock:
-    """Holds `output_dir` for this process until `release`; the system lets go of it when the process ends.
+    """Locks `output_dir` for this process until `release`; the operating system releases it when the process ends.
 
-    It is a record lock (lockf): processes that are forked from this one do not hold it, and NFS knows it.
+    It is a record lock (lockf): forked processes do not inherit it, and it works on NFS.
 
     Raises:
-        UserError: another living process holds it.
+        UserError: another running process holds the lock.
     """
 
     def __init__(self, output_dir: Path, patience: float = PATIENCE_SECONDS) -> None:
         self._handle = os.open(output_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        give_up = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         while not self._take(output_dir):
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip()
                 os.close(self._handle)
                 raise UserError(
-                    f"another run is at work in {output_dir} ({holder or 'its process is not known'}): wait until it "
-                    "is done, or pass another --output_dir"
+                    f"another run is at work in {output_dir} ({holder or 'unknown process'}): wait until it ends, or "
+                    "pass another --output_dir"
                 )
             time.sleep(0.2)
         os.ftruncate(self._handle, 0)
@@ -47,9 +47,9 @@ class RunLock:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            print(f"note: {output_dir} cannot be locked ({error.strerror}): see that no two runs write there")
+            print(f"note: {output_dir} cannot be locked ({error.strerror}): make sure that no two runs write there")
         return True
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the lock."""
         os.close(self._handle)

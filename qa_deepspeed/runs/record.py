@@ -1,4 +1,4 @@
-"""What a run.json tells besides the run's own options: data, software, hardware, memory, and sums of what was saved."""
+"""Parts of run.json besides the options: data, software, hardware, and checksums of the saved files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qa_deepspeed.utils.progress import hash_progress, sha256_of
 from qa_deepspeed.utils.units import GIB
 
 PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "datasets", "numpy", "pyarrow")
-"""Those whose versions can change a figure."""
+"""Packages whose versions can change results."""
 
 MODEL_FILES = ("*.safetensors", "*.json", "training_args.bin", "*.txt", "*.model", "README.md")
-"""What a saved model is made of; the run's own JSON files are among them and are part of what it leaves."""
+"""Patterns of the files that checksums cover: the saved model, and the run's own JSON files beside it."""
 
 
 def software() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, and the commit of this code if it runs from a checkout."""
+    """Versions of Python and of `PACKAGES`, and the commit of this code if it runs from a checkout."""
     versions = {"python": platform.python_version()}
     for name in ("qa_deepspeed", *PACKAGES):
         try:
@@ -35,7 +35,7 @@ def software() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with "+changes" if files differ from it; None outside a checkout."""
+    """Hash of the checked-out commit, with "+changes" if files differ from it; None outside a checkout."""
     package = Path(__file__).resolve().parent
     try:
         command = ["git", "-C", str(package), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
@@ -47,7 +47,7 @@ def _commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory, and this node's GPUs by name."""
+    """This node's processor, usable cores, memory and GPUs, and the numbers of ranks."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "processor": _processor(),
@@ -69,13 +69,13 @@ def _processor() -> str:
 
 
 def data_record(store: FeatureStore) -> dict[str, Any]:
-    """What was read: the fingerprint of the features, what became of the questions by verdict, and the counts."""
+    """The data: fingerprint and counts of the features, and numbers of usable, repaired and rejected questions."""
     report = store.report
     return {
         "fingerprint": store.fingerprint,
         "questions": {
             "usable": report.usable,
-            "mended": report.mended,
+            "mended": report.mended,  # the key in run.json; the field counts repaired questions
             "unanswerable": report.unanswerable,
             "rejected": dict(report.rejected_by_reason),
             "faulty_answers": dict(report.answer_faults),
@@ -85,7 +85,7 @@ def data_record(store: FeatureStore) -> dict[str, Any]:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of the saved model in `folder`, and of what stands beside it, by name."""
+    """SHA-256 of the files in `folder` that match `MODEL_FILES`, by name; run.json, which holds them, excepted."""
     paths = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     paths = [path for path in paths if path.name != "run.json"]
     with hash_progress("checksums", paths) as bar:

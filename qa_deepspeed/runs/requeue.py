@@ -1,7 +1,7 @@
-"""How a run that stopped with work left says so: an exit status, and a file for launchers that change statuses."""
+"""How a preempted run reports that it must be resumed: an exit status, and a file for launchers that change it."""
 
 REQUEUE_STATUS = 75
-"""Exit status of a run that stopped with work left and is to be started again by the same command (EX_TEMPFAIL)."""
+"""Exit status of a preempted run (EX_TEMPFAIL): the same command resumes it."""
 
 REQUEUE_FILE = "requeue"
-"""Written into the output folder of such a run, since some launchers change exit statuses."""
+"""File in the output folder of a preempted run, since some launchers replace the exit status."""

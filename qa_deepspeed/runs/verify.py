@@ -1,4 +1,4 @@
-"""What is saved is proved: loaded again, it has every weight, and gives the logits that the trained engine gave."""
+"""Reload check: the saved model, loaded again, has every weight and gives the logits of the trained model."""
 
 from __future__ import annotations
 
@@ -20,35 +20,41 @@ from qa_deepspeed.utils.files import apply_umask
 from qa_deepspeed.utils.progress import ProgressBar
 
 PROBE_FILE = "probe.safetensors"
+"""File of a checkpoint that holds its `ReferenceOutputs`."""
+
 REFERENCE_ROWS = 4
+"""Rows whose logits are compared."""
+
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3, "torch_autocast": 5e-2}
-"""Largest difference of a logit, relative to the largest logit where that exceeds 1, by the engine's precision."""
+"""Largest allowed difference of a logit, by the engine's precision; relative to the largest logit if that exceeds 1."""
 
 MERGED_TOLERANCE = 1e-4
-"""The least tolerance for a model whose adapters were merged into its weights: sums in another order."""
+"""Smallest tolerance for a model with merged adapters: its sums are computed in another order."""
 
 OTHER_DEVICE = 10
-"""So many times the tolerance where the engine was on another kind of device than the proof is."""
+"""Factor of the tolerance where the model was trained on a GPU: the reload check runs on the CPU."""
 
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """A few rows and what the engine answers to them."""
+    """A few rows and the trained model's outputs for them, to compare the saved model with."""
 
     inputs: dict[str, torch.Tensor]
-    """The model's inputs, `[rows, length]`."""
+    """The model's inputs by name, each `[rows, length]`."""
     outputs: dict[str, torch.Tensor]
-    """Its outputs by name, floating-point ones only, float32."""
+    """Its floating-point outputs by name, float32."""
     precision: str
+    """The engine's precision, a key of `TOLERANCES`."""
     device: str
+    """The engine's device type."""
 
 
-def reference_outputs(reader: Any, inputs: Mapping[str, torch.Tensor]) -> ReferenceOutputs:
-    """Ask the engine (or any EvalModel). Collective under ZeRO-3."""
-    with reader.evaluating():
-        outputs = named_outputs(reader.eval_forward({name: value.to(reader.device) for name, value in inputs.items()}))
-    asked = {name: value.cpu() for name, value in inputs.items()}
-    return ReferenceOutputs(asked, outputs, reader.precision, reader.device.type)
+def reference_outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> ReferenceOutputs:
+    """Run the engine (or any EvalModel) on these inputs. Collective under ZeRO-3."""
+    with model.evaluating():
+        outputs = named_outputs(model.eval_forward({name: value.to(model.device) for name, value in inputs.items()}))
+    on_cpu = {name: value.cpu() for name, value in inputs.items()}
+    return ReferenceOutputs(on_cpu, outputs, model.precision, model.device.type)
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
@@ -60,16 +66,16 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def save_reference_outputs(folder: Path, probe: ReferenceOutputs) -> None:
-    """Write the probe into a checkpoint."""
-    tensors = {f"inputs.{name}": value.contiguous() for name, value in probe.inputs.items()}
-    tensors |= {f"outputs.{name}": value.contiguous() for name, value in probe.outputs.items()}
+def save_reference_outputs(folder: Path, reference: ReferenceOutputs) -> None:
+    """Write `PROBE_FILE` into a checkpoint."""
+    tensors = {f"inputs.{name}": value.contiguous() for name, value in reference.inputs.items()}
+    tensors |= {f"outputs.{name}": value.contiguous() for name, value in reference.outputs.items()}
     save_file(tensors, folder / PROBE_FILE)
     apply_umask(folder / PROBE_FILE)
 
 
 def load_reference_outputs(folder: Path, precision: str, device: str) -> ReferenceOutputs:
-    """Read the probe of a checkpoint, whose loop state says precision and device."""
+    """Read `PROBE_FILE` of a checkpoint; precision and device are those of its loop state."""
     tensors = load_file(folder / PROBE_FILE)
     parts = {
         part: {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
@@ -79,15 +85,19 @@ def load_reference_outputs(folder: Path, precision: str, device: str) -> Referen
 
 
 def verify_saved_model(
-    folder: Path, state: Mapping[str, torch.Tensor], probe: ReferenceOutputs, merged: bool = False
+    folder: Path, state: Mapping[str, torch.Tensor], reference: ReferenceOutputs, merged: bool = False
 ) -> dict[str, Any]:
-    """Load the model in `folder` again, an adapter by peft; returns what was compared, for the record.
+    """Reload the model in `folder` (an adapter by peft) and compare it with the trained one; returns the record.
 
-    Every tensor must equal that of `state`, what was saved. Logits are compared where the model is saved in the
-    precision that it was trained in or a finer one.
+    Every tensor must equal the one of `state`. Logits are compared where the model is saved in float32 or in the
+    precision of its training.
 
+    Args:
+        state: the trained weights, as saved.
+        reference: the trained model's outputs.
+        merged: whether adapters were merged into the weights.
     Raises:
-        UserError: it is not the model that was trained.
+        UserError: tensors or logits differ.
     """
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     kind = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
@@ -103,22 +113,22 @@ def verify_saved_model(
             f"({', '.join(wrong[:3])}); it must not be used"
         )
     record: dict[str, Any] = {"tensors": len(loaded), "dtype": str(dtype).removeprefix("torch.")}
-    if dtype not in (torch.float32, weight_dtype(probe.precision)):
+    if dtype not in (torch.float32, weight_dtype(reference.precision)):
         return record
-    difference = largest_difference(model, probe)
-    tolerance = max(TOLERANCES[probe.precision], MERGED_TOLERANCE if merged else 0.0)
-    tolerance *= 1 if probe.device == "cpu" else OTHER_DEVICE
+    difference = largest_difference(model, reference)
+    tolerance = max(TOLERANCES[reference.precision], MERGED_TOLERANCE if merged else 0.0)
+    tolerance *= 1 if reference.device == "cpu" else OTHER_DEVICE
     if not difference <= tolerance:
         raise UserError(
-            f"{folder} answers other than the model that was trained: logits differ by {difference:.2e}, "
+            f"{folder} gives other answers than the model that was trained: logits differ by {difference:.2e}, "
             f"{tolerance:.0e} is allowed; it must not be used"
         )
-    rows = len(next(iter(probe.inputs.values())))
+    rows = len(next(iter(reference.inputs.values())))
     return {**record, "rows": rows, "largest_difference": difference, "tolerance": tolerance}
 
 
 def _differing(state: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of `state` whose tensors are not in `loaded`, or not the same."""
+    """Names of the tensors of `state` that `loaded` lacks or holds with other values."""
     wrong = []
     with ProgressBar("comparing weights", len(state), "tensor") as bar:
         for name, value in state.items():
@@ -129,17 +139,17 @@ def _differing(state: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Ten
 
 
 @contextmanager
-def _counting(model: torch.nn.Module) -> Iterator[None]:
-    """Tell how far the model's forward pass is, by the modules with weights that it has been through."""
+def _forward_progress(model: torch.nn.Module) -> Iterator[None]:
+    """Show the progress of a forward pass: the modules with weights that it has passed."""
     modules = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    seen: set[int] = set()  # some models pass a layer many times
+    seen: set[int] = set()  # some models run a layer several times
     with ProgressBar("comparing logits", len(modules), "module") as bar:
 
-        def tell(module: torch.nn.Module, *_: Any) -> None:
+        def count(module: torch.nn.Module, *_: Any) -> None:
             seen.add(id(module))
             bar.reach(len(seen))
 
-        hooks = [module.register_forward_hook(tell) for module in modules]
+        hooks = [module.register_forward_hook(count) for module in modules]
         try:
             yield
         finally:
@@ -147,19 +157,19 @@ def _counting(model: torch.nn.Module) -> Iterator[None]:
                 hook.remove()
 
 
-def largest_difference(model: torch.nn.Module, probe: ReferenceOutputs) -> float:
-    """Between the model's answers, in the precision of the probe, and the probe's, relative where logits exceed 1."""
-    model = model.to(weight_dtype(probe.precision))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=probe.precision == "torch_autocast")
-    with torch.inference_mode(), autocast, _counting(model):
-        found = named_outputs(model(**probe.inputs))
+def largest_difference(model: torch.nn.Module, reference: ReferenceOutputs) -> float:
+    """Largest difference of the model's logits from the reference, in its precision; relative if logits exceed 1."""
+    model = model.to(weight_dtype(reference.precision))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=reference.precision == "torch_autocast")
+    with torch.inference_mode(), autocast, _forward_progress(model):
+        found = named_outputs(model(**reference.inputs))
     differences = [0.0]
-    real = probe.inputs["attention_mask"].bool()
-    for name, expected in probe.outputs.items():
-        finite = expected.isfinite() & (expected > -1e30)  # masked places hold the lowest number there is
+    real = reference.inputs["attention_mask"].bool()
+    for name, expected in reference.outputs.items():
+        finite = expected.isfinite() & (expected > -1e30)  # masked positions hold the lowest number
         if expected.shape == real.shape:
-            finite &= real  # what stands at padding depends on how attention is computed, and nobody reads it
+            finite &= real  # logits of padding depend on the attention kernel and are unused
         if finite.any():
             scale = max(1.0, float(expected[finite].abs().max()))
             differences.append(float((found[name] - expected)[finite].abs().max()) / scale)
-    return float(torch.tensor(differences).max())  # not a number wins
+    return float(torch.tensor(differences).max())  # NaN propagates

@@ -1,4 +1,4 @@
-"""The best model of a run and when to stop looking for a better one. Metrics are the same on all ranks, so is this."""
+"""Best checkpoint and early stopping. All ranks hold the same metrics, so they decide alike without communication."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from qa_deepspeed.utils.errors import UserError
 
 
 class BestCheckpoint:
-    """Watches one metric over the evaluations of a run; without `metric_for_best_model` it watches nothing.
+    """Tracks one metric over the evaluations of a run; without `metric_for_best_model` it does nothing.
 
-    Attributes: step: where the best value was, or None; rows: of one of those steps; value; waited: evaluations since.
+    Attributes:
+        metric: name of the metric, or None.
+        step: optimizer step of the best value, or None before the first evaluation.
+        rows: global batch size of the steps up to `step`.
+        value: the best value; a loss is negated, so that higher is better.
+        waited: evaluations since the best one.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -26,21 +31,21 @@ class BestCheckpoint:
         self.waited = 0
         for name in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(options, name) and not self.metric:
-                raise UserError(f"{name} goes by a metric: pass --metric_for_best_model, like f1")
+                raise UserError(f"{name} needs a metric: pass --metric_for_best_model, such as f1")
         if self.metric and not options.evaluate_during_training:
-            raise UserError("metric_for_best_model needs evaluations on the way: pass --evaluate_during_training")
+            raise UserError("metric_for_best_model needs evaluations during training: pass --evaluate_during_training")
         if self._patience is not None and self._patience < 1:
             raise UserError(f"early_stopping_patience must be at least 1, not {self._patience}")
 
     @property
     def watching(self) -> bool:
-        """Whether there is a metric to go by."""
+        """Whether a metric is tracked."""
         return self.metric is not None
 
     def observe(self, metrics: Mapping[str, Any], step: int, rows: int) -> bool:
-        """Take note of an evaluation after `step` optimizer steps of `rows` rows; whether it is the best so far.
+        """Record the evaluation after `step` optimizer steps of `rows` rows; returns whether it is the best so far.
 
-        Losses are best low.
+        A lower loss is better; of all other metrics a higher value is better. Of equal values the first stays the best.
 
         Raises:
             UserError: the evaluation has no such metric.
@@ -59,15 +64,15 @@ class BestCheckpoint:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the patience is at its end."""
+        """Whether early stopping applies: no better value in the last `early_stopping_patience` evaluations."""
         return self._patience is not None and self.waited >= self._patience
 
     def checkpoint(self, rows: int) -> str | None:
-        """The name of the best model's checkpoint in a run whose steps have `rows` rows, if there is a best one yet."""
+        """Folder name of the best checkpoint in a run of `rows` rows a step; None before the first evaluation."""
         return None if self.step is None else checkpoint_name(self.step, self.rows, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """The state as JSON values, for a checkpoint's loop state."""
         return {
             "metric": self.metric,
             "step": self.step,
@@ -77,7 +82,7 @@ class BestCheckpoint:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's values, unless another metric is watched now."""
+        """Restore the state from a checkpoint; ignored if the run now tracks another metric."""
         if saved["metric"] == self.metric and saved["step"] is not None:
             self.step, self.rows = saved["step"], saved["rows"]
             self.value, self.waited = saved["value"], saved["waited"]

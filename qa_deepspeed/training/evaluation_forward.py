@@ -1,6 +1,7 @@
-"""The evaluation's forward passes on every rank: each feature is reduced to what decoding needs and sent to rank 0.
+"""Forward passes of an evaluation on all ranks; rank 0 gathers the candidates of every feature.
 
-Everything is keyed by feature id. Micro-batches are cut from the whole set, so no digit depends on the number of ranks.
+Rows are keyed by feature id. Micro-batches are cut from the whole set, so that results do not depend on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -28,22 +29,23 @@ from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.progress import ProgressBar
 
 BATCHES_PER_EXCHANGE = 64
-"""Micro-batches of a rank whose rows are sent to rank 0 together; until then they stay on the device."""
+"""Micro-batches per gather to rank 0; until then their rows stay on the device."""
 
 LOSS = "loss"
-"""Name of the metric, and of the column, that is the mean loss of the rows."""
+"""Name of the metric (mean over the rows) and of the column (loss of a row)."""
 
 Forward = Callable[[dict[str, Tensor]], Any]
 
 
 @dataclass
 class GatheredOutputs:
-    """What rank 0 has of all features, in the order of feature ids, in mapped files."""
+    """The outputs of all features on rank 0, in the order of feature ids, in memory-mapped files."""
 
     candidates: Candidates
     logits: FullLogits | None
+    """All logits, with `gather` "full"."""
     loss: float | None
-    """Mean of the rows' losses, where it was asked for."""
+    """Mean loss of the rows, where `metric_for_best_model` is "loss"."""
 
 
 def gather_evaluation(
@@ -55,18 +57,22 @@ def gather_evaluation(
     options: RunOptions,
     folder: Path,
 ) -> GatheredOutputs | None:
-    """Forward every feature once; what is kept of them on rank 0, None elsewhere. Collective.
+    """Run every feature through the model once; returns the outputs on rank 0, None on other ranks. Collective.
 
-    Every rank makes the same number of forwards and exchanges. `folder` is where rank 0 spills (unnamed files).
+    Every rank makes the same number of forward passes and gathers.
+
+    Args:
+        forward: the model's forward pass, from inputs `[rows, length]` to its outputs.
+        folder: rank 0 keeps the gathered columns in unnamed files of this folder's disk.
     """
-    reduce = _Reduction(head, store, options)
+    extract = _ColumnExtractor(head, store, options)
     batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
-    table = RowTable(len(store), reduce.columns, folder) if dist.is_rank_zero() else None
+    table = RowTable(len(store), extract.columns, folder) if dist.is_rank_zero() else None
     waiting: list[dict[str, Tensor]] = []
     with ProgressBar("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as bar:
         for number, rows in enumerate(batches, 1):
             batch = make_batch(store.take, rows, layout).to(device)
-            waiting.append(reduce(forward(head.inputs(batch)), batch))
+            waiting.append(extract(forward(head.inputs(batch)), batch))
             bar.advance()
             if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
                 arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
@@ -74,13 +80,13 @@ def gather_evaluation(
                 arrived = dist.gather_rows(arrays)
                 if table is not None and arrived is not None:
                     table.put(arrived["feature_id"], arrived)
-    return None if table is None else reduce.gathered(table)
+    return None if table is None else extract.gathered(table)
 
 
-class _Reduction:
-    """From a model's outputs to the columns that are kept of each row."""
+class _ColumnExtractor:
+    """Extracts from a model's outputs the columns that decoding needs of each row: top-k candidates, or all logits."""
 
-    def __init__(self, head: Head, store: FeatureStore, options: RunOptions):
+    def __init__(self, head: Head, store: FeatureStore, options: RunOptions) -> None:
         self._head = head
         self._count, self._max_length = options.n_best_size, options.max_answer_length
         self._whole = options.gather == "full"
@@ -104,7 +110,7 @@ class _Reduction:
             self.columns[LOSS] = ("f4", ())
 
     def __call__(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """The columns of the micro-batch's real rows, on its device; filler is dropped."""
+        """The columns of a micro-batch, on its device, without dummy rows."""
         starts = self._starts(batch)
         found = self._head.best(outputs, batch, starts, self._count, self._max_length)
         kept = candidate_columns(batch, found, self._count)
@@ -117,7 +123,7 @@ class _Reduction:
         return kept
 
     def _starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Where an answer may start, as positions of the padded row."""
+        """First and end position of the tokens where an answer may start, in the padded row, each `[rows]`."""
         if self._best_window is None:
             return batch.context_begin, batch.context_end
         first, stop = (
@@ -126,7 +132,7 @@ class _Reduction:
         return batch.context_begin + first, batch.context_begin + stop
 
     def _whole_rows(self, logits: Tensor, batch: Batch) -> Tensor:
-        """`[rows, longest row of all]`, each row's first token in the first place, as low as can be after its last."""
+        """Logits without padding, `[rows, longest row of the set]`: tokens from position 0, -inf after the last one."""
         length = logits.shape[1]
         token = torch.arange(length, device=logits.device)
         real = batch.inputs["attention_mask"].sum(dim=1, keepdim=True)
@@ -135,7 +141,7 @@ class _Reduction:
         return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))
 
     def gathered(self, table: RowTable) -> GatheredOutputs:
-        """The table's columns under their names."""
+        """The gathered columns of all rows."""
         columns = table.columns()
         whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
         logits = FullLogits(columns["feature_id"], **whole) if whole else None

@@ -1,4 +1,4 @@
-"""From options to features: which files, which tokenizer, which cache folder, and how the model wants its rows."""
+"""From options to features: resolves data files, feature settings and cache folder."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ Purpose = Literal["train", "evaluate"]
 
 
 def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> FeatureStore:
-    """The features of the run's training or evaluation file, from the cache or built now.
+    """The features of the training or evaluation data, from the cache or built now.
 
-    Every rank calls this, in no particular order and with no collective open.
+    Every rank calls this, in any order; no collective may be in progress.
+
+    Raises:
+        UserError: no data is named, or it cannot be read.
     """
     folder, files = _cache_folder_and_files(options, purpose)
     source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
@@ -43,28 +46,28 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
 
 
 def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> tuple[str, dict[str, int] | None]:
-    """The fingerprint of the features that `load_features` would give, and their counts if they are built already."""
+    """Fingerprint of the features that `load_features` would return, and their counts if they are cached."""
     folder, files = _cache_folder_and_files(options, purpose)
     source = data_source(options, purpose, files)
     return look_up(source, facts.tokenizer, facts.family, _settings_for(options, purpose), folder)
 
 
 def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
-    """Evaluation does not look at labels: runs that learn from other answers share its features."""
+    """Evaluation ignores labels, so that runs with different `answers` share its features."""
     settings = feature_settings(options)
     return settings if purpose == "train" else dataclasses.replace(settings, answers="first")
 
 
 def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
-    """Rows of one rank's micro-batch where they are all of max_seq_length, which takes the most memory."""
+    """Rows of a micro-batch in which all have max_seq_length tokens: the one that needs the most memory."""
     if not options.max_tokens_per_batch:
         return plan.micro_batch_size
-    together = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
-    return min(together, -(-plan.global_batch_size // plan.world_size))
+    by_tokens = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
+    return min(by_tokens, -(-plan.global_batch_size // plan.world_size))
 
 
 def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:
-    """What is read of `files`, and how."""
+    """The settings that reading `files` depends on."""
     return DataSource(
         files=files,
         purpose=purpose,
@@ -76,7 +79,7 @@ def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -
 
 
 def feature_settings(options: RunOptions) -> FeatureSettings:
-    """What shapes the features."""
+    """The settings that building features depends on."""
     return FeatureSettings(
         max_seq_length=options.max_seq_length,
         doc_stride=options.doc_stride,
@@ -88,18 +91,18 @@ def feature_settings(options: RunOptions) -> FeatureSettings:
 
 
 def notes(store: FeatureStore) -> list[str]:
-    """What a user should know of how questions became features, one line a matter; none if all is as usual."""
-    matters = (
+    """Notes for the log about truncated or lost questions, one line each; empty if there are none."""
+    kinds = (
         ("truncated_questions", "questions cut to max_query_length"),
-        ("windows_without_answer", "windows that miss the answer of their question"),
-        ("answers_in_no_window", "questions whose answers no window holds"),
+        ("windows_without_answer", "windows without the answer of their question"),
+        ("answers_in_no_window", "questions whose answers are in no window"),
         ("examples_without_tokens", "questions whose context has no tokens"),
     )
-    return [f"{store.counts[name]:,} {what}" for name, what in matters if store.counts[name]]
+    return [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts[name]]
 
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:
-    """The files that the options name for `purpose`; a hub data set becomes a file in the cache folder."""
+    """Cache folder and data files for `purpose`; a data set of the hub is downloaded into the cache folder."""
     named = options.data_file(purpose)
     if named:
         files = DataSource.resolve([named] if Path(named).exists() else named.split(","))
@@ -110,7 +113,7 @@ def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path
         hub_cache = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
         return folder, (hub_file(options.dataset_name, options.dataset_config, split, folder, hub_cache),)
     flag = "train_file" if purpose == "train" else "predict_file"
-    raise UserError(f"which data? pass --{flag}, --dataset_name, or --data_dir with the classic file names")
+    raise UserError(f"no data is named: pass --{flag}, --dataset_name, or --data_dir with the file names of SQuAD")
 
 
 def _user_cache() -> Path:
@@ -118,7 +121,7 @@ def _user_cache() -> Path:
 
 
 def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
-    """Where features are kept: in cache_dir, else beside the data, else (read-only data) in the user's cache folder."""
+    """Folder of the features: in cache_dir, else beside the data, else (read-only data) in the user's cache folder."""
     if cache_dir:
         return Path(cache_dir) / "features"
     beside = data_file.resolve().parent

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no number any more, without making any step wait to find out."""
+"""Ends a run whose loss is infinite or NaN, without a device synchronization in every step."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json
 
 SHOWN_IDS = 16
+"""Question ids in the error message; the file holds all of them."""
+
 BAD_BATCH_FILE = "bad_batch.json"
 
 
 class NonfiniteLossGuard:
-    """Remembers on the device the first step whose loss is infinite or no number; asked when logging and saving."""
+    """Records on the device the first step with an infinite or NaN loss; checked when the run logs and saves."""
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
         self._rates: dict[int, float] = {}
 
-    def note(self, step: int, share: torch.Tensor, rate: float) -> None:
-        """Look at a micro-batch's share of the loss of optimizer step `step`, which uses this learning rate."""
-        first = ~share.isfinite() & (self._step < 0)
+    def note(self, step: int, weighted_loss: torch.Tensor, rate: float) -> None:
+        """Record a micro-batch of optimizer step `step` (from 0): its part of the mean loss, a scalar, and the rate."""
+        first = ~weighted_loss.isfinite() & (self._step < 0)
         self._step.masked_fill_(first, step)
-        self._loss = torch.where(first, share.float(), self._loss)
+        self._loss = torch.where(first, weighted_loss.float(), self._loss)
         self._rates[step] = rate
 
     def check(self, ids_of: Callable[[int], list[str]], output_dir: Path) -> None:
-        """Raise if some rank has seen a bad loss since the last check. Collective.
+        """Raise if any rank recorded a nonfinite loss since the last check. Collective.
 
         Args:
-            ids_of: the questions of a step's global batch.
-            output_dir: where rank 0 writes their ids, all of them, to bad_batch.json.
+            ids_of: returns the question ids of a step's global batch.
+            output_dir: rank 0 writes all these ids into its bad_batch.json.
 
         Raises:
-            UserError: step, loss, learning rate and questions.
+            UserError: names step, loss, learning rate and questions.
         """
         mine = int(self._step)
         rates, self._rates = self._rates, {}
@@ -51,8 +53,8 @@ class NonfiniteLossGuard:
             write_json(output_dir / BAD_BATCH_FILE, {"step": step + 1, "learning_rate": rates[step], "questions": ids})
         shown = ", ".join(ids[:SHOWN_IDS])
         more = f" and {len(ids) - SHOWN_IDS} more, in {BAD_BATCH_FILE}" if len(ids) > SHOWN_IDS else ""
-        loss = f"the loss became {float(self._loss)}" if mine == step else "another rank's loss became infinite or nan"
+        loss = f"the loss became {float(self._loss)}" if mine == step else "another rank's loss became infinite or NaN"
         raise UserError(
             f"{loss} at step {step + 1} (learning rate {rates[step]:.3e}; questions {shown}{more}):"
-            " lower --learning_rate or take another precision; the checkpoints saved before it are good"
+            " lower --learning_rate or choose another precision; the checkpoints saved before it are intact"
         )

@@ -1,4 +1,4 @@
-"""When to save and when to stop: by counting steps, by the clock, by a signal; agreed by all ranks after each step."""
+"""Preemption, time limit and save interval: all ranks agree after each step whether to save and whether to stop."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ from qa_deepspeed.utils.files import write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 10.0
-"""Signals that follow so soon are the same one: launchers deliver several."""
+"""Further signals within this time count as the first: launchers send several for one preemption."""
 
 
 class Preempted(Exception):
-    """The run ends here in good order, with work left."""
+    """A signal or the time limit ended the run before its last step; a checkpoint is saved."""
 
 
 def duration(text: str | None, name: str) -> float:
-    """Seconds of a text like `90s`, `15m`, `2h` or `1h30m`; infinity for None.
+    """Parse a duration such as `90s`, `15m`, `2h` or `1h30m` into seconds; infinity for None.
 
     Raises:
-        UserError: it is none of these; `name` is the option it came from.
+        UserError: the text has another form; the message names the option `name`.
     """
     if text is None:
         return float("inf")
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if hours + minutes + seconds == 0:
-        raise UserError(f"{name} '{text}' is not a time: write it like 90s, 15m, 2h or 1h30m")
+        raise UserError(f"{name} '{text}' is not a duration: write it as 90s, 15m, 2h or 1h30m")
     return float(3600 * hours + 60 * minutes + seconds)
 
 
 def save_interval(save_steps: float, steps: int) -> int:
-    """Optimizer steps between checkpoints: `save_steps` itself, or that share of the run below 1; 0 for none.
+    """Optimizer steps between checkpoints; 0 for none.
 
+    Args:
+        save_steps: a whole number of steps, or, below 1, a fraction of the run.
+        steps: optimizer steps of the run.
     Raises:
-        UserError: neither a share nor a whole number of steps.
+        UserError: `save_steps` is neither.
     """
     if not 0 <= save_steps < float("inf") or (save_steps >= 1 and save_steps != int(save_steps)):
-        raise UserError(f"save_steps {save_steps:g} is neither a number of steps nor a share of the run below 1")
+        raise UserError(f"save_steps {save_steps:g} is neither a number of steps nor a fraction of the run below 1")
     return max(1, round(save_steps * steps)) if 0 < save_steps < 1 else int(save_steps)
 
 
@@ -60,16 +63,17 @@ class StepDecision:
     """What all ranks do after a step."""
 
     save: bool
+    """Whether to write a checkpoint."""
     stop: str | None
-    """Why the run stops here, or None."""
+    """Why the run stops: a signal's name or "max_time"; None to continue."""
 
 
 class StopController:
-    """Counts steps, reads rank 0's clock and collects this rank's signals, from the start of a run to its end.
+    """Handles preemption signals, the time limit and the save interval, from the start of a run to its end.
 
-    Inside `looping()` a signal is noted, and acted on after the step by all ranks together; a later one ends this
-    process at once. Outside there is nothing to save: the process ends as it does without us, except that Slurm's
-    warning (SIGUSR1, which no launcher sends) asks for a requeue.
+    Inside `looping()` a signal is recorded, and all ranks act on it together after the step; a second signal more than
+    `REPEAT_SECONDS` later ends the process immediately. Outside there is nothing to save, and signals have their
+    default effect, except that SIGUSR1 (Slurm's warning; no launcher sends it) requests a requeue.
     """
 
     def __init__(self, options: RunOptions, output_dir: Path) -> None:
@@ -85,18 +89,18 @@ class StopController:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopController:
-        if threading.current_thread() is threading.main_thread():  # others may not
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
             self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._signal is None:  # else launchers send more while the ranks leave together: they stay caught
+        if self._signal is None:  # else launchers may send more while the ranks end: keep the handlers
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
     def looping(self) -> Iterator[None]:
-        """Around the training loop, which looks after each step whether a signal has come."""
+        """Wraps the training loop, which calls `after_step`: signals are recorded instead of ending the process."""
         self._saved = time.monotonic()
         self._in_loop = True
         try:
@@ -121,10 +125,10 @@ class StopController:
         os.kill(os.getpid(), number)
 
     def after_step(self, number: int, steps: int) -> StepDecision:
-        """Decide together, after optimizer step `number` (counted from 1) of `steps`. Collective."""
+        """Decide after optimizer step `number` (counted from 1) of `steps`: the same on all ranks. Collective."""
         now = time.monotonic()
         clock = [now - self._saved >= self._save_seconds, now - self._began >= self._max_seconds]
-        ours = [self._signal or 0, *(clock if dist.is_rank_zero() else (0, 0))]
+        ours = [self._signal or 0, *(clock if dist.is_rank_zero() else (0, 0))]  # rank 0's clock counts
         signals, on_time, out_of_time = dist.all_reduce_max(ours)
         stop = None
         if number < steps and (signals or out_of_time):
@@ -136,11 +140,11 @@ class StopController:
         return StepDecision(save, stop)
 
     def ask_for_requeue(self, reason: str) -> None:
-        """Leave word, on rank 0, that the run is to be started again."""
+        """Write the requeue file, on rank 0: the same command resumes the run."""
         if dist.is_rank_zero():
             write_json(self._output_dir / REQUEUE_FILE, {"reason": reason, "status": REQUEUE_STATUS})
 
     def begin(self) -> None:
-        """This start answers whatever word was left, on rank 0."""
+        """Remove the requeue file of an earlier start, on rank 0."""
         if dist.is_rank_zero():
             (self._output_dir / REQUEUE_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the log lines tell of the training: loss, rates, padding, where the time goes, how much of the roof is used."""
+"""Step timer and throughput meter: loss, questions and tokens per second, padding, MFU, time by phase, memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.units import GIB
 
 PHASES = ("data", "forward", "backward", "update")
+"""Parts of a training step that are timed."""
 
 
 class StepTimer:
-    """Adds up the time of each phase until it is read; on GPUs by events in the stream, read when all have passed."""
+    """Sums the time of each phase until `read`; on GPUs by CUDA events, so that no phase synchronizes the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -27,20 +28,20 @@ class StepTimer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside counts as `name`."""
+        """Time the enclosed block as phase `name`."""
         if not self._on_gpu:
             began = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - began
             return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
         first.record()
         yield
         last.record()
         self._events.append((name, first, last))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading."""
+        """Seconds of each phase since the last `read`."""
         if self._events:
             self._events[-1][2].synchronize()
         for name, first, last in self._events:
@@ -50,28 +51,38 @@ class StepTimer:
 
 
 class ThroughputMeter:
-    """Adds up what the log lines tell. The loss stays on the device until it is read, so that no step waits for it."""
+    """Sums loss, tokens and times between log lines. The loss stays on the device until `read`: no step waits."""
 
-    def __init__(self, device: torch.device, flops: tuple[float, float], roof: float) -> None:
-        """flops: operations per token, and per pair of tokens of a row, of a training step; roof: operations a second
-        that this rank's device can do."""
-        self._device, self._flops, self._roof = device, flops, roof
+    def __init__(self, device: torch.device, flops: tuple[float, float], peak_flops: float) -> None:
+        """Start measuring.
+
+        Args:
+            flops: FLOPs of a training step per token and per pair of tokens of a row (`engine.flops.training_flops`).
+            peak_flops: measured peak FLOP/s of this rank's device (`engine.flops.measured_peak_flops`).
+        """
+        self._device, self._flops, self._peak_flops = device, flops, peak_flops
         self.clock = StepTimer(device)
         self._whole = {"questions": 0.0, "tokens": 0.0, "seconds": 0.0}
         self._clear()
 
     def _clear(self) -> None:
         self._loss = torch.zeros((), device=self._device)
-        self._tokens = self._pairs = self._rows = self._places = self._steps = 0
+        self._tokens = self._pairs = self._rows = self._padded_tokens = self._steps = 0
         self._began = time.perf_counter()
 
-    def add(self, share: torch.Tensor, lengths: np.ndarray, padded: int) -> None:
-        """Count a micro-batch: its share of the global batch's loss, its rows' real and padded lengths, in tokens."""
-        self._loss += share
+    def add(self, weighted_loss: torch.Tensor, lengths: np.ndarray, padded: int) -> None:
+        """Count a micro-batch.
+
+        Args:
+            weighted_loss: its part of the global batch's mean loss, a scalar.
+            lengths: tokens of each row without padding, `[rows]`.
+            padded: tokens of each row with padding.
+        """
+        self._loss += weighted_loss
         self._rows += len(lengths)
         self._tokens += int(lengths.sum())
         self._pairs += int((lengths.astype(np.int64) ** 2).sum())
-        self._places += len(lengths) * padded
+        self._padded_tokens += len(lengths) * padded
 
     def end_step(self) -> None:
         """Count an optimizer step."""
@@ -79,18 +90,21 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """Exclude the enclosed block from the training time."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Loss per step and rates over all ranks since the last reading; times are means over the ranks, memory
-        is this rank's. Collective."""
+        """Values of a log line since the last `read`, by TensorBoard tag. Collective.
+
+        The loss is the mean over the steps, rates are sums over the ranks, phase times means over the ranks; memory is
+        this rank's.
+        """
         phases = self.clock.read()
-        counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._places, self._roof]
+        counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._padded_tokens, self._peak_flops]
         sums = dist.all_reduce_sum([*counts, *phases.values()])
-        loss, tokens, pairs, rows, places, roof = sums[: len(counts)]
+        loss, tokens, pairs, rows, padded_tokens, peak_flops = sums[: len(counts)]
         steps, elapsed = self._steps, time.perf_counter() - self._began
         self._clear()
         for name, value in (("questions", rows), ("tokens", tokens), ("seconds", elapsed)):
@@ -104,22 +118,24 @@ class ThroughputMeter:
             "train/loss": loss / steps,
             "speed/questions_per_second": rows / elapsed,
             "speed/tokens_per_second": tokens / elapsed,
-            "speed/padding": 1 - tokens / max(places, 1),
-            "speed/mfu": operations / elapsed / roof,
+            "speed/padding": 1 - tokens / max(padded_tokens, 1),
+            "speed/mfu": operations / elapsed / peak_flops,
             **milliseconds,
             **{f"memory/{name}": value for name, value in memory(self._device).items()},
         }
 
     def throughput(self) -> dict[str, float]:
-        """Rates over all ranks and all that was read so far: evaluations and checkpoints do not count."""
+        """Mean rates of the run so far, over all ranks, without evaluations and checkpoints."""
         seconds = max(self._whole["seconds"], 1e-9)
         return {f"{name}_per_second": self._whole[name] / seconds for name in ("questions", "tokens")}
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """This rank's greatest use of memory so far, in GiB: of the process, and of the GPU, where there is one, by tensors
-    since the training began (`roof.measured_peak_flops`)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes but on macOS
+    """This rank's peak memory in GiB: `host_gib` of the process, and on a GPU `gpu_gib` of tensors.
+
+    The GPU's peak counts from the start of training: `engine.flops.measured_peak_flops` resets it.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     used = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
     if device.type == "cuda":
         used["gpu_gib"] = torch.cuda.max_memory_allocated(device) / GIB
@@ -127,7 +143,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The greatest of `memory` over all ranks, on rank 0; empty elsewhere. Collective."""
+    """The largest values of `memory` over all ranks, on rank 0; empty on other ranks. Collective."""
     mine = memory(device)
     gathered = dist.gather_rows({name: np.array([value]) for name, value in mine.items()})
     return {} if gathered is None else {name: float(values.max()) for name, values in gathered.items()}

@@ -1,4 +1,4 @@
-"""What must be right before a run starts, and can be known without its data: for `train`, and `check` beforehand."""
+"""Checks of a run's options that need neither data nor weights; `train` and `check` share them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from qa_deepspeed.training.stopping import duration, save_interval
 
 
 def validate_options(options: RunOptions, world_size: int, device_type: str, bf16_supported: bool) -> ResolvedConfig:
-    """The DeepSpeed config and the options of a training run, agreed and checked.
+    """Check the options of a training run and merge them with its DeepSpeed config.
 
+    Args:
+        world_size: number of ranks.
+        device_type: "cpu" or "cuda".
+        bf16_supported: whether the device computes in bfloat16.
     Raises:
-        UserError: they disagree, ask for what cannot be had, or a library's version is not supported.
+        UserError: options contradict each other or the config, or a library's version is not supported.
     """
     deepspeed_compat.check_supported()
     transformers_compat.check_supported()

@@ -1,4 +1,4 @@
-"""QuestionAnswerer: the pipeline's rules read plainly, forms of input, offsets, the stored threshold."""
+"""QuestionAnswerer: the pipeline's rules, written naively; forms of input; offsets; the stored threshold."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 @cache
 def answerer(name: str) -> QuestionAnswerer:
-    """A small model of this type with random weights, spread enough for answers to be told apart."""
+    """A small model of this type with random weights, large enough that no two answers have the same score."""
     tokenizer = copy.deepcopy(small_tokenizers.tokenizer(name))
     tokenizer.model_max_length = 512
     config = transformers.AutoConfig.for_model(name, vocab_size=len(tokenizer), **SIZES[name])
@@ -76,9 +76,9 @@ def plain_answers(
     max_seq_len: int,
     overlap: int,
 ) -> list[dict[str, Any]]:
-    """The pipeline's rules, one window at a time by the tokenizer itself, every pair of tokens looked at."""
-    reader = answerer(name)
-    tokenizer = reader.tokenizer
+    """The pipeline's rules, naively: windows one by one from the tokenizer itself, every pair of tokens scored."""
+    qa = answerer(name)
+    tokenizer = qa.tokenizer
     rows = tokenizer(
         question,
         context,
@@ -97,16 +97,16 @@ def plain_answers(
             inputs["token_type_ids"] = torch.tensor([[int(text == 1) for text in rows.sequence_ids(number)]])
             inputs["token_type_ids"][0, -1] = 1
         with torch.inference_mode():
-            out = reader.model(**inputs)
+            out = qa.model(**inputs)
         inside = np.array([text == 1 for text in rows.sequence_ids(number)])
         allowed = inside | (np.array(ids) == tokenizer.cls_token_id)
-        shares = []
+        probabilities = []
         for logits in (out.start_logits[0].double().numpy(), out.end_logits[0].double().numpy()):
             weights = np.where(allowed, np.exp(logits - logits[allowed].max()), 0.0)
-            shares.append(weights / weights.sum())
-        null_score = min(null_score, shares[0][0] * shares[1][0])
+            probabilities.append(weights / weights.sum())
+        null_score = min(null_score, probabilities[0][0] * probabilities[1][0])
         spans = [
-            (shares[0][s] * shares[1][e], s, e)
+            (probabilities[0][s] * probabilities[1][e], s, e)
             for s in np.flatnonzero(inside)
             for e in np.flatnonzero(inside)
             if s <= e < s + longest
@@ -154,21 +154,21 @@ def test_answers_follow_the_rules_of_the_pipeline(
             assert {key: other[key] for key in one} == one
 
 
-def test_results_do_not_depend_on_what_is_asked_beside() -> None:
-    """Windows of many questions and lengths go through the model together, and every answer is as if asked alone."""
+def test_results_do_not_depend_on_the_other_questions() -> None:
+    """Windows of several questions share a batch, and every answer equals that of the question alone."""
     texts = [CONTEXT, CONTEXT * 9, "Short one here.", CONTEXT[40:]]
     for name in SIZES:
-        reader = answerer(name)
-        together = reader(question=[QUESTION] * len(texts), context=texts, top_k=3, handle_impossible_answer=True)
+        qa = answerer(name)
+        together = qa(question=[QUESTION] * len(texts), context=texts, top_k=3, handle_impossible_answer=True)
         for text, answers in zip(texts, together, strict=True):
-            alone = reader(question=QUESTION, context=text, top_k=3, handle_impossible_answer=True, batch_size=1)
+            alone = qa(question=QUESTION, context=text, top_k=3, handle_impossible_answer=True, batch_size=1)
             assert [one["answer"] for one in alone] == [one["answer"] for one in answers]
             assert [one["score"] for one in alone] == pytest.approx([one["score"] for one in answers], abs=1e-5)
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic", "longrope"])
 def test_results_do_not_depend_on_the_number_of_threads(rope: str, threads_put_back: None) -> None:
-    """Batches are worked on at the same time, but not where a forward pass changes the model for the others."""
+    """Batches run in parallel, except where a forward pass changes the model."""
     tokenizer = answerer("qwen2").tokenizer
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
     parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0} | (factors if rope == "longrope" else {})
@@ -180,78 +180,104 @@ def test_results_do_not_depend_on_the_number_of_threads(rope: str, threads_put_b
         **SIZES["qwen2"],
     )
     transformers.set_seed(1)
-    reader = QuestionAnswerer(transformers.AutoModelForQuestionAnswering.from_config(config), tokenizer, device="cpu")
+    qa = QuestionAnswerer(transformers.AutoModelForQuestionAnswering.from_config(config), tokenizer, device="cpu")
     seen: set[int] = set()
-    reader.model.register_forward_pre_hook(lambda module, inputs: seen.add(threading.get_ident()))
+    qa.model.register_forward_pre_hook(lambda module, inputs: seen.add(threading.get_ident()))
     questions, contexts = [QUESTION] * 30, [CONTEXT[: 40 + 5 * number] for number in range(30)]
     lengths = {} if rope == "default" else {"max_seq_len": 60 if rope == "dynamic" else 120}
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)
-        results.append(reader(question=questions, context=contexts, batch_size=2, **lengths))
+        results.append(qa(question=questions, context=contexts, batch_size=2, **lengths))
     assert (seen == {threading.get_ident()}) == (rope != "default")
     for one, other in zip(*results, strict=True):
         assert one == {**other, "score": pytest.approx(other["score"], rel=1e-4)}
 
 
-def test_every_form_of_input_gives_the_same() -> None:
-    reader = answerer("bert")
+def test_every_form_of_input_gives_the_same_result() -> None:
+    qa = answerer("bert")
     row = {"question": QUESTION, "context": CONTEXT}
-    one = reader(question=QUESTION, context=CONTEXT)
+    one = qa(question=QUESTION, context=CONTEXT)
     assert list(one) == ["score", "start", "end", "answer"]
-    assert reader(row) == reader([row]) == reader(QUESTION, CONTEXT) == one
-    assert reader(question=[QUESTION], context=[CONTEXT]) == reader(question=[QUESTION], context=CONTEXT) == one
-    pair = reader([row, {**row, "context": CONTEXT[20:]}])
-    assert reader(question=[QUESTION] * 2, context=[CONTEXT, CONTEXT[20:]]) == pair
+    assert qa(row) == qa([row]) == qa(QUESTION, CONTEXT) == one
+    assert qa(question=[QUESTION], context=[CONTEXT]) == qa(question=[QUESTION], context=CONTEXT) == one
+    pair = qa([row, {**row, "context": CONTEXT[20:]}])
+    assert qa(question=[QUESTION] * 2, context=[CONTEXT, CONTEXT[20:]]) == pair
     assert pair[0]["answer"] == one["answer"] and isinstance(pair, list)
-    assert reader(question=[QUESTION] * 2, context=CONTEXT) == reader([row, row]) == reader(row, row)
-    assert list(reader(row for row in [row, row])) == reader([row, row])
-    assert reader([]) == []
-    assert reader(question=QUESTION, context=CONTEXT, padding="max_length", num_workers=2) == one
+    assert qa(question=[QUESTION] * 2, context=CONTEXT) == qa([row, row]) == qa(row, row)
+    assert list(qa(row for row in [row, row])) == qa([row, row])
+    assert qa([]) == []
+    assert qa(question=QUESTION, context=CONTEXT, padding="max_length", num_workers=2) == one
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"question": QUESTION}, "pass question= and context="),
         ({"question": "", "context": "x"}, "no question"),
         ({"question": QUESTION, "context": ""}, "no context"),
         ({"question": [QUESTION] * 2, "context": ["x"] * 3}, "2 questions but 3 contexts"),
-        ({"question": QUESTION, "context": "x", "top_k": 0}, "at least 1"),
-        ({"question": QUESTION, "context": "x", "top_k": 2, "n_best_size": 2}, "leave top_k out"),
+        ({"question": QUESTION, "context": "x", "top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"question": QUESTION, "context": "x", "top_k": None}, "top_k must be a whole number, not None"),
+        ({"question": QUESTION, "context": "x", "max_answer_len": "2"}, "max_answer_len must be a whole number"),
+        ({"question": QUESTION, "context": "x", "n_best_size": 2.5}, "n_best_size must be a whole number, not 2.5"),
+        ({"question": QUESTION, "context": "x", "batch_size": -1}, "batch_size must be at least 1, not -1"),
+        ({"question": QUESTION, "context": "x", "max_seq_len": [64]}, "max_seq_len must be a whole number"),
+        ({"question": QUESTION, "context": "x", "doc_stride": -1}, "doc_stride must be at least 0, not -1"),
+        ({"question": QUESTION, "context": "x", "max_question_len": 0}, "max_question_len must be at least 1, not 0"),
+        ({"question": QUESTION, "context": "x", "top_k": 2, "n_best_size": 2}, "omit top_k"),
         ({"question": QUESTION, "context": "x", "max_seq_len": 20, "doc_stride": 20}, "no room"),
         ({"question": QUESTION, "context": "x", "max_seq_len": 10**6}, "positions of the model"),
     ],
 )
-def test_what_cannot_be_understood_is_said(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_argument_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         answerer("bert")(**arguments)
-    with pytest.raises(TypeError, match="topk"):
-        answerer("bert")(question=QUESTION, context="x", topk=2)
 
 
-def test_a_context_without_tokens_is_answered_with_nothing() -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"), [("topk", "top_k"), ("max_answer_length", "max_answer_len"), ("max_seq_length", "max_seq_len")]
+)
+def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(name: str, meant: str) -> None:
+    expected = f"takes no argument '{name}'; did you mean '{meant}'"
+    with pytest.raises(TypeError, match=f"QuestionAnswerer {expected}"):
+        answerer("bert")(question=QUESTION, context="x", **{name: 2})
+    with pytest.raises(TypeError, match=f"pipeline {expected}"):
+        pipeline("question-answering", "no-such-folder", **{name: 2})
+
+
+def test_an_unknown_argument_without_a_similar_one_is_refused_alone() -> None:
+    with pytest.raises(TypeError, match="takes no argument 'zzz'$"):
+        answerer("bert")(question=QUESTION, context="x", zzz=2)
+
+
+def test_whole_numbers_of_numpy_are_accepted() -> None:
+    found = answerer("bert")(question=QUESTION, context=CONTEXT, top_k=np.int64(2), batch_size=np.int32(1))
+    assert found == answerer("bert")(question=QUESTION, context=CONTEXT, top_k=2, batch_size=1)
+
+
+def test_a_context_without_tokens_gets_the_empty_answer() -> None:
     found = answerer("bert")(question=[QUESTION] * 2, context=[" \n ", CONTEXT])
     assert found[0] == {"score": 1.0, "start": 0, "end": 0, "answer": ""}
     assert found[1] == answerer("bert")(question=QUESTION, context=CONTEXT)
 
 
-def test_a_question_that_leaves_no_room_is_cut() -> None:
-    """Only as far as windows need to go on; the pipeline ends in an error there."""
+def test_a_question_without_room_for_context_is_truncated() -> None:
+    """Only as far as windows need room; the pipeline of Transformers raises an error."""
     found = answerer("bert")(question=QUESTION * 100, context=CONTEXT, max_seq_len=64, doc_stride=16)
     assert CONTEXT[found["start"] : found["end"]] == found["answer"] != ""
 
 
-def test_the_stored_threshold_decides_between_answer_and_none() -> None:
-    reader = copy.copy(answerer("bert"))
-    odds = reader(question=QUESTION, context=CONTEXT, n_best_size=3)["null_odds"]
-    plain = reader(question=QUESTION, context=CONTEXT)
+def test_the_stored_threshold_decides_whether_there_is_an_answer() -> None:
+    qa = copy.copy(answerer("bert"))
+    odds = qa(question=QUESTION, context=CONTEXT, n_best_size=3)["null_odds"]
+    plain = qa(question=QUESTION, context=CONTEXT)
     for threshold, answer in ((odds + 0.1, plain["answer"]), (odds - 0.1, "")):
-        reader.threshold = threshold
-        assert reader(question=QUESTION, context=CONTEXT)["answer"] == answer
-        two = reader(question=QUESTION, context=CONTEXT, top_k=2)
+        qa.threshold = threshold
+        assert qa(question=QUESTION, context=CONTEXT)["answer"] == answer
+        two = qa(question=QUESTION, context=CONTEXT, top_k=2)
         assert two[0]["answer"] == answer and plain["answer"] in {one["answer"] for one in two}
-        assert reader(question=QUESTION, context=CONTEXT, handle_impossible_answer=False) == plain
+        assert qa(question=QUESTION, context=CONTEXT, handle_impossible_answer=False) == plain
 
 
 def test_the_n_best_list_is_the_best_spans_and_the_null_entry() -> None:
@@ -269,7 +295,7 @@ def test_the_n_best_list_is_the_best_spans_and_the_null_entry() -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(context=mixed_text, question=mixed_text.filter(lambda text: text.strip()), align=st.booleans())
 def test_offsets_slice_the_context_to_the_answer(name: str, context: str, question: str, align: bool) -> None:
-    """Emoji, combining marks, control characters and scripts without blanks included."""
+    """Texts hold emoji, combining marks, control characters and scripts without blanks."""
     if not context:
         return
     found = answerer(name)(
@@ -305,16 +331,16 @@ def test_offsets_are_exact_on_japanese_text() -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reader")
+    folder = tmp_path_factory.mktemp("model")
     answerer("bert").model.save_pretrained(folder)
     answerer("bert").tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_saved_model_is_read_with_its_threshold(saved: Path, tmp_path: Path) -> None:
-    reader = pipeline("question-answering", model=str(saved), device=-1)
-    assert reader.threshold is None
-    wanted, found = (one(question=QUESTION, context=CONTEXT) for one in (answerer("bert"), reader))
+def test_a_saved_model_is_loaded_with_its_threshold(saved: Path, tmp_path: Path) -> None:
+    qa = pipeline("question-answering", model=str(saved), device=-1)
+    assert qa.threshold is None
+    wanted, found = (one(question=QUESTION, context=CONTEXT) for one in (answerer("bert"), qa))
     assert found == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-6)}
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -324,7 +350,7 @@ def test_a_saved_model_is_read_with_its_threshold(saved: Path, tmp_path: Path) -
 
 
 def test_a_tokenizer_of_another_folder_is_used(saved: Path, tmp_path: Path) -> None:
-    """By its name or loaded; a model alone has none."""
+    """By its folder or loaded; a loaded model needs one."""
     bert = answerer("bert")
     wanted = bert(question=QUESTION, context=CONTEXT)
     for file in ("config.json", "model.safetensors"):
@@ -337,7 +363,7 @@ def test_a_tokenizer_of_another_folder_is_used(saved: Path, tmp_path: Path) -> N
         pipeline("question-answering", model=bert.model)
 
 
-def test_a_pipeline_takes_arguments_of_its_calls_when_it_is_made(saved: Path) -> None:
+def test_a_pipeline_takes_defaults_for_its_calls(saved: Path) -> None:
     bert = answerer("bert")
     made = pipeline(
         "question-answering",
@@ -366,7 +392,7 @@ def test_a_model_without_a_trained_head_is_refused(saved: Path, tmp_path: Path) 
 
 
 def test_it_needs_neither_deepspeed_nor_a_launcher(saved: Path) -> None:
-    """The package alone loads nothing heavy; an answer loads neither deepspeed nor datasets."""
+    """Importing the package loads no heavy library; answering loads neither deepspeed nor datasets."""
     code = (
         "import sys, qa_deepspeed; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
         "sys.modules['deepspeed'] = None\n"

@@ -1,4 +1,4 @@
-"""From options to features: files and columns as named, the cache folder, the classic names."""
+"""From options to features: data files, columns, settings and the cache folder."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_windows_without_an_answer_can_be_dropped_in_v1(sample: Path, tmp_path: 
     assert without > 0 and len(dropped) == len(kept) - without
 
 
-def test_no_data_and_too_long_rows_are_one_clear_line(sample: Path) -> None:
+def test_missing_data_and_too_long_rows_are_refused(sample: Path) -> None:
     facts = model_facts(options(sample))
     with pytest.raises(UserError, match="pass --train_file, --dataset_name, or --data_dir"):
         load_features(options(sample, train_file=None), "train", facts)
@@ -99,21 +99,21 @@ def test_no_data_and_too_long_rows_are_one_clear_line(sample: Path) -> None:
         model_facts(options(sample, max_seq_length=4096))
 
 
-def test_features_lie_in_cache_dir_or_beside_the_data_or_in_the_users_cache(
+def test_cache_folder_is_cache_dir_or_beside_the_data_or_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cache_folder(str(tmp_path / "c"), tmp_path / "d.json") == tmp_path / "c" / "features"
     assert cache_folder(None, tmp_path / "d.json").parent == tmp_path
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert cache_folder(None, tmp_path / "d.json") == tmp_path / "home" / "qa_deepspeed" / "features"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"model_type": "bert", "hidden_size": "x"}', "hidden_size"), ("5", "config"), ("{", "JSON")]
+    ("text", "message"), [('{"model_type": "bert", "hidden_size": "x"}', "hidden_size"), ("5", "config"), ("{", "JSON")]
 )
-def test_a_config_that_cannot_be_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_config_gives_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=f"cannot load the config of .*{said}") as error:
+    with pytest.raises(UserError, match=f"cannot load the config of .*{message}") as error:
         load_config(RunOptions(model_name_or_path=str(tmp_path)))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Times and intervals as users write them; one folder, one run."""
+"""Durations and save intervals as users write them; the lock of an output folder."""
 
 import subprocess
 import sys
@@ -12,16 +12,16 @@ from qa_deepspeed.utils.errors import UserError
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1h30m", 5400)])
-def test_times(text: str, seconds: float) -> None:
+def test_durations_are_parsed(text: str, seconds: float) -> None:
     assert duration(text, "max_time") == seconds
 
 
-def test_no_time_never_comes() -> None:
+def test_no_time_limit_is_infinite() -> None:
     assert duration(None, "max_time") == float("inf")
 
 
 @pytest.mark.parametrize("text", ["", "15", "0m", "m", "-1h", "1.5h", "30m1h", "soon"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="max_time"):
         duration(text, "max_time")
 
@@ -30,17 +30,17 @@ def test_what_is_no_time_is_refused(text: str) -> None:
     ("save_steps", "steps", "interval"),
     [(500, 12, 500), (0, 12, 0), (0.1, 1000, 100), (0.25, 10, 2), (0.001, 10, 1), (1, 5, 1)],
 )
-def test_checkpoints_by_count_or_share(save_steps: float, steps: int, interval: int) -> None:
+def test_save_interval_is_a_number_or_a_fraction_of_the_run(save_steps: float, steps: int, interval: int) -> None:
     assert save_interval(save_steps, steps) == interval
 
 
 @pytest.mark.parametrize("save_steps", [-1, 1.5, -0.1, float("inf"), float("nan")])
-def test_no_interval(save_steps: float) -> None:
+def test_invalid_save_intervals_are_refused(save_steps: float) -> None:
     with pytest.raises(UserError, match="save_steps"):
         save_interval(save_steps, 100)
 
 
-def test_a_folder_belongs_to_one_living_process(tmp_path: Path) -> None:
+def test_a_folder_is_locked_by_one_running_process(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from qa_deepspeed.runs.lock import RunLock; "
         "lock = RunLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
