@@ -18,7 +18,7 @@ from qa_deepspeed.qa.cache.prepare import prepare_features
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.qa.features.batching import LENGTH_MULTIPLE, epoch_order
-from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_share, quantiles, suggest
+from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_ratio, quantiles, suggest
 from qa_deepspeed.training.features import data_source, feature_settings
 
 REJECTED_SHOWN = 10
@@ -96,7 +96,7 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
         "lengths": quantiles(sizes.whole) | {"histogram": histogram(sizes.whole)},
         "padding": {
             "rows_of_a_batch": batch,
-            "to_the_longest_of_the_batch": padding_share(store.lengths, batches, LENGTH_MULTIPLE),
+            "to_the_longest_of_the_batch": padding_ratio(store.lengths, batches, LENGTH_MULTIPLE),
             "to_max_seq_length": 1 - tokens / (len(store) * settings.max_seq_length) if len(store) else 0.0,
         },
         "suggestion": suggest(sizes, special_tokens, settings.max_query_length, _longest_row(facts)),
@@ -107,7 +107,7 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
 def _questions(report: ReadReport) -> dict[str, Any]:
     return {
         "usable": report.usable,
-        "repaired": report.mended,
+        "repaired": report.repaired,
         "unanswerable": report.unanswerable,
         "rejected": len(report.rejected),
         "rejected_by_reason": report.rejected_by_reason,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qa_deepspeed.qa.data.examples import Example
-from qa_deepspeed.qa.data.formats import Columns, read_passages
+from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
 from qa_deepspeed.qa.data.read_report import ReadReport
 from qa_deepspeed.qa.data.reading import resolve_files
 from qa_deepspeed.qa.data.validation import Passage, Validator
@@ -151,7 +151,7 @@ def _examples(passages: Iterator[Passage], report: ReadReport) -> Iterator[Examp
 @contextmanager
 def _passages(arguments: argparse.Namespace) -> Iterator[Iterator[Passage]]:
     """The passages of a file, or of standard input, which is copied first: formats are detected from content."""
-    columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in COLUMNS})
+    columns = ColumnNames(**{name: getattr(arguments, f"{name}_column") for name in COLUMNS})
     if arguments.input != STANDARD_INPUT:
         files = resolve_files([arguments.input])
         yield (passage for file in files for passage in read_passages(file, columns, True, ids_required=False))

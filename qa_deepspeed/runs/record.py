@@ -75,7 +75,7 @@ def data_record(store: FeatureStore) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "questions": {
             "usable": report.usable,
-            "mended": report.mended,  # the key in run.json; the field counts repaired questions
+            "repaired": report.repaired,
             "unanswerable": report.unanswerable,
             "rejected": dict(report.rejected_by_reason),
             "faulty_answers": dict(report.answer_faults),

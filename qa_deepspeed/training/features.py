@@ -12,7 +12,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts
 from qa_deepspeed.qa.cache.prepare import look_up, prepare_features
 from qa_deepspeed.qa.data.hub import hub_file
-from qa_deepspeed.qa.data.reading import Columns, DataSource
+from qa_deepspeed.qa.data.reading import ColumnNames, DataSource
 from qa_deepspeed.qa.features.batching import padded_length
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.store import FeatureStore
@@ -74,7 +74,9 @@ def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -
         version_2_with_negative=options.version_2_with_negative,
         max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
         seed=options.seed,
-        columns=Columns(**{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(Columns)}),
+        columns=ColumnNames(
+            **{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(ColumnNames)}
+        ),
     )
 
 

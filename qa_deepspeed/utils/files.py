@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Buffer
+
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -17,6 +19,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all (temporary name, then rename)."""
     # half a surrogate pair, which has no UTF-8 form, becomes the escape that JSON has for it
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
+
+
+def write_bytes(path: Path, data: Buffer) -> None:
+    """Write bytes, whole or not at all. Not synchronized with the disk (no fsync): check sizes or sums when reading."""
+    with replacing(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(data)
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -27,8 +35,8 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a new empty file beside `path`, which gets its name at the end, or is removed on an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Give a new empty file `.NAME.*.tmp` beside `path`, which gets its name at the end, or is removed on an error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:

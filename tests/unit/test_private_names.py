@@ -32,7 +32,6 @@ ALLOWED = {
     "_actions",  # argparse
     "_replace",  # documented: of a named tuple
     "_exit",  # documented: of os
-    "_fingerprint",  # of datasets, which qa/data/hub.py alone uses
 }
 """Names with an underscore of objects that are not of this package."""
 

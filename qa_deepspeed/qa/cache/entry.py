@@ -1,13 +1,14 @@
 """One entry of the feature cache: a folder of shards that any number of processes may build at once.
 
 Files: examples-N.arrow, features-N.arrow, index.arrow, rejected.json, and manifest.json, which is written last and
-names size and checksum of all others. While the entry is being built each shard has a mark beside it (.json) that says
-it is complete, and a lock (.lock) that the kernel frees when its holder dies.
+holds size and checksum of all others. While the entry is being built, each complete shard has a status file of the same
+name (.json) and each shard in work a lock (.lock), which the kernel releases when its holder dies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import time
@@ -18,64 +19,59 @@ from typing import Any, Protocol
 import filelock
 import numpy as np
 
-from qa_deepspeed.qa.features.arrow import (
-    Column,
-    Columns,
-    CorruptFile,
-    check_size,
-    storage_error,
-    write_atomically,
-    write_columns,
-)
+from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import write_bytes
 
 POLL_SECONDS = 0.05
-"""How often a process with nothing to do looks whether the others are done."""
+"""How often a process without work checks whether the others are done."""
 
-Progress = Callable[[int, "int | None"], None]
-Mark = dict[str, Any]
+ProgressCallback = Callable[[int, "int | None"], None]
+
+Status = dict[str, Any]
+"""Status of a complete shard: `size` and `checksum` of its file; `examples` or `counts` of what it holds."""
 
 log = logging.getLogger(__name__)
 
 
-class Work(Protocol):
-    """What the entry's content is made by; each call gives the same content every time."""
+class EntryContent(Protocol):
+    """What an entry holds, built on demand; each call gives the same content every time."""
 
     def example_shards(self) -> Iterator[dict[str, Column]]:
-        """Read the input; the columns of each shard of examples in turn."""
+        """Read the input; yield the columns of each shard of examples."""
 
     def report(self) -> dict[str, Any]:
-        """What became of the questions; asked for after the last shard."""
+        """Counts of questions by outcome; available after the last shard."""
 
-    def features(self, examples: Columns) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    def features(self, examples: ArrowFile) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         """The feature columns of one shard of examples, and its counts."""
 
-    def index(self, shards: Iterator[tuple[int, Columns]]) -> dict[str, np.ndarray]:
+    def index(self, shards: Iterator[tuple[int, ArrowFile]]) -> dict[str, np.ndarray]:
         """lengths and example_index over all features, from (examples before, feature columns) of each shard."""
 
 
 class CacheEntry:
     """A folder of the cache, complete once it has a manifest."""
 
-    def __init__(self, folder: Path, fingerprint: str, work: Work):
+    def __init__(self, folder: Path, fingerprint: str, content: EntryContent):
         self.folder = folder
         self._fingerprint = fingerprint
-        self._work = work
+        self._content = content
         self._built: dict[str, int] = {}
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the entry is not complete."""
-        manifest = self._json("manifest")
+        manifest = self._read_json("manifest")
         return manifest if manifest is not None and manifest.get("fingerprint") == self._fingerprint else None
 
-    def tidy(self) -> None:
-        """Clear away what a builder left that was killed between its last write and the end."""
+    def remove_leftovers(self) -> None:
+        """Delete the status files of a complete entry whose builder was killed before it deleted them."""
         if (self.folder / "reading.json").exists():
             with contextlib.suppress(OSError):
-                self._clear_away()
+                self._delete_status_files()
 
     def discard(self, older_than: float) -> None:
-        """Delete what was written before this time (seconds since the epoch), to be built again."""
+        """Delete files written before this time (seconds since the epoch), so that they are built again."""
         if not self.folder.is_dir():
             return
         with self._lock("discard"):
@@ -85,54 +81,57 @@ class CacheEntry:
                     if path.stat().st_mtime < older_than:
                         path.unlink()
 
-    def build(self, progress: Progress | None) -> dict[str, Any]:
-        """Bring the entry to completion together with whoever else is at it; returns the manifest.
+    def build(self, progress: ProgressCallback | None) -> dict[str, Any]:
+        """Complete the entry, together with any other process that builds it; returns the manifest.
 
         Raises: UserError if the input has nothing usable, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while (manifest := self.manifest()) is None:
-                if not (self._read() or self._claim_features(progress) or self._finish()):
+                if not (self._build_examples() or self._build_one_features_shard(progress) or self._build_manifest()):
                     time.sleep(POLL_SECONDS)
             return manifest
         except OSError as error:
-            raise storage_error(self.folder / "manifest.json", error) from error
+            raise _storage_error(self.folder, error) from error
 
-    def columns(self, name: str, mark: Mark, remake: Callable[[], Mark]) -> Columns:
-        """The columns of a file of the entry, made again if it is not what its mark says."""
+    def open(self, name: str, status: Status, rebuild: Callable[[], Status]) -> ArrowFile:
+        """A file of the entry, rebuilt if it does not match its status."""
         path = self.folder / f"{name}.arrow"
         try:
-            return Columns(path, mark["size"], mark["checksum"])
+            return ArrowFile(path, status["size"], status["checksum"])
         except CorruptFile as error:
-            log.warning("%s; it is made again", error)
+            log.warning("%s; rebuilding it", error)
         try:
             with self._lock(f"{name}.repair"):
+                # Another process may have rebuilt it in the meantime.
                 with contextlib.suppress(CorruptFile):
-                    return Columns(path, mark["size"], mark["checksum"])
-                made = remake()
+                    return ArrowFile(path, status["size"], status["checksum"])
+                rebuilt = rebuild()
         except OSError as error:
-            raise storage_error(path, error) from error
-        if (made.get("size"), made.get("checksum")) != (mark["size"], mark["checksum"]):
-            raise UserError(f"{path}: was damaged and cannot be made again alike; build it anew with --overwrite_cache")
-        return Columns(path, mark["size"], mark["checksum"])
+            raise _storage_error(self.folder, error) from error
+        if (rebuilt.get("size"), rebuilt.get("checksum")) != (status["size"], status["checksum"]):
+            raise UserError(f"{path}: is damaged and rebuilding it gave other content; pass --overwrite_cache")
+        return ArrowFile(path, status["size"], status["checksum"])
 
-    def examples(self, number: int, mark: Mark) -> Columns:
+    def examples(self, number: int, status: Status) -> ArrowFile:
         """One shard of examples."""
-        return self.columns(f"examples-{number:05d}", mark, lambda: self._write_examples(only=number).get(number, {}))
+        return self.open(f"examples-{number:05d}", status, lambda: self._write_examples(only=number).get(number, {}))
 
-    def features(self, number: int, examples_mark: Mark, mark: Mark) -> Columns:
+    def features(self, number: int, examples_status: Status, status: Status) -> ArrowFile:
         """One shard of features."""
-        return self.columns(
-            f"features-{number:05d}", mark, lambda: self._write_features(number, self.examples(number, examples_mark))
+        return self.open(
+            f"features-{number:05d}",
+            status,
+            lambda: self._write_features(number, self.examples(number, examples_status)),
         )
 
-    def index(self, manifest: dict[str, Any]) -> Columns:
+    def index(self, manifest: dict[str, Any]) -> ArrowFile:
         """The columns over all features: lengths and example_index."""
-        return self.columns("index", manifest["index"], lambda: self._write_index(manifest["shards"]))
+        return self.open("index", manifest["index"], lambda: self._write_index(manifest["shards"]))
 
-    def check_sizes(self, manifest: dict[str, Any]) -> None:
-        """Find cut-off or missing shards at once, and make them again."""
+    def repair_sizes(self, manifest: dict[str, Any]) -> None:
+        """Rebuild missing and truncated shards. Checksums are verified when a shard is opened."""
         for number, shard in enumerate(manifest["shards"]):
             for kind in ("examples", "features"):
                 try:
@@ -144,97 +143,97 @@ class CacheEntry:
                         self.features(number, shard["examples"], shard["features"])
 
     def rejected(self) -> list[dict[str, Any]]:
-        """The rejected questions that the report of the manifest counts."""
-        found = self._json("rejected")
-        return [] if found is None else found["rejected"]
+        """The rejected questions that the report in the manifest counts."""
+        found = self._read_json("rejected")
+        return [] if found is None else list(found["rejected"])
 
     # ---- building ----
 
-    def _read(self) -> bool:
-        """Read the input into shards of examples, unless that is done or another process is at it."""
-        if self._json("reading") is not None:
+    def _build_examples(self) -> bool:
+        """Read the input into shards of examples; False if that is done or another process does it."""
+        if self._read_json("reading") is not None:
             return False
-        with self._claim("reading") as claimed:
-            if not claimed or self._json("reading") is not None or self.manifest() is not None:
+        with self._try_lock("reading") as locked:
+            if not locked or self._read_json("reading") is not None or self.manifest() is not None:
                 return False
-            marks = self._write_examples()
-            report = self._work.report()
+            statuses = self._write_examples()
+            report = self._content.report()
             rejected = report.pop("rejected", [])
             if rejected:
                 self._write_json("rejected", {"rejected": rejected})
-            examples = sum(mark["examples"] for mark in marks.values())
-            self._write_json("reading", {"shards": len(marks), "examples": examples, "report": report})
+            examples = sum(status["examples"] for status in statuses.values())
+            self._write_json("reading", {"shards": len(statuses), "examples": examples, "report": report})
             return True
 
-    def _write_examples(self, only: int | None = None) -> dict[int, Mark]:
-        """Write the shards of examples that have no mark yet, or `only` this one; the marks by number."""
-        marks: dict[int, Mark] = {}
-        for number, columns in enumerate(self._work.example_shards()):
+    def _write_examples(self, only: int | None = None) -> dict[int, Status]:
+        """Write the shards of examples that have no status yet, or `only` this one; returns statuses by number."""
+        statuses: dict[int, Status] = {}
+        for number, columns in enumerate(self._content.example_shards()):
             name = f"examples-{number:05d}"
-            found = self._json(name) if only is None else None
-            if found is None and only in (None, number):
-                found = write_columns(self.folder / f"{name}.arrow", columns)
-                found["examples"] = len(columns["example_ids"])
+            status = self._read_json(name) if only is None else None
+            if status is None and only in (None, number):
+                status = {
+                    **write_columns(self.folder / f"{name}.arrow", columns),
+                    "examples": len(columns["example_ids"]),
+                }
                 if only is None:
-                    self._write_json(name, found)
-            if found is not None:
-                marks[number] = found
-        return marks
+                    self._write_json(name, status)
+            if status is not None:
+                statuses[number] = status
+        return statuses
 
-    def _claim_features(self, progress: Progress | None) -> bool:
-        """Build the features of one shard that nobody has built or is building; False if there is none."""
+    def _build_one_features_shard(self, progress: ProgressCallback | None) -> bool:
+        """Build the features of one shard that is neither complete nor in work; False if there is none."""
         names = {path.name for path in self.folder.iterdir()}
         for number in range(len(names)):
-            mark_name = f"examples-{number:05d}.json"
-            if mark_name not in names:
+            name = f"features-{number:05d}"
+            if f"examples-{number:05d}.json" not in names:
                 break
-            if f"features-{number:05d}.json" in names:
+            if f"{name}.json" in names:
                 continue
-            with self._claim(f"features-{number:05d}") as claimed:
-                if not claimed or self._json(f"features-{number:05d}") is not None or self.manifest() is not None:
+            with self._try_lock(name) as locked:
+                if not locked or self._read_json(name) is not None or self.manifest() is not None:
                     continue
-                examples_mark = self._json(f"examples-{number:05d}")
-                if examples_mark is None:
+                examples_status = self._read_json(f"examples-{number:05d}")
+                if examples_status is None:
                     continue
-                made = self._write_features(number, self.examples(number, examples_mark))
-                self._write_json(f"features-{number:05d}", made)
+                self._write_json(name, self._write_features(number, self.examples(number, examples_status)))
             if progress is not None:
-                progress(*self._done())
+                progress(*self._examples_done())
             return True
         return False
 
-    def _write_features(self, number: int, examples: Columns) -> Mark:
-        columns, counts = self._work.features(examples)
+    def _write_features(self, number: int, examples: ArrowFile) -> Status:
+        columns, counts = self._content.features(examples)
         return {**write_columns(self.folder / f"features-{number:05d}.arrow", columns), "counts": counts}
 
-    def _done(self) -> tuple[int, int | None]:
-        """Examples whose features are built, and of how many, as far as that is known."""
+    def _examples_done(self) -> tuple[int, int | None]:
+        """Examples whose features are built, and the number of all; None before the input is read to its end."""
         for path in self.folder.glob("features-*.json"):
-            if path.stem not in self._built and (mark := self._json(path.stem)) is not None:
-                self._built[path.stem] = mark["counts"]["examples"]
-        reading = self._json("reading")
+            if path.stem not in self._built and (status := self._read_json(path.stem)) is not None:
+                self._built[path.stem] = status["counts"]["examples"]
+        reading = self._read_json("reading")
         return sum(self._built.values()), None if reading is None else reading["examples"]
 
-    def _finish(self) -> bool:
-        """Write index and manifest once every shard is there, and clear away the marks."""
-        reading = self._json("reading")
+    def _build_manifest(self) -> bool:
+        """Write index and manifest once all shards are complete, and delete the status files."""
+        reading = self._read_json("reading")
         if reading is None:
             return False
-        with self._claim("manifest") as claimed:
-            if not claimed or self.manifest() is not None:
+        with self._try_lock("manifest") as locked:
+            if not locked or self.manifest() is not None:
                 return False
             shards = [
-                {kind: mark for kind in ("examples", "features") if (mark := self._json(f"{kind}-{number:05d}"))}
+                {
+                    kind: status
+                    for kind in ("examples", "features")
+                    if (status := self._read_json(f"{kind}-{number:05d}"))
+                }
                 for number in range(reading["shards"])
             ]
             if any(len(shard) < 2 for shard in shards):
                 return False
-            counts: dict[str, int] = {}
-            for shard in shards:
-                of_shard = shard["features"].pop("counts")
-                shard["features"]["features"] = of_shard["features"]
-                for name, count in of_shard.items():
-                    counts[name] = counts.get(name, 0) + count
+            counts = _total_counts(shards)
             index = self._write_index(shards)
             self._write_json(
                 "manifest",
@@ -246,45 +245,46 @@ class CacheEntry:
                     "report": reading["report"],
                 },
             )
-        self._clear_away()
+        self._delete_status_files()
         return True
 
-    def _write_index(self, shards: list[dict[str, Mark]]) -> Mark:
-        def opened() -> Iterator[tuple[int, Columns]]:
+    def _write_index(self, shards: list[dict[str, Status]]) -> Status:
+        def opened() -> Iterator[tuple[int, ArrowFile]]:
             before = 0
             for number, shard in enumerate(shards):
                 yield before, self.features(number, shard["examples"], shard["features"])
                 before += shard["examples"]["examples"]
 
-        return write_columns(self.folder / "index.arrow", self._work.index(opened()))
+        return {**write_columns(self.folder / "index.arrow", self._content.index(opened()))}
 
-    def _clear_away(self) -> None:
-        """Delete marks, locks and what killed builders left; whoever still gets a lock then sees the manifest."""
+    def _delete_status_files(self) -> None:
+        """Delete status files, locks and temporary files. A process that waits for a lock then finds the manifest."""
         keep = {"manifest.json", "rejected.json", "manifest.lock", "reading.json"}
         for pattern in ("*.json", "*.lock", ".*.tmp"):
             for path in self.folder.glob(pattern):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
-        # The last to go: while it is there, `tidy` knows that this was not finished.
+        # Last: while this file exists, `remove_leftovers` finds that the deletion is incomplete.
         (self.folder / "reading.json").unlink(missing_ok=True)
 
     # ---- small files and locks ----
 
-    def _json(self, name: str) -> dict[str, Any] | None:
+    def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self.folder / f"{name}.json").read_bytes())
+            content: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_bytes())
         except (OSError, ValueError):
             return None
+        return content
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.folder / f"{name}.json", json.dumps(content).encode())
+        write_bytes(self.folder / f"{name}.json", json.dumps(content).encode())
 
     def _lock(self, name: str) -> filelock.BaseFileLock:
         return filelock.FileLock(self.folder / f"{name}.lock", poll_interval=POLL_SECONDS)
 
     @contextlib.contextmanager
-    def _claim(self, name: str) -> Iterator[bool]:
-        """Whether this process now holds the lock; it does not wait for it."""
+    def _try_lock(self, name: str) -> Iterator[bool]:
+        """Whether this process got the lock; does not wait for it."""
         lock = self._lock(name)
         try:
             lock.acquire(blocking=False)
@@ -295,3 +295,21 @@ class CacheEntry:
             yield True
         finally:
             lock.release()
+
+
+def _total_counts(shards: list[dict[str, Status]]) -> dict[str, int]:
+    """The sum of the shards' counts, of which each status keeps only `features`."""
+    total: dict[str, int] = {}
+    for shard in shards:
+        counts = shard["features"].pop("counts")
+        shard["features"]["features"] = counts["features"]
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _storage_error(folder: Path, error: OSError) -> UserError:
+    """The one line about a folder that cannot hold the cache."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"{folder}: the disk is full; free some space or pass another --cache_dir")
+    return UserError(f"{folder}: cannot write the feature cache ({error.strerror}); pass another --cache_dir")

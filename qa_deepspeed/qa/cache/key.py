@@ -1,4 +1,4 @@
-"""The content key of a cache entry: whatever could change a feature is in it, and nothing else."""
+"""The content key of a cache entry: a digest of all inputs that can change a feature, and of nothing else."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.qa.data.reading import DataSource
-from qa_deepspeed.qa.features.arrow import write_atomically
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import Family
 from qa_deepspeed.qa.features.template import Template
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import write_bytes
 
 DIGESTS = "digests.json"
 SETTLED_SECONDS = 2.0
-"""A file changed later than this long ago may change again within the resolution of its times: not remembered."""
-
+"""Digests of files that changed less than this ago are not stored: a second change might leave the times equal."""
 
 FORMAT_VERSION = 1
 """The version of what a cache entry holds. Raise it by hand with every change of the features or of the files.
@@ -29,7 +28,7 @@ A golden test fails when features of a fixed input change while this number does
 """
 
 _KEYED_AS = {1: "a6ccc69e252a31f27080610309dd3859fb54873acaa37f6befbf785db6217882"}
-"""What stands for a version in the key, where it is not the number: version 1 was a digest of source files."""
+"""Versions that enter the key as another text: version 1 was a digest of source files, so its entries are found."""
 
 
 def cache_key(
@@ -40,7 +39,14 @@ def cache_key(
     family: Family,
     settings: FeatureSettings,
 ) -> str:
-    """64 hexadecimal digits that stand for the content of the features."""
+    """64 hexadecimal digits that identify the features.
+
+    Field names of DataSource, FeatureSettings and Template are part of the key: renaming one loses every cache.
+
+    Args:
+        digests: SHA-256 of each input file.
+        tokenizer_state: all that can change the tokenizer's output, as text.
+    """
     read = asdict(source)
     del read["files"]
     if source.max_examples is None or source.purpose == "evaluate":
@@ -61,7 +67,7 @@ def cache_key(
 
 
 class InputDigests:
-    """SHA-256 of input files, remembered in the cache folder by path, size, times and inode."""
+    """SHA-256 of input files, stored in the cache folder by path, size, times and inode."""
 
     def __init__(self, cache_dir: Path):
         self._path = cache_dir / DIGESTS
@@ -81,23 +87,24 @@ class InputDigests:
                     fresh[str(path)] = entry
             digests.append(entry[-1])
         if fresh:
-            # A folder that cannot be written only costs the digests again.
-            with contextlib.suppress(UserError, OSError):
+            # Where the folder cannot be written, digests are computed again next time.
+            with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._path, json.dumps({**self._read(), **fresh}).encode())
+                write_bytes(self._path, json.dumps({**self._read(), **fresh}).encode())
         return digests
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads(self._path.read_bytes())
+            stored: dict[str, Any] = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
             return {}
+        return stored
 
 
 def file_identity(path: Path) -> list[int]:
     """Size, times of change (of the content, of the inode; nanoseconds), and inode number.
 
-    The second time tells a change that kept the first. Raises: UserError if there is no such file.
+    The inode's time also changes where the content's time is set back. Raises: UserError if there is no such file.
     """
     try:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""Features of a source, from the cache or built into it: the one way in which training and evaluation get theirs."""
+"""Features of a source, read from the cache or built into it. Training and evaluation get all features here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.qa.cache.entry import CacheEntry, Progress
+from qa_deepspeed.qa.cache.entry import CacheEntry, ProgressCallback
 from qa_deepspeed.qa.cache.key import InputDigests, cache_key, file_identity
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
-from qa_deepspeed.qa.features.arrow import Column, Columns
+from qa_deepspeed.qa.features.arrow import ArrowFile, Column
 from qa_deepspeed.qa.features.build import FeatureSettings, build_features, check_settings
 from qa_deepspeed.qa.features.encoding import Encoder, FastEncoder, Tokens, serialize
 from qa_deepspeed.qa.features.example_store import ExampleStore, shards_of
@@ -27,7 +27,7 @@ from qa_deepspeed.utils.errors import UserError
 __all__ = ["FeatureSettings", "FeatureStore", "look_up", "prepare_features"]
 
 STARTED = time.time()
-"""When this process began: an entry older than this is what `overwrite` replaces, a younger one a fellow's work."""
+"""Start of this process. `overwrite` keeps newer entries: another rank of this run built them."""
 
 
 def prepare_features(
@@ -38,48 +38,48 @@ def prepare_features(
     cache_dir: Path,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> FeatureStore:
-    """The features of a source, built into `cache_dir` unless they are there.
+    """The features of a source, built into `cache_dir` unless they exist.
 
-    Any number of processes, on one filesystem or several, may call this at once; they share the work through locks
+    Any number of processes, on one file system or several, may call this at once: they divide the work by file locks
     and need no other communication.
 
     Args:
-        overwrite: build anew what was built before this process started.
-        progress: called with the examples done and their number (None while it is not known).
+        overwrite: rebuild entries that are older than this process.
+        progress: called with the number of examples done and of all examples (None while that is unknown).
     Raises:
         UserError: settings, tokenizer or input cannot be used, or the cache cannot be written.
     """
-    place = _find(source, tokenizer, family, settings, cache_dir)
-    entry = place.entry
+    lookup = _find_entry(source, tokenizer, family, settings, cache_dir)
+    entry = lookup.entry
     if overwrite:
         entry.discard(older_than=STARTED)
     manifest = entry.manifest()
     built = manifest is None
     if manifest is None:
-        check_template(tokenizer, place.template, place.encoder)
+        check_template(tokenizer, lookup.template, lookup.encoder)
         manifest = entry.build(progress)
-    entry.tidy()
-    entry.check_sizes(manifest)
-    return _open(entry, manifest, built, source, place.template, family, settings)
+    entry.remove_leftovers()
+    entry.repair_sizes(manifest)
+    return _open(entry, manifest, built, source, lookup.template, family, settings)
 
 
 def look_up(
     source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path
 ) -> tuple[str, dict[str, int] | None]:
-    """The fingerprint of the features that `prepare_features` would give, and their counts if the cache has them.
+    """The fingerprint of the features that `prepare_features` returns, and their counts if the cache has them.
 
-    Raises: UserError as `prepare_features`, except for what only reading the input shows.
+    Builds nothing. Raises: UserError as `prepare_features`, except for errors in the content of the input.
     """
-    place = _find(source, tokenizer, family, settings, cache_dir)
-    manifest = place.entry.manifest()
-    return place.fingerprint, None if manifest is None else manifest["counts"]
+    lookup = _find_entry(source, tokenizer, family, settings, cache_dir)
+    manifest = lookup.entry.manifest()
+    return lookup.fingerprint, None if manifest is None else manifest["counts"]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where features are, or will be, and what is needed to build them."""
+class _Lookup:
+    """The cache entry of a source, complete or not, and what building it needs."""
 
     entry: CacheEntry
     fingerprint: str
@@ -87,25 +87,34 @@ class _Place:
     encoder: Encoder
 
 
-def _find(source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path) -> _Place:
+def _find_entry(
+    source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path
+) -> _Lookup:
     encoder = _LazyEncoder(tokenizer)
     template = find_template(tokenizer, family, encoder)
     check_settings(settings, template.special_tokens)
-    work = _Work(source, encoder, template, settings)
-    digests = InputDigests(Path(cache_dir))
+    # Before the digests are computed, so that a change in between is found.
     identities = [file_identity(Path(name)) for name in source.files]
-    fingerprint = cache_key(digests.of(source.files), source, encoder.state, template, family, settings)
-    work.identities = identities
-    entry = CacheEntry(Path(cache_dir) / f"{source.purpose}-{fingerprint[:24]}", fingerprint, work)
-    return _Place(entry, fingerprint, template, encoder)
+    digests = InputDigests(cache_dir).of(source.files)
+    fingerprint = cache_key(digests, source, encoder.state, template, family, settings)
+    content = _Content(source, identities, encoder, template, settings)
+    entry = CacheEntry(cache_dir / f"{source.purpose}-{fingerprint[:24]}", fingerprint, content)
+    return _Lookup(entry, fingerprint, template, encoder)
 
 
-class _Work:
-    """What the entry's content is made by."""
+class _Content:
+    """Builds what the entry holds from the source."""
 
-    def __init__(self, source: DataSource, encoder: Encoder, template: Template, settings: FeatureSettings):
-        self.identities: list[list[int]] = []
+    def __init__(
+        self,
+        source: DataSource,
+        identities: list[list[int]],
+        encoder: Encoder,
+        template: Template,
+        settings: FeatureSettings,
+    ):
         self._source = source
+        self._identities = identities
         self._encoder = encoder
         self._template = template
         self._settings = settings
@@ -114,7 +123,7 @@ class _Work:
     def example_shards(self) -> Iterator[dict[str, Column]]:
         report = ReadReport()
         yield from shards_of(read_examples(self._source, report))
-        for name, identity in zip(self._source.files, self.identities, strict=True):
+        for name, identity in zip(self._source.files, self._identities, strict=True):
             if file_identity(Path(name)) != identity:
                 raise UserError(f"{name}: changed while it was read; start again when it is complete")
         self._report = report
@@ -122,16 +131,16 @@ class _Work:
     def report(self) -> dict[str, Any]:
         assert self._report is not None, "the report is complete after the last shard"
         report = self._report.to_dict()
-        # The entry serves the same content under other names too: rejected rows say which file, not what it is called.
+        # The same content under other file names has the same entry: rejected rows hold the number of the file.
         for row in report["rejected"]:
             row["file"], row["where"] = _file_and_place(row["where"], self._source.files)
         return report
 
-    def features(self, examples: Columns) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    def features(self, examples: ArrowFile) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         drop = self._source.purpose == "train" and not self._source.version_2_with_negative
         return build_features(examples, self._encoder, self._template.special_tokens, self._settings, drop)
 
-    def index(self, shards: Iterator[tuple[int, Columns]]) -> dict[str, np.ndarray]:
+    def index(self, shards: Iterator[tuple[int, ArrowFile]]) -> dict[str, np.ndarray]:
         lengths, examples = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.int64)]
         for before, columns in shards:
             shard = FeatureShard(columns)
@@ -141,7 +150,7 @@ class _Work:
 
 
 class _LazyEncoder:
-    """The encoder of a tokenizer, made when it is first used: a full cache needs none."""
+    """The encoder of a tokenizer, created at its first use: a complete cache needs none."""
 
     def __init__(self, tokenizer: Any):
         self.state = serialize(tokenizer) if tokenizer.is_fast else serialize_python(tokenizer)
@@ -166,14 +175,14 @@ def _open(
     settings: FeatureSettings,
 ) -> FeatureStore:
     shards = manifest["shards"]
-    opened: dict[int, Columns] = {}
+    opened: dict[int, ArrowFile] = {}
 
-    def examples(number: int) -> Columns:
+    def examples(number: int) -> ArrowFile:
         if number not in opened:
             opened[number] = entry.examples(number, shards[number]["examples"])
         return opened[number]
 
-    def features(number: int) -> Columns:
+    def features(number: int) -> ArrowFile:
         return entry.features(number, shards[number]["examples"], shards[number]["features"])
 
     def report() -> ReadReport:
@@ -200,6 +209,6 @@ def _open(
 
 
 def _file_and_place(where: str, files: Sequence[str]) -> tuple[int, str]:
-    """The number of the file that `where` begins with, and the rest."""
+    """The number of the file whose name `where` begins with (the longest), and the rest of `where`."""
     number = max((n for n, name in enumerate(files) if where.startswith(name + ":")), key=lambda n: len(files[n]))
     return number, where[len(files[number]) :]

@@ -28,7 +28,7 @@ _CSV_FIELD_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnNames:
     """What the columns of flat rows are called. Nested SQuAD JSON always has its own names."""
 
     id: str = "id"
@@ -39,7 +39,7 @@ class Columns:
 
 
 def read_passages(
-    path: str, columns: Columns, version_2_with_negative: bool, ids_required: bool = True
+    path: str, columns: ColumnNames, version_2_with_negative: bool, ids_required: bool = True
 ) -> Iterator[Passage]:
     """All passages of a file in its order; a flat row is a passage with one question.
 
@@ -110,7 +110,7 @@ def _parse(text: str, path: str, first_line: int) -> Any:
         raise UserError(f"{path}: line {first_line} or after: not JSON: {error}") from error
 
 
-def _json_passages(path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
+def _json_passages(path: str, columns: ColumnNames, version_2_with_negative: bool) -> Iterator[Passage]:
     """Passages of one JSON document, or of JSON lines, told apart by what follows the first line."""
     with _open(path) as data:
         number, first = _next_line(data, 0)
@@ -160,7 +160,7 @@ def _next_line(data: BinaryIO, number: int) -> tuple[int, bytes]:
 
 
 def _line_passages(
-    value: Any, path: str, number: int, columns: Columns, version_2_with_negative: bool
+    value: Any, path: str, number: int, columns: ColumnNames, version_2_with_negative: bool
 ) -> Iterator[Passage]:
     where = f"{path}: line {number}"
     if isinstance(value, dict) and "data" in value:
@@ -169,7 +169,9 @@ def _line_passages(
         yield from _entry_passages(value, where, columns)
 
 
-def _document_passages(document: Any, path: str, columns: Columns, version_2_with_negative: bool) -> Iterator[Passage]:
+def _document_passages(
+    document: Any, path: str, columns: ColumnNames, version_2_with_negative: bool
+) -> Iterator[Passage]:
     if isinstance(document, dict) and "data" in document:
         version = str(document.get("version", "")).strip().lower().removeprefix("v")
         if version.split(".")[0] == "2" and not version_2_with_negative:
@@ -185,7 +187,7 @@ def _document_passages(document: Any, path: str, columns: Columns, version_2_wit
         yield from _entry_passages(entry, f"{path}: {prefix}[{index}]", columns)
 
 
-def _entry_passages(entry: Any, where: str, columns: Columns) -> Iterator[Passage]:
+def _entry_passages(entry: Any, where: str, columns: ColumnNames) -> Iterator[Passage]:
     """The passages of an article, or the one of a paragraph or a flat row."""
     if not isinstance(entry, dict):
         yield _not_squad(where)
@@ -212,7 +214,7 @@ def _not_squad(where: str) -> Passage:
     return Passage(where, None, [None], numbered=False)
 
 
-def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Passage:
+def _flat_row(row: dict[str, Any], where: str, columns: ColumnNames) -> Passage:
     fields = {
         "id": row.get(columns.id),
         "question": row.get(columns.question),
@@ -222,7 +224,7 @@ def _flat_row(row: dict[str, Any], where: str, columns: Columns) -> Passage:
     return Passage(where, row.get(columns.context), [fields], numbered=False)
 
 
-def _require_columns(path: str, present: list[str], columns: Columns, ids_required: bool) -> None:
+def _require_columns(path: str, present: list[str], columns: ColumnNames, ids_required: bool) -> None:
     for field, name in zip(("id", "question", "context"), astuple(columns)[:3], strict=True):
         if name not in present and (ids_required or field != "id"):
             raise UserError(
@@ -230,7 +232,7 @@ def _require_columns(path: str, present: list[str], columns: Columns, ids_requir
             )
 
 
-def _csv_passages(path: str, columns: Columns, delimiter: str, ids_required: bool) -> Iterator[Passage]:
+def _csv_passages(path: str, columns: ColumnNames, delimiter: str, ids_required: bool) -> Iterator[Passage]:
     # The limit belongs to the whole process; the default of 131,072 characters is too small for long contexts.
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
@@ -250,7 +252,7 @@ def _csv_passages(path: str, columns: Columns, delimiter: str, ids_required: boo
             raise UserError(f"{path}: on line {line} or after: not UTF-8 text; convert the file") from error
 
 
-def _parquet_passages(path: str, columns: Columns, ids_required: bool) -> Iterator[Passage]:
+def _parquet_passages(path: str, columns: ColumnNames, ids_required: bool) -> Iterator[Passage]:
     import pyarrow
     import pyarrow.parquet
 

@@ -46,16 +46,22 @@ class Rejected:
     reason: str
 
 
+_KEYS = {"repaired": "mended"}
+"""Field -> key on disk where they differ: cache entries keep the key that earlier versions write and read."""
+
+_FIELDS = {key: name for name, key in _KEYS.items()}
+
+
 @dataclass
 class ReadReport:
-    """Counts of questions by verdict; complete once the examples have been read to the end.
+    """Counts of questions by outcome; complete once all examples have been read.
 
-    `mended` and `unanswerable` questions are among the `usable` ones. `answer_faults` counts the answers that had a
-    fault although their question is usable: another answer serves for training, and evaluation scores on the text.
+    `repaired` and `unanswerable` questions are among the `usable` ones. `answer_faults` counts faulty answers of usable
+    questions: training uses another answer, and evaluation scores on the text.
     """
 
     usable: int = 0
-    mended: int = 0
+    repaired: int = 0
     unanswerable: int = 0
     rejected_by_reason: dict[str, int] = field(default_factory=dict)
     answer_faults: dict[str, int] = field(default_factory=dict)
@@ -72,8 +78,8 @@ class ReadReport:
 
     def summary(self) -> str:
         """One line for the log, the commonest reasons first."""
-        mended = f" ({self.mended:,} of them mended)" if self.mended else ""
-        text = f"{self.usable:,} usable{mended}, {len(self.rejected):,} rejected"
+        repaired = f" ({self.repaired:,} repaired)" if self.repaired else ""
+        text = f"{self.usable:,} usable{repaired}, {len(self.rejected):,} rejected"
         if self.rejected_by_reason:
             text += f" ({list_counts(self.rejected_by_reason)})"
         if self.answer_faults:
@@ -88,13 +94,14 @@ class ReadReport:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON holds."""
-        return asdict(self)
+        """Values for JSON, under the keys of `_KEYS`."""
+        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
-        """The report that `to_dict` described."""
-        return cls(**{**values, "rejected": [Rejected(**one) for one in values["rejected"]]})
+        """The report that `to_dict` wrote."""
+        fields = {_FIELDS.get(name, name): value for name, value in values.items()}
+        return cls(**{**fields, "rejected": [Rejected(**one) for one in fields["rejected"]]})
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

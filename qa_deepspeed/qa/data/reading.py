@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qa_deepspeed.qa.data.examples import Example
-from qa_deepspeed.qa.data.formats import Columns, read_passages
+from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
 from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
 from qa_deepspeed.qa.data.validation import Purpose, Validator
 from qa_deepspeed.utils.errors import UserError
 
-__all__ = ["Columns", "DataSource", "ReadReport", "Rejected", "read_examples", "resolve_files"]
+__all__ = ["ColumnNames", "DataSource", "ReadReport", "Rejected", "read_examples", "resolve_files"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DataSource:
     version_2_with_negative: bool
     max_examples: int | None = None
     seed: int = 42
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
 
     def __post_init__(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:

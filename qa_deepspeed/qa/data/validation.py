@@ -13,8 +13,8 @@ from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.utils.errors import UserError
 
-MENDING_DISTANCE = 10
-"""How many characters from its answer_start an answer may stand and still be mended."""
+REPAIR_DISTANCE = 10
+"""Most characters between an answer and its answer_start for the answer to be repaired."""
 
 Purpose = Literal["train", "evaluate"]
 
@@ -61,15 +61,15 @@ def stands_at(context: str, text: str, start: int) -> bool:
 
 
 def locate(context: str, text: str, start: int) -> tuple[str, int]:
-    """The answer's text and first character in the context, mended where that is safe.
+    """The answer's text and first character in the context, repaired where that is safe.
 
     What is safe: the text without the blanks around it stands at answer_start (where it would stand with or without
-    its leading blanks); or it stands, counting overlaps, exactly once among the places at most `MENDING_DISTANCE`
-    characters from there, and not as a part of a longer word or number. So a mended answer is right whenever its true
-    place is that near. A negative answer_start usually means "unknown" and is never mended.
+    its leading blanks); or it stands, counting overlaps, exactly once among the places at most `REPAIR_DISTANCE`
+    characters from there, and not as a part of a longer word or number. So a repaired answer is right whenever its true
+    place is that near. A negative answer_start usually means "unknown" and is never repaired.
 
     Raises:
-        Fault: the answer is not there and cannot be mended.
+        Fault: the answer is not there and cannot be repaired.
     """
     if stands_at(context, text, start):
         return text, start
@@ -82,7 +82,7 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     claimed = {place for place in (start, start + leading_blanks) if context.startswith(bare, place)}
     if len(claimed) == 1:
         return bare, claimed.pop()
-    nearby = _places(context, bare, max(0, start - MENDING_DISTANCE), start + leading_blanks + MENDING_DISTANCE)
+    nearby = _places(context, bare, max(0, start - REPAIR_DISTANCE), start + leading_blanks + REPAIR_DISTANCE)
     if len(nearby) == 1 and not _cuts_a_word(context, nearby[0], nearby[0] + len(bare)):
         return bare, nearby[0]
     if start >= len(context):
@@ -148,12 +148,12 @@ class Validator:
         question = _checked_text(fields.get("question"), Reason.NO_QUESTION)
         if not question or question.isspace():
             raise Fault(Reason.EMPTY_QUESTION)
-        answers, mended, faults = self._answers(context, fields)
+        answers, repaired, faults = self._answers(context, fields)
         if not self._seen.add(example_id):
             raise Fault(Reason.DUPLICATE_ID)
         report = self._report
         report.usable += 1
-        report.mended += mended
+        report.repaired += repaired
         report.unanswerable += not answers
         for reason in faults:
             report.count_answer_fault(reason)
@@ -172,7 +172,7 @@ class Validator:
         return context
 
     def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, list[str]]:
-        """The answers to use, whether one was mended, and the faults of answers that do not reject the question."""
+        """The answers to use, whether one was repaired, and the faults of answers that do not reject the question."""
         faults: list[str] = []
         impossible = None
         pairs: list[tuple[Any, Any]] = []
@@ -202,7 +202,7 @@ class Validator:
         self, context: str, pairs: list[tuple[Any, Any]], faults: list[str]
     ) -> tuple[tuple[Answer, ...], bool, list[str]]:
         answers: list[Answer] = []
-        mended = False
+        repaired = False
         for text, start in pairs:
             try:
                 found, place = _located_pair(context, text, start)
@@ -211,12 +211,12 @@ class Validator:
                 if not self._training and isinstance(text, str):
                     answers.append(Answer(_HALF_SURROGATE.sub("\ufffd", text), -1))
                 continue
-            mended = mended or place != start or found != text
+            repaired = repaired or place != start or found != text
             # Scores are taken on the text as it was given.
             answers.append(Answer(found, place) if self._training or found == text else Answer(text, -1))
         if self._training and pairs and not answers:
             raise Fault(faults[0])
-        return tuple(answers), mended, faults
+        return tuple(answers), repaired, faults
 
     def _consistent(
         self, fields: dict[str, Any], impossible: bool | None, pairs: list[tuple[Any, Any]]

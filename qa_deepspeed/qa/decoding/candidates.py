@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qa_deepspeed.qa.decoding.spans import answer_positions
-from qa_deepspeed.qa.features.batching import FILLER, Batch
+from qa_deepspeed.qa.features.batching import DUMMY_ROW, Batch
 
 
 class BestSpans(NamedTuple):
@@ -41,7 +41,7 @@ def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[
 
 def real_rows(batch: Batch) -> int:
     """Number of rows of a micro-batch that are no dummy rows."""
-    return int((batch.feature_id != FILLER).sum())
+    return int((batch.feature_id != DUMMY_ROW).sum())
 
 
 def null_scores(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
+
+from qa_deepspeed.utils.files import replacing
 
 PREDICTIONS_FILE = "predictions.json"
 NBEST_FILE = "nbest_predictions.json"
@@ -121,16 +122,12 @@ def _list_format(entries: int) -> str:
 
 @contextmanager
 def _replaced_when_complete(paths: list[Path]) -> Iterator[dict[str, TextIO]]:
-    """Text files by name, written under temporary names and renamed at the end, or removed on an error."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
-    try:
-        with ExitStack() as stack:
+    """Text files by name, written under temporary names and renamed at the end, in this order, or removed on error."""
+    with ExitStack() as renames:
+        # The stack leaves its contexts in reverse order, so the last path is entered first.
+        temporary = {path.name: renames.enter_context(replacing(path)) for path in reversed(paths)}
+        with ExitStack() as opened:
             yield {
-                path.name: stack.enter_context(open(temporary[path], "w", encoding="ascii", newline="\n"))
-                for path in paths
+                name: opened.enter_context(open(path, "w", encoding="ascii", newline="\n"))
+                for name, path in temporary.items()
             }
-        for path in paths:
-            os.replace(temporary[path], path)
-    finally:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)

@@ -1,34 +1,42 @@
-"""Small Arrow files of named arrays: written under a temporary name and renamed, read memory-mapped, checked by sum.
+"""Arrow files of named columns: written under a temporary name and renamed, memory-mapped, verified by checksum.
 
-A file holds one record batch of one row; each column is one list, so that arrays of different lengths share a file and
-come back as zero-copy views of the map.
+A file holds one record batch of one row; each column is one list, so that columns of different lengths share a file
+and are zero-copy views of the map.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import write_bytes
 
 Column = np.ndarray | Sequence[str]
 
 
 class CorruptFile(Exception):
-    """A file of the cache that is missing, cut off, or not what was written."""
+    """A cache file is missing, truncated, or does not hold what was written."""
+
+
+class ColumnTable(Protocol):
+    """Named columns, in a file or in memory."""
+
+    def array(self, name: str) -> np.ndarray:
+        """A numeric column."""
+
+    def strings(self, name: str) -> pa.LargeStringArray:
+        """A column of strings; `.to_pylist()` or `[i].as_py()` decodes them."""
 
 
 def write_columns(path: Path, columns: Mapping[str, Column]) -> dict[str, int | str]:
-    """Write arrays and lists of strings; returns the size and checksum to keep for `check`.
+    """Write numeric and string columns; returns the `size` and `checksum` that `ArrowFile` verifies.
 
-    Raises: UserError if the disk is full or the folder cannot be written; nothing is left behind then.
+    Raises: OSError if the file cannot be written; nothing is left behind then.
     """
     values = [numbers(column) if isinstance(column, np.ndarray) else _strings(column) for column in columns.values()]
     lists = [
@@ -39,47 +47,23 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> dict[str, int | 
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     data = sink.getvalue()
-    write_atomically(path, data)
+    # A power cut may truncate the file (no fsync): then size or checksum do not match, and it is built again.
+    write_bytes(path, data)
     return {"size": data.size, "checksum": xxhash.xxh3_128_hexdigest(data)}
 
 
 def numbers(column: np.ndarray) -> pa.Array:
-    """An Arrow array of a numpy array, without `pa.array`, whose first call imports pandas: more than half a second."""
+    """An Arrow array of a numpy array. Not by `pa.array`, whose first call imports pandas in over half a second."""
     contiguous = np.ascontiguousarray(column)
     return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(contiguous)])
 
 
 def _strings(column: Sequence[str]) -> pa.Array:
     encoded = [text.encode() for text in column]
-    places = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(one) for one in encoded], out=places[1:])
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(one) for one in encoded], out=offsets[1:])
     return pa.Array.from_buffers(
-        pa.large_string(), len(encoded), [None, pa.py_buffer(places), pa.py_buffer(b"".join(encoded))]
-    )
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Put `data` at `path`, whole or not at all: a temporary name beside it, then a rename.
-
-    Raises: UserError if it cannot be written.
-    """
-    # No fsync: what a power cut leaves half-written fails its size or checksum when it is read, and is made again.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
-
-
-def storage_error(path: Path, error: OSError) -> UserError:
-    """The one line about a folder that cannot hold the cache."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"{path.parent}: the disk is full; free some space or choose another folder with --cache_dir")
-    return UserError(
-        f"{path.parent}: cannot write the feature cache ({error.strerror}); choose another folder with --cache_dir"
+        pa.large_string(), len(encoded), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     )
 
 
@@ -90,11 +74,11 @@ def check_size(path: Path, size: int) -> None:
     except OSError as error:
         raise CorruptFile(f"{path}: {error.strerror}") from error
     if found != size:
-        raise CorruptFile(f"{path}: {found} bytes, not {size}")
+        raise CorruptFile(f"{path}: {found} bytes instead of {size}")
 
 
-class Columns:
-    """The columns of one file, memory-mapped. Raises CorruptFile unless size and checksum are as expected."""
+class ArrowFile:
+    """The columns of one file, memory-mapped. Raises CorruptFile unless size and checksum match."""
 
     def __init__(self, path: Path, size: int, checksum: str):
         check_size(path, size)
@@ -110,8 +94,8 @@ class Columns:
     def array(self, name: str) -> np.ndarray:
         """A numeric column, as a read-only view."""
         values = self._batch.column(name).values
-        kind = np.dtype(values.type.to_pandas_dtype())
-        return np.frombuffer(values.buffers()[1], kind, len(values), values.offset * kind.itemsize)
+        dtype = np.dtype(values.type.to_pandas_dtype())
+        return np.frombuffer(values.buffers()[1], dtype, len(values), values.offset * dtype.itemsize)
 
     def strings(self, name: str) -> pa.LargeStringArray:
         """A column of strings; `.to_pylist()` or `[i].as_py()` decodes them."""

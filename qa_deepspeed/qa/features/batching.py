@@ -20,7 +20,7 @@ LENGTH_MULTIPLE = 8
 WINDOW_BATCHES = 50
 """Global batches whose rows are sorted by length together: enough for little padding, few enough to stay random."""
 
-FILLER = -1
+DUMMY_ROW = -1
 """Feature id of a row that only makes the ranks' work equal."""
 
 
@@ -128,7 +128,7 @@ class Batch:
     context_end: torch.Tensor
     shift: torch.Tensor  # padding left of each row; subtract it for positions in the unpadded row
     weight: torch.Tensor  # float32 [rows]: 1, or 0 for filler
-    feature_id: np.ndarray  # int64 [rows], FILLER for filler
+    feature_id: np.ndarray  # int64 [rows], DUMMY_ROW for filler
     tokens: int  # real ones, without padding and filler
 
     def to(self, device: torch.device) -> Batch:
@@ -190,7 +190,7 @@ def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layo
         position(features.context_end),
         torch.from_numpy(shift.astype(np.int64)),
         torch.full((len(lengths),), 0.0 if filler else 1.0),
-        np.full(1, FILLER, np.int64) if filler else features.feature_id,
+        np.full(1, DUMMY_ROW, np.int64) if filler else features.feature_id,
         0 if filler else len(features.input_ids),
     )
 

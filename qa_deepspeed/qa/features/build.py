@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from qa_deepspeed.qa.features.arrow import Columns
+from qa_deepspeed.qa.features.arrow import ColumnTable
 from qa_deepspeed.qa.features.encoding import Encoder, Tokens
 from qa_deepspeed.qa.features.windows import covering_tokens, cut_windows, ranges, splits_of
 from qa_deepspeed.utils.errors import UserError
@@ -58,7 +58,7 @@ def check_settings(settings: FeatureSettings, special_tokens: int) -> None:
 
 
 def build_features(
-    examples: Columns, encoder: Encoder, special_tokens: int, settings: FeatureSettings, drop_windows: bool
+    examples: ColumnTable, encoder: Encoder, special_tokens: int, settings: FeatureSettings, drop_windows: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The feature arrays of one shard of examples (see `feature_store.FeatureShard` for them) and its counts.
 
@@ -124,7 +124,7 @@ def _cut(tokens: Tokens, longest: int) -> tuple[Tokens, np.ndarray]:
 
 
 def _gold_spans(
-    examples: Columns, contexts: Tokens, settings: FeatureSettings
+    examples: ColumnTable, contexts: Tokens, settings: FeatureSettings
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Context tokens (first, last; inside) of the gold answers to label, ragged over the examples by the splits.
 

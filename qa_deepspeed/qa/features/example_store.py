@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from qa_deepspeed.qa.data.examples import Answer, Example
-from qa_deepspeed.qa.features.arrow import Column, Columns, numbers
+from qa_deepspeed.qa.features.arrow import Column, ColumnTable, numbers
 
 FIRST_SHARDS, SMALL_SHARD, LARGE_SHARD = 32, 2048, 8192
 """Examples of a shard: small ones first, so that a few processes share a usual set evenly; large ones later, so that
@@ -65,7 +65,7 @@ def _columns(shard: list[Example], contexts: dict[str, int]) -> dict[str, Column
 class ExampleStore:
     """The examples of a cache entry, in order, read from its files as they are asked for."""
 
-    def __init__(self, splits: np.ndarray, open_shard: Callable[[int], Columns]):
+    def __init__(self, splits: np.ndarray, open_shard: Callable[[int], ColumnTable]):
         """splits int64 `[shards + 1]`: examples before each shard; open_shard gives the columns of one."""
         self._splits = splits
         self._open_shard = open_shard
@@ -108,7 +108,7 @@ class ExampleStore:
         return [one for shard in shards for one in self._open_shard(shard).strings("example_ids").to_pylist()]
 
 
-def _example(columns: Columns, index: int) -> Example:
+def _example(columns: ColumnTable, index: int) -> Example:
     def text(name: str, place: int) -> str:
         strings: pa.LargeStringArray = columns.strings(name)
         return strings[place].as_py()

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.read_report import ReadReport
-from qa_deepspeed.qa.features.arrow import Column, Columns
+from qa_deepspeed.qa.features.arrow import Column, ColumnTable
 from qa_deepspeed.qa.features.build import FeatureSettings, build_features
 from qa_deepspeed.qa.features.encoding import FastEncoder, Tokens, serialize
 from qa_deepspeed.qa.features.example_store import ExampleStore, shards_of
@@ -21,7 +21,7 @@ from qa_deepspeed.qa.features.template import Template, check_template, find_tem
 from qa_deepspeed.qa.features.windows import splits_of
 
 
-class MemoryColumns(Columns):
+class MemoryTable(ColumnTable):
     """Columns that were never written to a file."""
 
     def __init__(self, columns: Mapping[str, Column]):
@@ -55,16 +55,16 @@ class FeatureMaker:
         """The features of the examples. The settings must pass `check_settings`."""
         texts, features, counts = [], [], []
         for shard in shards_of(examples):
-            columns = MemoryColumns(shard)
+            columns = MemoryTable(shard)
             arrays, count = build_features(columns, self._encoder, self.template.special_tokens, settings, False)
             texts.append(columns)
-            features.append(MemoryColumns(arrays))
+            features.append(MemoryTable(arrays))
             counts.append(count)
         example_splits = splits_of(np.array([count["examples"] for count in counts], np.int64))
         shards = [FeatureShard(columns) for columns in features]
         lengths = [shard.row_lengths(self.template.special_tokens) for shard in shards]
         owners = [shard.feature_example + before for shard, before in zip(shards, example_splits, strict=False)]
-        index = MemoryColumns(
+        index = MemoryTable(
             {
                 "lengths": np.concatenate([np.zeros(0, np.int32), *lengths]),
                 "example_index": np.concatenate([np.zeros(0, np.int64), *owners]),

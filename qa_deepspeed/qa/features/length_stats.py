@@ -122,7 +122,7 @@ def _up(number: float, unit: int) -> int:
     return int(-(-number // unit) * unit)
 
 
-def padding_share(lengths: np.ndarray, batches: list[np.ndarray], multiple: int) -> float:
+def padding_ratio(lengths: np.ndarray, batches: list[np.ndarray], multiple: int) -> float:
     """The share of padding when the rows of each batch are padded to its longest, and that to a multiple.
 
     Args: lengths int `[features]`; batches: row numbers of each.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qa_deepspeed.qa.data.reading import ReadReport
-from qa_deepspeed.qa.features.arrow import Columns
+from qa_deepspeed.qa.features.arrow import ColumnTable
 from qa_deepspeed.qa.features.example_store import ExampleStore
 from qa_deepspeed.qa.features.template import Special, Template
 from qa_deepspeed.qa.features.windows import ranges, splits_of
@@ -52,7 +52,7 @@ class FeatureShard:
     have context_word `[context tokens]` too.
     """
 
-    def __init__(self, columns: Columns):
+    def __init__(self, columns: ColumnTable):
         self._columns = columns
         self.context_ids = columns.array("context_ids")
         self.context_begin = columns.array("context_begin")
@@ -117,8 +117,8 @@ class FeatureStore:
         sends_token_type_ids: bool,
         all_answers: bool,
         shard_splits: np.ndarray,
-        index: Columns,
-        open_shard: Callable[[int], Columns],
+        index: ColumnTable,
+        open_shard: Callable[[int], ColumnTable],
         examples: ExampleStore,
     ):
         """shard_splits int64 `[shards + 1]`: features before each shard."""

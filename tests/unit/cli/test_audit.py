@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qa_deepspeed.cli.main import main
 from qa_deepspeed.qa.features.build import FeatureSettings, check_settings
-from qa_deepspeed.qa.features.length_stats import Sizes, histogram, padding_share, quantiles, suggest
+from qa_deepspeed.qa.features.length_stats import Sizes, histogram, padding_ratio, quantiles, suggest
 from qa_deepspeed.qa.features.windows import cut_windows
 from tests.paths import DATA, MINILM, REPOSITORY, needs_real_data, needs_real_model
 
@@ -69,7 +69,7 @@ def test_verdicts_are_shown_and_strict_fails_on_a_rejected_question(capsys):
     code, out, _ = audit(capsys, path, "--strict", "--json")
     assert code == 1
     assert json.loads(out)["questions"]["rejected_by_reason"] == {"answer text not in the context": 1}
-    assert audit(capsys, REPOSITORY / "tests/data/mendable/start_one_late.json", "--strict")[0] == 0
+    assert audit(capsys, REPOSITORY / "tests/data/repairable/start_one_late.json", "--strict")[0] == 0
 
 
 @needs_real_model
@@ -139,5 +139,5 @@ def test_every_length_is_in_one_bin(lengths):
 
 def test_padding_by_hand():
     lengths = np.array([10, 8, 3, 3])
-    assert padding_share(lengths, [np.array([0, 1]), np.array([2, 3])], 1) == pytest.approx(1 - 24 / 26)
-    assert padding_share(lengths, [np.array([0, 1]), np.array([2, 3])], 8) == pytest.approx(1 - 24 / 48)
+    assert padding_ratio(lengths, [np.array([0, 1]), np.array([2, 3])], 1) == pytest.approx(1 - 24 / 26)
+    assert padding_ratio(lengths, [np.array([0, 1]), np.array([2, 3])], 8) == pytest.approx(1 - 24 / 48)

@@ -217,4 +217,4 @@ def test_the_reader_takes_every_question(corpora, tmp_path):
         source = DataSource((str(file),), purpose, version_2_with_negative=True)
         read = list(read_examples(source, report))
         assert len(read) == sum(1 for _ in questions_of(corpus)) == report.usable
-        assert not report.mended and not report.rejected
+        assert not report.repaired and not report.rejected

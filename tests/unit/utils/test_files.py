@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.utils.files import move_files, replacing, write_json, write_text
+from qa_deepspeed.utils.files import move_files, replacing, write_bytes, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -36,3 +36,10 @@ def test_files_are_moved_over_those_of_the_same_name(tmp_path: Path) -> None:
         (tmp_path / folder / "one").write_text(text)
     move_files(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target/one").read_text() == "new" and not (tmp_path / "source").exists()
+
+
+def test_bytes_are_written_whole_under_a_temporary_name(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file") as temporary:
+        assert temporary.parent == tmp_path and temporary.match(".file.*.tmp")
+    write_bytes(tmp_path / "file", memoryview(b"\x00new"))
+    assert (tmp_path / "file").read_bytes() == b"\x00new" and os.listdir(tmp_path) == ["file"]

@@ -14,7 +14,7 @@ import pytest
 from qa_deepspeed.qa.cache import key
 from qa_deepspeed.qa.cache.key import FORMAT_VERSION, cache_key
 from qa_deepspeed.qa.cache.prepare import prepare_features
-from qa_deepspeed.qa.data.reading import Columns, DataSource
+from qa_deepspeed.qa.data.reading import ColumnNames, DataSource
 from qa_deepspeed.qa.features import example_store
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import Family
@@ -153,7 +153,7 @@ SOURCE = DataSource(
     version_2_with_negative=True,
     max_examples=100,
     seed=7,
-    columns=Columns("key", "asked", "text", "gold", "none"),
+    columns=ColumnNames("key", "asked", "text", "gold", "none"),
 )
 SETTINGS = FeatureSettings(200, 50, "overlap", 30, "all", "sample")
 FAMILY = Family("bert", False, "cls", "right", True, False, 0, 0)

@@ -228,7 +228,7 @@ def test_each_shard_is_built_exactly_once(tmp_path: Path, data: Path, monkeypatc
 def kill_at(step: str, number: int) -> None:
     """Make this process kill itself at the given write: before it, with the temporary file written, or after it."""
     writes = 0
-    write, replace = arrow.write_atomically, os.replace
+    write, replace = arrow.write_bytes, os.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -247,7 +247,7 @@ def kill_at(step: str, number: int) -> None:
             die()
         replace(source, target)
 
-    arrow.write_atomically = entry.write_atomically = counted
+    arrow.write_bytes = entry.write_bytes = counted
     os.replace = replaced
 
 

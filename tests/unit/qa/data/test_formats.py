@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qa_deepspeed.qa.data.examples import Answer
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
-from qa_deepspeed.qa.data.reading import Columns, DataSource, read_examples, resolve_files
+from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples, resolve_files
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import REPOSITORY
 
@@ -129,7 +129,7 @@ def test_all_formats_give_the_same_examples(tmp_path, expected, name, packed):
 
 @pytest.mark.parametrize("make", [lines, lambda rows: dumps(list(rows))], ids=["lines", "list"])
 def test_mapped_columns(tmp_path, expected, make):
-    columns = Columns(id="key", question="q", context="text", answers="gold", is_impossible="none")
+    columns = ColumnNames(id="key", question="q", context="text", answers="gold", is_impossible="none")
     renamed = [
         {"key": int(r["id"]), "q": r["question"], "text": r["context"], "gold": r["answers"], "id": None} for r in ROWS
     ]

@@ -15,7 +15,7 @@ from qa_deepspeed.utils.errors import UserError
 from tests.paths import DATA, REPOSITORY, needs_real_data
 
 BROKEN = REPOSITORY / "tests" / "data" / "broken"
-MENDABLE = REPOSITORY / "tests" / "data" / "mendable"
+REPAIRABLE = REPOSITORY / "tests" / "data" / "repairable"
 SECOND_QUESTION = "data[0].paragraphs[0].qas[1]"
 SECOND_PARAGRAPH = "data[0].paragraphs[1]"
 
@@ -98,7 +98,7 @@ def test_training_rejects_the_broken_question_alone_and_says_where(name):
     ]
     assert report.rejected_by_reason == {reason: 1}
     assert [(one.where, one.reason) for one in report.rejected] == [(f"{BROKEN / name}.json: {place}", reason)]
-    assert (report.usable, report.mended, report.unanswerable) == (1, 0, 0)
+    assert (report.usable, report.repaired, report.unanswerable) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("name", VERDICTS)
@@ -123,17 +123,17 @@ def test_context_of_blanks_is_evaluated_as_empty():
     assert examples[1] == Example("broken", "When was Marie Curie born?", "", (Answer("1867", -1),))
 
 
-@pytest.mark.parametrize("path", sorted(MENDABLE.glob("*.json")), ids=lambda path: path.stem)
-def test_an_answer_slightly_off_is_mended_for_training_and_scored_as_given(path):
+@pytest.mark.parametrize("path", sorted(REPAIRABLE.glob("*.json")), ids=lambda path: path.stem)
+def test_an_answer_slightly_off_is_repaired_for_training_and_scored_as_given(path):
     (example,), report = read(path)
     (answer,) = example.answers
     given = json.loads(path.read_text())["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]
     assert answer.text == given["text"].strip()
     assert answer.start == example.context.index(answer.text)
-    assert (report.usable, report.mended, report.rejected) == (1, 1, [])
+    assert (report.usable, report.repaired, report.rejected) == (1, 1, [])
     (scored,), report = read(path, "evaluate")
     assert [one.text for one in scored.answers] == [given["text"]]
-    assert report.mended == 1
+    assert report.repaired == 1
 
 
 def test_one_good_annotator_is_enough(tmp_path):
@@ -146,7 +146,7 @@ def test_one_good_annotator_is_enough(tmp_path):
     path = write_squad(tmp_path / "d.json", [{"context": "1867 in Warsaw", "qas": [asked]}])
     (example,), report = read(path)
     assert example == Example("7", "When?", "1867 in Warsaw", (Answer("1867", 0), Answer("in Warsaw", 5)))
-    assert (report.usable, report.mended, report.rejected) == (1, 1, [])
+    assert (report.usable, report.repaired, report.rejected) == (1, 1, [])
     assert report.answer_faults == {Reason.TEXT_ABSENT: 1}
     (scored,), _ = read(path, "evaluate")
     assert [answer.text for answer in scored.answers] == ["absent", "1867", "in Warsaw"]
@@ -255,9 +255,7 @@ def test_the_report_survives_json_and_lists_the_rejected(tmp_path):
     path = write_squad(tmp_path / "d.json", [{"context": "1867", "qas": asked}])
     _, report = read(path)
     assert ReadReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
-    assert report.summary() == (
-        "2 usable (1 of them mended), 3 rejected (2 answer text not in the context, 1 id missing)"
-    )
+    assert report.summary() == ("2 usable (1 repaired), 3 rejected (2 answer text not in the context, 1 id missing)")
     report.write_rejected(tmp_path / "rejected.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in rows] == ["c", "d", None]
@@ -299,7 +297,7 @@ def test_reading_needs_neither_torch_nor_transformers():
 )
 def test_real_files_are_read_whole(name, version_2, questions, unanswerable, answers, purpose):
     examples, report = read(DATA / f"{name}.json", purpose, version_2)
-    assert (report.usable, report.unanswerable, report.mended) == (questions, unanswerable, 0)
+    assert (report.usable, report.unanswerable, report.repaired) == (questions, unanswerable, 0)
     assert (report.rejected, report.answer_faults) == ([], {})
     assert sum(len(one.answers) for one in examples) == answers
     document = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))

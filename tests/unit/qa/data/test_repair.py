@@ -1,11 +1,11 @@
-"""An answer is mended to its true place or not at all."""
+"""An answer is repaired to its true place or not at all."""
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qa_deepspeed.qa.data.read_report import Reason
-from qa_deepspeed.qa.data.validation import MENDING_DISTANCE, Fault, locate
+from qa_deepspeed.qa.data.validation import REPAIR_DISTANCE, Fault, locate
 
 # Few letters, so that repetitions are common; blanks, a digit, a cased and an uncased script, a combining mark.
 TEXTS = st.text(alphabet="ab1 \n\u3000é東\u0301😀.", max_size=60)
@@ -24,18 +24,18 @@ def test_a_located_answer_is_a_slice_of_the_context_near_where_it_was_said_to_be
     assert context[place : place + len(found)] == found
     assert found.strip() == text.strip() != ""
     leading = len(text) - len(text.lstrip())
-    assert start - MENDING_DISTANCE <= place <= start + leading + MENDING_DISTANCE
+    assert start - REPAIR_DISTANCE <= place <= start + leading + REPAIR_DISTANCE
 
 
 @given(
     before=TEXTS,
     answer=TEXTS,
     after=TEXTS,
-    shift=st.integers(-MENDING_DISTANCE, MENDING_DISTANCE),
+    shift=st.integers(-REPAIR_DISTANCE, REPAIR_DISTANCE),
     left=st.text(" \n", max_size=3),
     right=st.text(" \n", max_size=3),
 )
-def test_an_answer_shifted_within_the_distance_is_never_mended_to_a_wrong_place(
+def test_an_answer_shifted_within_the_distance_is_never_repaired_to_a_wrong_place(
     before, answer, after, shift, left, right
 ):
     answer = answer.strip()
@@ -52,8 +52,8 @@ def test_an_answer_shifted_within_the_distance_is_never_mended_to_a_wrong_place(
     assert place + len(found) - len(found.lstrip()) == len(before) or stands_as_said
 
 
-@given(before=TEXTS, answer=TEXTS, after=TEXTS, shift=st.integers(-MENDING_DISTANCE, MENDING_DISTANCE))
-def test_an_answer_that_stands_once_as_words_of_its_own_is_always_mended(before, answer, after, shift):
+@given(before=TEXTS, answer=TEXTS, after=TEXTS, shift=st.integers(-REPAIR_DISTANCE, REPAIR_DISTANCE))
+def test_an_answer_that_stands_once_as_words_of_its_own_is_always_repaired(before, answer, after, shift):
     answer = answer.strip()
     context = f"{before}.{answer}.{after}"
     start = len(before) + 1 + shift
@@ -68,7 +68,7 @@ def test_an_answer_that_stands_once_as_words_of_its_own_is_always_mended(before,
         ("the king", "in", 3, Reason.NOT_AT_START),
         ("born 1867s", "1867", 4, Reason.NOT_AT_START),
         ("aaa.", "a", 3, Reason.AMBIGUOUS),
-        ("a" + " " * MENDING_DISTANCE + "b", "a", MENDING_DISTANCE + 1, Reason.NOT_AT_START),
+        ("a" + " " * REPAIR_DISTANCE + "b", "a", REPAIR_DISTANCE + 1, Reason.NOT_AT_START),
         ("a b", "a", -1, Reason.NEGATIVE_START),
         ("a b", "b", 30, Reason.START_PAST_END),
         ("a b", "c", 0, Reason.TEXT_ABSENT),
@@ -76,7 +76,7 @@ def test_an_answer_that_stands_once_as_words_of_its_own_is_always_mended(before,
         ("a b", "b", 10**30, Reason.START_PAST_END),
     ],
 )
-def test_what_is_not_mended(context, text, start, reason):
+def test_what_is_not_repaired(context, text, start, reason):
     with pytest.raises(Fault) as caught:
         locate(context, text, start)
     assert caught.value.reason == reason
@@ -93,5 +93,5 @@ def test_what_is_not_mended(context, text, start, reason):
         ("U.S. and U.K.", "U.K.", 12, ("U.K.", 9)),
     ],
 )
-def test_what_is_mended_or_right(context, text, start, located):
+def test_what_is_repaired_or_right(context, text, start, located):
     assert locate(context, text, start) == located

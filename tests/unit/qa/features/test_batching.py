@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qa_deepspeed.qa.features.batching import (
-    FILLER,
+    DUMMY_ROW,
     Layout,
     epoch_order,
     evaluation_batches,
@@ -115,7 +115,7 @@ def test_columns_a_model_does_not_take_are_not_sent() -> None:
 def test_an_empty_share_becomes_a_row_without_weight() -> None:
     layout = Layout(pad_token_id=0, pad_type_id=0, padding_side="right", columns=frozenset())
     batch = make_batch(lambda rows: rows_of([4] * len(rows)), np.arange(0), layout)
-    assert batch.weight.tolist() == [0.0] and batch.feature_id.tolist() == [FILLER] and batch.tokens == 0
+    assert batch.weight.tolist() == [0.0] and batch.feature_id.tolist() == [DUMMY_ROW] and batch.tokens == 0
 
 
 @settings(max_examples=100, deadline=None)
