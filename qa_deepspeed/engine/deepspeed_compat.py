@@ -179,6 +179,26 @@ def is_plain_partition(parameter: Any) -> bool:
     return partition.final_location is None and not quantized and parameter.ds_secondary_tensor is None
 
 
+TORCH_LINEAR = torch.nn.functional.linear
+"""torch's linear operation, taken before DeepSpeed replaces it."""
+
+
+@contextlib.contextmanager
+def torch_linear() -> Iterator[None]:
+    """Inside, linear layers use torch's operation, as at the other ZeRO stages.
+
+    For ZeRO-3, DeepSpeed replaces `torch.nn.functional.linear` in the whole process by an operation that saves no
+    weight for the backward pass. It adds the bias after the product is rounded, so that logits differ in the last bits on
+    processors where torch's kernel starts from the bias; without a backward pass it saves nothing.
+    """
+    replaced = torch.nn.functional.linear
+    torch.nn.functional.linear = TORCH_LINEAR
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = replaced
+
+
 # The optimizers
 
 

@@ -68,7 +68,7 @@ class EvalModel:
         """
         no_grad = torch.no_grad if self.zero_stage == 3 else torch.inference_mode
         autocast = torch.autocast(self.device.type, self._autocast_dtype, enabled=self.precision == "torch_autocast")
-        with no_grad(), autocast:
+        with no_grad(), autocast, compat.torch_linear():
             return self.module(**inputs)
 
     @contextlib.contextmanager

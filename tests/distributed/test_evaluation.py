@@ -21,10 +21,16 @@ FILES = ("predictions.json", "nbest_predictions.json", "null_odds.json", "metric
 
 @pytest.fixture(scope="module")
 def options(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """An evaluation of an untrained model, micro-batches of two rows, some questions in several windows."""
+    """An evaluation of an untrained model, micro-batches of two rows, some questions in several windows.
+
+    Its biases are not 0, or the order in which a linear layer adds them would not show.
+    """
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     model = AutoModelForQuestionAnswering.from_config(AutoConfig.from_pretrained(sample / "model"))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(sample / "model").save_pretrained(folder)
     return {
