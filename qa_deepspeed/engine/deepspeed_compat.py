@@ -188,8 +188,8 @@ def torch_linear() -> Iterator[None]:
     """Inside, linear layers use torch's operation, as at the other ZeRO stages.
 
     For ZeRO-3, DeepSpeed replaces `torch.nn.functional.linear` in the whole process by an operation that saves no
-    weight for the backward pass. It adds the bias after the product is rounded, so that logits differ in the last bits on
-    processors where torch's kernel starts from the bias; without a backward pass it saves nothing.
+    weight for the backward pass. It adds the bias after the product is rounded, so that logits differ in the last bits
+    on processors where torch's kernel starts from the bias; without a backward pass it saves no memory.
     """
     replaced = torch.nn.functional.linear
     torch.nn.functional.linear = TORCH_LINEAR
