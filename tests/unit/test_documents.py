@@ -12,6 +12,7 @@ from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
 from qa_deepspeed.config.run_options import RunOptions
 from tests.paths import REPOSITORY
 
+HISTORY = ("tests/bench/history/version_0_1.md", "tests/bench/history/h100_baseline.md")
 DOCUMENTS = (
     "README.md",
     "ds_configs/README.md",
@@ -20,7 +21,7 @@ DOCUMENTS = (
     "qa_deepspeed/README.md",
     "tests/README.md",
     "tests/bench/README.md",
-    "tests/bench/history/version_0_1.md",
+    *HISTORY,
 )
 MOST_WORDS = 1500
 """Of README.md: a newcomer reads it in one sitting."""
@@ -70,7 +71,7 @@ def commands(document: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_run_by_a_test_or_has_a_reason(document: str) -> None:
     found = commands(document)
-    assert found
+    assert found or document in HISTORY
     assert [one for one in found if not any(re.search(known, one) for known in RUN_BY | NOT_RUN)] == []
 
 
