@@ -7,6 +7,7 @@ ranks goes over a host-side (gloo) group as plain bytes: nothing is pickled.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.supported import require_names
+from qa_deepspeed.utils.threads import wait_until_threads_are_idle
 
 GATHER_ROWS = 8192
 """Rows of one exchange in `gather_rows`, so that its buffers stay small however many rows there are."""
@@ -147,6 +149,7 @@ def init(device: torch.device, timeout_seconds: int) -> None:
     global _host_group
     if torch_distributed.is_initialized():
         return
+    atexit.register(wait_until_threads_are_idle)  # at any end: threads of the groups may outlive `destroy`
     timeout = timedelta(seconds=timeout_seconds)
     # ZeRO makes its own groups without a timeout: they take these defaults.
     defaults: Any = torch_distributed.distributed_c10d

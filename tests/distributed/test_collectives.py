@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,26 @@ def test_what_takes_rank_0_long_is_waited_for() -> None:
     assert [answers.get(timeout=60) for _ in ranks] == [["uploaded", "no login"]] * 2
     for process in ranks:
         process.join()
+
+
+ENDS_AT_ONCE = """if True:
+    import sys, torch
+    from qa_deepspeed.utils import dist
+    dist.ensure_rank_env()
+    dist.init(torch.device("cpu"), 60)
+    group = torch.distributed.group.WORLD  # DeepSpeed's parameters keep it
+    sys.setswitchinterval(60)  # no thread takes Python's lock from the main thread
+    for _ in range(10):
+        torch.distributed.broadcast(torch.ones(1), 0, async_op=True)
+    dist.destroy()
+"""
+"""When the interpreter shuts down, gloo's threads have tensors to free."""
+
+
+@pytest.mark.distributed
+def test_a_process_that_ends_right_after_its_collectives_does_not_abort(tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", ENDS_AT_ONCE], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_under_mpirun_a_rank_has_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
