@@ -45,6 +45,9 @@ NAMES = {
 }
 """Module or "module:class" -> names in it."""
 
+TORCH_NAMES = {"torch.optim.lr_scheduler:LambdaLR": "_last_lr"}
+"""The same of torch, for the schedule that DeepSpeed drives."""
+
 CHECKPOINT_KEYS = {
     "OPTIMIZER_STATE_DICT": "optimizer_state_dict",
     "FP32_GROUPS": "fp32_groups",
@@ -74,6 +77,7 @@ def check_supported() -> None:
         UserError: one is missing, or a text of DeepSpeed's is another.
     """
     require_names("deepspeed", {place: names.split() for place, names in NAMES.items()})
+    require_names("torch", {place: names.split() for place, names in TORCH_NAMES.items()})
     constants = importlib.import_module("deepspeed.checkpoint.constants")
     for name, text in CHECKPOINT_KEYS.items():
         if getattr(constants, name, None) != text:

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from tests.paths import REPOSITORY
 
 PACKAGE = REPOSITORY / "qa_deepspeed"
 COMPAT = {
-    PACKAGE / "engine/deepspeed_compat.py": deepspeed_compat.NAMES,
+    PACKAGE / "engine/deepspeed_compat.py": {**deepspeed_compat.NAMES, **deepspeed_compat.TORCH_NAMES},
     PACKAGE / "engine/config_check.py": config_check.NAMES,
     PACKAGE / "models/transformers_compat.py": {
         place: " ".join(names)
@@ -82,53 +82,57 @@ def test_the_tables_list_what_the_compat_files_use(path: Path) -> None:
     listed = {name for names in COMPAT[path].values() for name in names.split()}
     text = path.read_text(encoding="utf-8")
     used = {name for _, name, own in names_in(path) if re.match(r"_(?!_)", name) and not own}
-    assert used - listed <= {"_last_lr"}  # of torch's schedule
+    assert used <= listed
     for name in listed:
         assert text.count(name) > 1, f"{name} is listed and not used"
 
 
-CHECKS: dict[str, tuple[Callable[[], None], dict[str, str]]] = {
-    "deepspeed": (deepspeed_compat.check_supported, deepspeed_compat.NAMES),
-    "transformers": (
+CHECKS: list[tuple[str, Callable[[], None], dict[str, str]]] = [
+    ("deepspeed", deepspeed_compat.check_supported, deepspeed_compat.NAMES),
+    ("torch", deepspeed_compat.check_supported, deepspeed_compat.TORCH_NAMES),
+    (
+        "transformers",
         transformers_compat.check_supported,
         {place: " ".join(names) for place, names in transformers_compat.TRANSFORMERS_NAMES.items()},
     ),
-    "peft": (
+    (
+        "peft",
         transformers_compat.check_peft_supported,
         {place: " ".join(names) for place, names in transformers_compat.PEFT_NAMES.items()},
     ),
-    "torch": (dist.check_supported, dist.NAMES),
-}
+    ("torch", dist.check_supported, dist.NAMES),
+]
+"""Library, function that checks the names at start, names."""
+
 REMOVED = [
-    (library, f"{place}.{name}")
-    for library, (_, table) in CHECKS.items()
+    pytest.param(library, check, place, name, id=f"{place}.{name}")
+    for library, check, table in CHECKS
     for place, names in table.items()
     for name in names.split()
 ]
 
 
-@pytest.mark.parametrize(("library", "name"), REMOVED, ids=[name for _, name in REMOVED])
-def test_a_missing_name_ends_the_start_in_one_line(library: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a version of the library would that has the name no longer."""
-    real = supported.names_used_in
-    place, _, removed = name.rpartition(".")
+@pytest.mark.parametrize(("library", "check", "place", "name"), REMOVED)
+def test_a_missing_name_ends_the_start_in_one_line(
+    library: str, check: Callable[[], None], place: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a version of the library without that name."""
+    real = supported.missing_names
 
-    def without(owner: object) -> set[str]:
-        kind = getattr(owner, "__qualname__", None) if isinstance(owner, type) else None
-        here = f"{owner.__module__}:{kind}" if kind else getattr(owner, "__name__", "")  # type: ignore[attr-defined]
-        return real(owner) - ({removed} if here.split(":")[-1] == place.split(":")[-1] else set())
+    def missing(where: str, expected: Iterable[str]) -> list[str]:
+        return real(where, [f"no_{each}" if (where, each) == (place, name) else each for each in expected])
 
-    check, _ = CHECKS[library]
-    monkeypatch.setattr(supported, "names_used_in", without)
+    monkeypatch.setattr(supported, "missing_names", missing)
     with pytest.raises(UserError) as error:
         getattr(check, "__wrapped__", check)()
     line = str(error.value)
-    assert f"lacks {name}; supported: {library} {supported.SUPPORTED[library]}" in line and "\n" not in line
+    assert f"lacks {place}.no_{name}; supported: {library} {supported.SUPPORTED[library]}" in line
+    assert "\n" not in line
 
 
-@pytest.mark.parametrize("library", CHECKS)
-def test_the_installed_versions_have_all_names(library: str) -> None:
-    CHECKS[library][0]()
+@pytest.mark.parametrize("check", [check for _, check, _ in CHECKS])
+def test_the_installed_versions_have_all_names(check: Callable[[], None]) -> None:
+    check()
 
 
 def test_a_checkpoint_key_of_another_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
