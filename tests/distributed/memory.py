@@ -84,7 +84,7 @@ def main() -> None:
         "before": before,
         "loaded": loaded,
         "engine": made,
-        "birth": born,
+        "loading": born,
         "steps": steps,
         "most": most["all"],
         "moved": {name: {size: seen[0] for size, seen in sizes.items()} for name, sizes in collectives().items()},

@@ -111,24 +111,12 @@ def test_evaluate_gives_the_same_files_on_any_number_of_ranks(trained: Path, tmp
 
 
 def test_zero3_evaluates_as_one_rank_does(trained: Path, tmp_path: Path) -> None:
-    """The same answers, scores and odds to rounding.
-
-    At stage 3 DeepSpeed's linear (runtime/zero/linear.py) adds the bias after the matrix product, where torch's does
-    both in one call: on some processors the last bits of the logits differ.
-    """
+    """Byte for byte, since an evaluation uses torch's linear operation, not DeepSpeed's."""
     asked = as_trained(trained, tmp_path, deepspeed_config="zero3")
     done = run(by_torchrun(2, "evaluate", *asked), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, expected = (
-        {name: json.loads((folder / name).read_text()) for name in FILES} for folder in (tmp_path, trained)
-    )
-    assert found["predictions.json"] == expected["predictions.json"]
-    for name in ("null_odds.json", "metrics.json"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
-    for example_id, entries in expected["nbest_predictions.json"].items():
-        for one, other in zip(found["nbest_predictions.json"][example_id], entries, strict=True):
-            numbers = {key: value for key, value in other.items() if isinstance(value, float)}
-            assert {key: one[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-4)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), name
 
 
 def test_eval_all_checkpoints_puts_the_weights_together_from_the_shards(trained: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _parse(text: str, path: str, first_line: int) -> Any:
 
 
 def _json_passages(path: str, columns: ColumnNames, version_2_with_negative: bool) -> Iterator[Passage]:
-    """Passages of one JSON document, or of JSON lines, told apart by what follows the first line."""
+    """Passages of one JSON document, or of JSON lines, distinguished by what follows the first line."""
     with _open(path) as data:
         number, first = _next_line(data, 0)
         if not first:

@@ -96,7 +96,7 @@ def _chosen(count: int, limit: int, seed: int) -> bytearray:
     """One byte for each of `count` questions: 1 if it is among the first `limit` of the shuffled list."""
     # An array of machine integers is shuffled as a list is, in a quarter of the memory.
     order = array("q", range(count))
-    random.Random(seed).shuffle(order)  # type: ignore[arg-type]
+    random.Random(seed).shuffle(order)
     chosen = bytearray(count)
     for index in order[:limit]:
         chosen[index] = 1

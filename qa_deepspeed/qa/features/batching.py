@@ -54,24 +54,25 @@ def epoch_order(lengths: np.ndarray, global_rows: int, seed: int, epoch: int) ->
 
 
 def micro_batches(step_rows: np.ndarray, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
-    """One rank's share of a step: `accumulation` arrays of rows.
+    """One rank's micro-batches of a step: `accumulation` arrays of rows.
 
-    The step's rows (long to short) are first cut into micro-steps, so that what the ranks do at the same time is of
-    like length, then dealt to the ranks. A partial batch is spread as evenly as it goes; an array may then be empty.
+    The step's rows (long to short) are first cut into micro-steps, so that the ranks work on rows of similar length at
+    the same time, then assigned to the ranks. A partial batch is spread as evenly as possible; an array may be empty.
     """
-    return [_dealt(part, rank, world_size) for part in np.array_split(step_rows, accumulation)]
+    return [_rows_of_rank(part, rank, world_size) for part in np.array_split(step_rows, accumulation)]
 
 
-def _dealt(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """One rank's share of rows that are dealt from long to short, to and fro: no rank always gets the longer one."""
+def _rows_of_rank(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Assign length-sorted rows to ranks in serpentine order, so that no rank always gets the longer row."""
     turn, place = np.divmod(np.arange(len(rows)), world_size)
-    return rows[np.where(turn % 2 == 0, place, world_size - 1 - place) == rank]
+    mine: np.ndarray = rows[np.where(turn % 2 == 0, place, world_size - 1 - place) == rank]
+    return mine
 
 
 def micro_batches_by_tokens(
     step_rows: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, max_tokens: int
 ) -> list[np.ndarray]:
-    """One rank's share of a step, in as few micro-batches of at most `max_tokens` padded tokens as the order allows.
+    """One rank's rows of a step, in as few micro-batches of at most `max_tokens` padded tokens as the order allows.
 
     All ranks get the same number; in the last ones an array may be empty.
 
@@ -81,7 +82,7 @@ def micro_batches_by_tokens(
     parts, begin = [], 0
     while begin < len(step_rows):
         height = max(1, max_tokens // padded_length(int(lengths[step_rows[begin]]))) * world_size
-        parts.append(_dealt(step_rows[begin : begin + height], rank, world_size))
+        parts.append(_rows_of_rank(step_rows[begin : begin + height], rank, world_size))
         begin += height
     return parts
 
@@ -94,8 +95,8 @@ def padded_length(longest: int) -> int:
 def evaluation_batches(lengths: np.ndarray, rows: int, rank: int, world_size: int) -> list[np.ndarray]:
     """One rank's micro-batches of the whole evaluation set; every rank gets the same number.
 
-    They are cut from the whole set in order of length, long first, and dealt whole: the arithmetic of each micro-batch
-    does not depend on the number of ranks. Ranks that come out short get empty arrays (filler).
+    They are cut from the whole set in order of length, long first, and assigned whole: the arithmetic of a micro-batch
+    does not depend on the number of ranks. Ranks that have fewer get empty arrays (dummy rows).
     """
     order = np.argsort(-lengths, kind="stable")
     batches = [order[begin : begin + rows] for begin in range(0, len(order), rows)]
@@ -127,9 +128,9 @@ class Batch:
     context_begin: torch.Tensor
     context_end: torch.Tensor
     shift: torch.Tensor  # padding left of each row; subtract it for positions in the unpadded row
-    weight: torch.Tensor  # float32 [rows]: 1, or 0 for filler
-    feature_id: np.ndarray  # int64 [rows], DUMMY_ROW for filler
-    tokens: int  # real ones, without padding and filler
+    weight: torch.Tensor  # float32 [rows]: 1, or 0 for a dummy row
+    feature_id: np.ndarray  # int64 [rows], DUMMY_ROW for a dummy row
+    tokens: int  # real ones, without padding and dummy rows
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -156,9 +157,9 @@ class Batch:
 
 
 def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layout: Layout) -> Batch:
-    """Pad the rows to one length. An empty `rows` gives one filler row (a copy of row 0 with weight 0)."""
-    filler = len(rows) == 0
-    features = take(rows if not filler else np.zeros(1, np.int64))
+    """Pad the rows to one length. An empty `rows` gives one dummy row (a copy of row 0 with weight 0)."""
+    dummy = len(rows) == 0
+    features = take(rows if not dummy else np.zeros(1, np.int64))
     lengths = np.diff(features.row_splits)
     length = padded_length(int(lengths.max()))
     shift = length - lengths if layout.padding_side == "left" else np.zeros_like(lengths)
@@ -189,9 +190,9 @@ def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layo
         position(features.context_begin),
         position(features.context_end),
         torch.from_numpy(shift.astype(np.int64)),
-        torch.full((len(lengths),), 0.0 if filler else 1.0),
-        np.full(1, DUMMY_ROW, np.int64) if filler else features.feature_id,
-        0 if filler else len(features.input_ids),
+        torch.full((len(lengths),), 0.0 if dummy else 1.0),
+        np.full(1, DUMMY_ROW, np.int64) if dummy else features.feature_id,
+        0 if dummy else len(features.input_ids),
     )
 
 

@@ -170,4 +170,5 @@ def _drawn(example_ids: pa.LargeStringArray, example: np.ndarray, without: np.nd
         for owner in owners
     ]
     offsets = np.array([draw % int(count) for draw, count in zip(draws, counts, strict=True)], dtype=np.int64)
-    return windows[first + offsets]
+    drawn: np.ndarray = windows[first + offsets]
+    return drawn

@@ -102,7 +102,8 @@ def serialize(tokenizer: Any) -> str:
     backend.no_truncation()
     backend.no_padding()
     try:
-        return backend.to_str()
+        serialized: str = backend.to_str()
+        return serialized
     finally:
         if truncation is not None:
             backend.enable_truncation(**truncation)

@@ -111,7 +111,8 @@ class ExampleStore:
 def _example(columns: ColumnTable, index: int) -> Example:
     def text(name: str, place: int) -> str:
         strings: pa.LargeStringArray = columns.strings(name)
-        return strings[place].as_py()
+        value: str = strings[place].as_py()
+        return value
 
     splits, starts = columns.array("answer_splits"), columns.array("answer_starts")
     return Example(

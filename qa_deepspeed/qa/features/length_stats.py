@@ -16,7 +16,7 @@ from qa_deepspeed.qa.features.windows import cut_windows
 
 ROWS_AT_ONCE = 4096
 WHOLE_SHARE = 0.95
-"""The suggested max_seq_length holds this share of the questions with their whole context in one window."""
+"""The suggested max_seq_length holds this fraction of the questions with their whole context in one window."""
 
 SHARED_PART = 4
 """With the suggested doc_stride, neighbouring windows share at least one part in so many of their context."""
@@ -42,7 +42,8 @@ class Sizes:
     @property
     def whole(self) -> np.ndarray:
         """Tokens of a row with the whole context, `[examples]`."""
-        return self.beside + self.context
+        tokens: np.ndarray = self.beside + self.context
+        return tokens
 
 
 def measure(store: FeatureStore, settings: FeatureSettings) -> Sizes:
@@ -123,7 +124,7 @@ def _up(number: float, unit: int) -> int:
 
 
 def padding_ratio(lengths: np.ndarray, batches: list[np.ndarray], multiple: int) -> float:
-    """The share of padding when the rows of each batch are padded to its longest, and that to a multiple.
+    """The ratio of padding when the rows of each batch are padded to its longest, and that to a multiple.
 
     Args: lengths int `[features]`; batches: row numbers of each.
     """

@@ -25,7 +25,7 @@ SUFFIXES, PREFIXES = ("</w>", "@@"), ("##", "▁", "Ġ")
 """Marks of the end of a word, of going on, and of the start of a word in the vocabularies of such tokenizers."""
 
 MARK_SHARE = 0.02
-"""A mark counts as one where at least this share of the vocabulary bears it."""
+"""A mark counts as one where at least this fraction of the vocabulary has it."""
 
 REMEMBERED = 50_000
 """Words whose tokens are remembered."""

@@ -72,12 +72,14 @@ class FeatureShard:
     def question_lengths(self, features: np.ndarray) -> np.ndarray:
         """Tokens of the question of each feature, int64 `[features]`."""
         question = self.example_question[self.feature_example[features]]
-        return self.question_splits[question + 1] - self.question_splits[question]
+        lengths: np.ndarray = self.question_splits[question + 1] - self.question_splits[question]
+        return lengths
 
     def row_lengths(self, special_tokens: int) -> np.ndarray:
         """Tokens of the unpadded row of every feature, int32 `[features]`."""
         every = np.arange(len(self.feature_example))
-        return (self.question_lengths(every) + self.window_length + special_tokens).astype(np.int32)
+        lengths: np.ndarray = (self.question_lengths(every) + self.window_length + special_tokens).astype(np.int32)
+        return lengths
 
     def word_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last token of the word that each context token is of, int64 `[context tokens]` twice.
@@ -94,7 +96,9 @@ class FeatureShard:
 
     def window_start(self, features: np.ndarray) -> np.ndarray:
         """Where the window of each feature begins in the context arrays, int64 `[features]`."""
-        return self.context_splits[self.example_context[self.feature_example[features]]] + self.window_begin[features]
+        context = self.example_context[self.feature_example[features]]
+        starts: np.ndarray = self.context_splits[context] + self.window_begin[features]
+        return starts
 
 
 class FeatureStore:
@@ -273,7 +277,8 @@ class _RowFiller:
         self.ids[where] = source[ranges(starts, lengths)]
         if self.types is not None:
             self.types[where] = kind
-        return at + lengths
+        end: np.ndarray = at + lengths
+        return end
 
     def _label(
         self, shard: FeatureShard, places: np.ndarray, features: np.ndarray, question_lengths: np.ndarray

@@ -150,7 +150,7 @@ def _same_but_blanks(text: str, one: tuple[int, int], other: tuple[int, int]) ->
     return all(not text[min(edge) : max(edge)].strip() for edge in zip(one, other, strict=True))
 
 
-def _assemble(template: Template, question: Tokens, context: Tokens, room: int, step: int) -> Iterator[tuple]:
+def _assemble(template: Template, question: Tokens, context: Tokens, room: int, step: int) -> Iterator[tuple[Any, ...]]:
     """The rows of one question: ids, type ids, position of the first context token, offsets of the context tokens."""
     _, begins, counts = cut_windows(np.array([len(context.ids)]), np.array([room]), np.array([step]))
     for begin, count in zip(begins.tolist(), counts.tolist(), strict=True):
