@@ -133,7 +133,8 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     """
     ours = (dist.world_size(), engine.zero_stage, engine.precision)
     theirs = (state.world_size, state.zero_stage, state.precision)
-    alike = ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0)
+    same_order = state.optimized == engine.optimized_names  # of the optimizer's groups
+    alike = same_order and (ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0))
     _require_shards_everywhere(checkpoint, state, [dist.rank()] if alike else range(state.world_size))
     if alike:
         with plain_values_only():

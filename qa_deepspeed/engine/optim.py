@@ -14,16 +14,17 @@ from qa_deepspeed.engine.deepspeed_compat import full_shape
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices with weight decay, vectors (biases and norms) without.
+    """Trained parameters in two groups: matrices with weight decay; vectors (norms) and biases of any shape without.
 
-    Under ZeRO-3 the shape that counts is the full one, not that of the partition.
+    These are Trainer's groups (`get_decay_parameter_names`). XLNet's `r_w_bias` and T5's relative attention bias are
+    matrices. Under ZeRO-3 the shape that counts is the full one, not that of the partition.
     """
     decayed: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = full_shape(parameter)
-            (decayed if len(shape) > 1 else others).append(parameter)
+            decays = len(full_shape(parameter)) > 1 and "bias" not in name.lower()
+            (decayed if decays else others).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
