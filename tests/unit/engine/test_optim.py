@@ -23,7 +23,7 @@ WITHOUT_QA_CLASS = {"stablelm", "phi", "phi3", "gemma", "gemma2"}
 
 
 def model_of(name: str, beam: bool = False) -> torch.nn.Module:
-    """A question-answering model of a family, with two layers and without numbers."""
+    """A question-answering model of a family, on the meta device."""
     config = AutoConfig.for_model(name, **NEEDS.get(name, {}))
     with torch.device("meta"):
         if beam:
