@@ -110,8 +110,12 @@ def train(
     model = AutoModelForQuestionAnswering.from_pretrained(model_folder, attn_implementation="eager").double().train()
     named = dict(model.named_parameters())
     trained = Trained(before={name: value.detach().numpy().copy() for name, value in named.items()})
-    with_decay, without = ([value for name, value in named.items() if decays(name) == wanted] for wanted in (True, False))
-    optimizer = torch.optim.AdamW([{"params": with_decay}, {"params": without}], betas=(0.9, 0.999), eps=settings.adam_epsilon)
+    with_decay, without = (
+        [value for name, value in named.items() if decays(name) == wanted] for wanted in (True, False)
+    )
+    optimizer = torch.optim.AdamW(
+        [{"params": with_decay}, {"params": without}], betas=(0.9, 0.999), eps=settings.adam_epsilon
+    )
     lengths = np.array([len(row.input_ids) for row in rows])
     epochs = [batches_of_epoch(lengths, settings.batch, settings.seed, epoch) for epoch in range(settings.epochs)]
     steps = sum(map(len, epochs))

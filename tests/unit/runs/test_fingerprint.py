@@ -1,0 +1,131 @@
+"""What is compared when a run resumes: every part of its fingerprint, in run.json and in the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.checkpoint_files import LoopState, newest_first, write_loop_state
+from qa_deepspeed.engine.ds_config import resolve
+from qa_deepspeed.runs.folder import write_run
+from qa_deepspeed.runs.identity import completed_steps, refuse_changes, run_fingerprint
+from qa_deepspeed.runs.resume import FINISHED, START, resume_decision, resumed_batch_size
+from qa_deepspeed.utils.errors import UserError
+
+CHANGES = {
+    "model_name_or_path": "other",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.5,
+    "adam_epsilon": 0.5,
+    "max_grad_norm": 0.5,
+    "warmup_steps": 7,
+    "objective": "marginal",
+    "label_smoothing": 0.5,
+    "seed": 7,
+    "features": "other",
+    "steps": 99,
+    "global_batch_size": 99,
+    "precision": "bf16",
+    "head": "beam",
+    "optimizer": "Lion",
+    "scheduler": "WarmupLR",
+    "lora": [8, 16, 0.0, None],
+}
+"""Another value of each part of a fingerprint."""
+
+
+def fingerprint(options: RunOptions) -> dict[str, object]:
+    """That of a run on one rank."""
+    return run_fingerprint(resolve(options, 1, "cpu"), "features", 100, "span")
+
+
+def loop_state(options: RunOptions, **changes: object) -> LoopState:
+    """The loop's state after 10 steps."""
+    state = LoopState(
+        step=10,
+        world_size=1,
+        zero_stage=2,
+        precision="fp32",
+        device="cpu",
+        identity=fingerprint(options),
+        rows=100,
+        optimized=[],
+        options=options.to_dict(),
+        config={},
+        versions={},
+        best={},
+    )
+    return replace(state, **changes)
+
+
+def test_the_table_of_changes_has_every_part() -> None:
+    assert set(CHANGES) == set(fingerprint(RunOptions()))
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_change_of_any_part_is_refused(part: str, tmp_path: Path) -> None:
+    """In the output folder's record, and in a checkpoint that the command names."""
+    options = RunOptions(output_dir=str(tmp_path / "run"))
+    ours = fingerprint(options)
+    theirs = {**ours, part: CHANGES[part]}
+    with pytest.raises(UserError, match="holds another run"):
+        refuse_changes(theirs, ours, options.to_dict(), options, "folder")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_run(folder, "running", theirs, options=options.to_dict())
+    with pytest.raises(UserError, match=f"{folder} holds another run"):
+        resume_decision(folder, options, ours)
+    checkpoint = tmp_path / "theirs" / "checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    write_loop_state(checkpoint, loop_state(options, identity=theirs))
+    named = replace(options, output_dir=str(tmp_path / "new"), resume_from_checkpoint=str(checkpoint))
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match=f"{checkpoint} holds another run"):
+        resume_decision(tmp_path / "new", named, ours)
+
+
+def test_a_finished_run_is_finished_only_with_its_own_settings(tmp_path: Path) -> None:
+    """Settings that may change start it again, though run.json says that it has ended."""
+    options = RunOptions()
+    write_run(tmp_path, "finished", fingerprint(options), options=options.to_dict())
+    assert resume_decision(tmp_path, options, fingerprint(options)).action == FINISHED
+    changed = replace(options, seed=7, resume_with_changes="seed")
+    assert resume_decision(tmp_path, changed, fingerprint(changed)).action == START
+
+
+def test_checkpoints_of_the_current_settings_come_first(tmp_path: Path) -> None:
+    """Though one of earlier settings was written later."""
+    mine, earlier = loop_state(RunOptions(seed=1)), loop_state(RunOptions(seed=2), step=20)
+    for state in (mine, earlier):
+        folder = tmp_path / f"checkpoint-{state.step}"
+        folder.mkdir()
+        write_loop_state(folder, state)
+    assert [path.name for path in newest_first(tmp_path, mine.identity)] == ["checkpoint-10", "checkpoint-20"]
+    assert [path.name for path in newest_first(tmp_path, earlier.identity)] == ["checkpoint-20", "checkpoint-10"]
+
+
+def test_the_global_batch_size_is_kept_where_micro_batches_are_unchanged(tmp_path: Path) -> None:
+    options = RunOptions(per_gpu_train_batch_size=4)
+    write_run(tmp_path, "running", fingerprint(options) | {"global_batch_size": 24}, options=options.to_dict())
+    assert resumed_batch_size(tmp_path, options) == 24
+    assert resumed_batch_size(tmp_path, replace(options, per_gpu_train_batch_size=8)) is None
+    assert resumed_batch_size(tmp_path, replace(options, gradient_accumulation_steps=2)) is None
+    assert resumed_batch_size(tmp_path, replace(options, resume_with_changes="global_batch_size")) is None
+    assert resumed_batch_size(tmp_path, replace(options, overwrite_output_dir=True)) is None
+
+
+@pytest.mark.parametrize(("theirs", "ours", "steps"), [(8, 8, 10), (8, 4, 20), (8, 16, 5), (8, 32, 2), (8, 100, 0)])
+def test_completed_steps_are_the_same_fraction_of_the_epoch(theirs: int, ours: int, steps: int) -> None:
+    """After 10 steps of 8 rows: 80 of 100 rows."""
+    state = loop_state(RunOptions(), identity={"global_batch_size": theirs})
+    assert completed_steps(state, {"global_batch_size": ours}, 100) == steps
+
+
+def test_completed_steps_count_whole_epochs_first() -> None:
+    """An epoch of 100 rows has 13 steps of 8 and 25 of 4: 3 steps into the second epoch are 6 there."""
+    state = loop_state(RunOptions(), step=16, identity={"global_batch_size": 8})
+    assert completed_steps(state, {"global_batch_size": 4}, 100) == 25 + 6
