@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_the_run_record_holds_settings_versions_and_checksums(trained: Path) -> 
     assert record["ds_config"]["zero_optimization"]["stage"] == 2 and "auto" not in json.dumps(record["ds_config"])
     for purpose in ("train", "evaluate"):
         assert record["data"][purpose]["questions"]["usable"] > 0 and len(record["data"][purpose]["fingerprint"]) == 64
-    assert record["software"]["versions"]["torch"] == torch.__version__
+    assert record["software"]["versions"]["torch"] == version("torch")
     assert record["hardware"]["ranks"] == 2 and record["hardware"]["cores"] > 0
     assert record["throughput"]["questions_per_second"] > 0 and record["peak_memory"]["host_gib"] > 0.1
     assert {"features", "loading", "training", "evaluation"} <= record["seconds"].keys()

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import get_scheduler
 
-from qa_deepspeed.config.run_options import SCHEDULES
+from qa_deepspeed.config.option_groups import SCHEDULES
 from tests.distributed.launching import logged, losses, run_many
 
 pytestmark = pytest.mark.distributed

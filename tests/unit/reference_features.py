@@ -29,8 +29,8 @@ class Row:
 
 
 def tokenizer_rows(tokenizer: Any, family: Family, settings: FeatureSettings, example: Example) -> list[Row]:
-    """What the tokenizer makes of the pair. The question must not be longer than max_query_length."""
-    question_tokens = len(tokenizer(example.question, add_special_tokens=False)["input_ids"])
+    """What the tokenizer makes of the pair as text. The question must not be longer than max_query_length."""
+    question_tokens = len(token_ids(tokenizer, example.question))
     assert question_tokens <= settings.max_query_length
     room = settings.max_seq_length - question_tokens - tokenizer.num_special_tokens_to_add(pair=True)
     overlap = settings.doc_stride if settings.doc_stride_is == "overlap" else room - settings.doc_stride
@@ -43,8 +43,10 @@ def tokenizer_rows(tokenizer: Any, family: Family, settings: FeatureSettings, ex
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
         return_token_type_ids=True,
+        split_special_tokens=True,
     )
-    whole = tokenizer(example.context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    alone = tokenizer(example.context, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    whole = alone["offset_mapping"]
     golds = [span for answer in located(example, settings) if (span := covering(whole, answer)) is not None]
     which = 0 if family.context_first else 1
     rows = []
@@ -70,6 +72,11 @@ def tokenizer_rows(tokenizer: Any, family: Family, settings: FeatureSettings, ex
             )
         )
     return rows
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone; what spells a special token is text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def located(example: Example, settings: FeatureSettings) -> list[tuple[int, int]]:

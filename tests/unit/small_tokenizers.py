@@ -65,7 +65,7 @@ def _vocabulary_and_merges(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
 
 def _unigram(special: list[str]) -> list[tuple[str, float]]:
     """(piece, score) of a Unigram model over words marked by ▁, the special tokens in front."""
-    pieces = dict.fromkeys(special, 0.0) | {"▁": -4.0}
+    pieces = dict.fromkeys(special, 0.0) | {"▁": -4.0} | dict.fromkeys("".join(special), -9.0)
     for sentence in SENTENCES:
         for word in sentence.replace(" ", " ▁").split():
             half = len(word) // 2
@@ -139,6 +139,19 @@ NAMES = tuple(_makers())
 def tokenizer(name: str) -> Any:
     """The small tokenizer of this name; one object per run of the tests."""
     return _makers()[name]()
+
+
+@cache
+def reference(name: str) -> Any:
+    """The same tokenizer, whose model finds no special token in a text either, asked with `split_special_tokens`."""
+    made = tokenizer(name)
+    if not isinstance(made.backend_tokenizer.model, models.Unigram):
+        return made
+    made = _makers()[name]()
+    model, special = json.loads(made.backend_tokenizer.to_str())["model"], set(made.all_special_tokens)
+    vocabulary = [(piece, -1000.0 if piece in special else score) for piece, score in model["vocab"]]
+    made.backend_tokenizer.model = models.Unigram(vocabulary, model["unk_id"], model["byte_fallback"])
+    return made
 
 
 def config(name: str) -> PretrainedConfig:

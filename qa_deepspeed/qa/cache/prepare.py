@@ -159,9 +159,8 @@ class _LazyEncoder:
 
     def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
         if self._encoder is None:
-            split = bool(getattr(self._tokenizer, "split_special_tokens", False))
-            fast = self._tokenizer.is_fast
-            self._encoder = FastEncoder(self.state, split) if fast else PythonEncoder(self._tokenizer)
+            kind = FastEncoder if self._tokenizer.is_fast else PythonEncoder
+            self._encoder = kind(self._tokenizer)
         return self._encoder.encode(texts, offsets)
 
 

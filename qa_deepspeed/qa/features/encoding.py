@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from qa_deepspeed.qa.features.windows import splits_of
 
@@ -44,12 +46,14 @@ class Encoder(Protocol):
 
 
 class FastEncoder:
-    """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on."""
+    """Texts to tokens by a private copy of a fast tokenizer, free of whatever truncation was left switched on.
 
-    def __init__(self, serialized: str, split_special_tokens: bool, words: bool = False):
+    Text is text: where it spells a special token (`</s>`, `[SEP]`), its characters are encoded.
+    """
+
+    def __init__(self, tokenizer: Any, words: bool = False):
         """words: whether texts that are encoded with offsets get word numbers too."""
-        self._tokenizer = Tokenizer.from_str(serialized)
-        self._tokenizer.encode_special_tokens = split_special_tokens
+        self._tokenizer = _copy_for_text(tokenizer)
         self._words = words
 
     def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
@@ -93,6 +97,62 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         size += len(text)
     if batch:
         yield batch
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The spellings of a tokenizer's special tokens, sorted: those listed as special, and named ones (`sep_token`)."""
+    listed = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(listed.union(tokenizer.all_special_tokens)))
+
+
+def _copy_for_text(tokenizer: Any) -> Tokenizer:
+    """A copy of a fast tokenizer that finds no special token in a text, but for the unknown token.
+
+    The library can leave out its search for special tokens. A model that looks up words as a whole would still find
+    some, and so would Unigram, which has them among its pieces: there they get spellings that no text has.
+    """
+    special, state = special_tokens(tokenizer), serialize(tokenizer)
+    listed = all(token.special for token in tokenizer.added_tokens_decoder.values() if token.content in special)
+    if listed and not isinstance(tokenizer.backend_tokenizer.model, Unigram):
+        copy = _without_search(state)
+        if not any(_is_one_piece(copy, token) for token in special):
+            return copy
+    return _without_search(_respelled(state, special))
+
+
+def _without_search(state: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(state)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _is_one_piece(tokenizer: Tokenizer, text: str) -> bool:
+    return bool(tokenizer.encode(text, add_special_tokens=False).ids == [tokenizer.token_to_id(text)])
+
+
+def _respelled(state: str, special: Sequence[str]) -> str:
+    """The state of a tokenizer with these tokens special and spelled as no text is; ids stay.
+
+    What is a single character, or what merges make, is spelled by ordinary text: it keeps its spelling.
+    """
+    content = json.loads(state)
+    model = content["model"]
+    merged = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model.get("merges", ())}
+    names = {
+        token: f"\uffff{number}\uffff"  # a code point that is no character
+        for number, token in enumerate(special)
+        if len(token) > 1 and token not in merged
+    }
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in special
+        token["content"] = names.get(token["content"], token["content"])
+    return json.dumps(content)
 
 
 def serialize(tokenizer: Any) -> str:

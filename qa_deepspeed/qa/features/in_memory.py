@@ -12,7 +12,7 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.read_report import ReadReport
 from qa_deepspeed.qa.features.arrow import Column, ColumnTable
 from qa_deepspeed.qa.features.build import FeatureSettings, build_features
-from qa_deepspeed.qa.features.encoding import FastEncoder, Tokens, serialize
+from qa_deepspeed.qa.features.encoding import FastEncoder, Tokens
 from qa_deepspeed.qa.features.example_store import ExampleStore, shards_of
 from qa_deepspeed.qa.features.families import Family
 from qa_deepspeed.qa.features.slow_tokenizers import PythonEncoder
@@ -44,9 +44,7 @@ class FeatureMaker:
 
     def __init__(self, tokenizer: Any, family: Family):
         """Raises UserError if the tokenizer's rows are not two texts with fixed tokens around them."""
-        split = bool(getattr(tokenizer, "split_special_tokens", False))
-        fast = tokenizer.is_fast
-        self._encoder = FastEncoder(serialize(tokenizer), split, words=True) if fast else _BlankWords(tokenizer)
+        self._encoder = FastEncoder(tokenizer, words=True) if tokenizer.is_fast else _BlankWords(tokenizer)
         self.template: Template = find_template(tokenizer, family, self._encoder)
         check_template(tokenizer, self.template, self._encoder)
         self._sends_types = family.sends_token_type_ids

@@ -11,14 +11,15 @@ import hashlib
 import re
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.qa.features.encoding import Tokens
+from qa_deepspeed.qa.features.encoding import Tokens, special_tokens
 from qa_deepspeed.qa.features.windows import splits_of
 
 SUFFIXES, PREFIXES = ("</w>", "@@"), ("##", "▁", "Ġ")
@@ -36,11 +37,14 @@ LOOK_AHEAD = 40
 AGREE = 3
 """Characters that must agree before text and tokens count as together again."""
 
+UNKNOWN = "\ufffd"
+"""What an unknown token spells in a text where its name stands."""
+
 Span = tuple[int, int]
 
 
 class PythonEncoder:
-    """Texts to tokens by a tokenizer without a fast form."""
+    """Texts to tokens by a tokenizer without a fast form. Text is text, as for `FastEncoder`."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -49,6 +53,10 @@ class PythonEncoder:
         enough = max(2, MARK_SHARE * len(vocabulary))
         self._suffixes = [mark for mark in SUFFIXES if sum(one.endswith(mark) for one in vocabulary) >= enough]
         self._prefixes = [mark for mark in PREFIXES if sum(one.startswith(mark) for one in vocabulary) >= enough]
+        self._special = frozenset(special_tokens(tokenizer))
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()} - self._special
+        self._added = re.compile(f"({_any_of(added)})")
+        self._spelled = re.compile(f"(?={_any_of(token for token in self._special if len(token) > 1)})")
 
     def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
         """Encode texts without special tokens, each on its own."""
@@ -56,7 +64,7 @@ class PythonEncoder:
         spans: list[Span] = []
         lengths = []
         for text in texts:
-            tokens = self._tokenizer.tokenize(text)
+            tokens = self.tokenize(text)
             ids += self._tokenizer.convert_tokens_to_ids(tokens)
             lengths.append(len(tokens))
             if offsets:
@@ -69,9 +77,27 @@ class PythonEncoder:
             splits_of(np.array(lengths, dtype=np.int64)),
         )
 
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text; where it spells special tokens, those of the characters."""
+        if not self._spelled.search(text):
+            return self._tokenizer.tokenize(text)
+        # A tokenizer that is to split special tokens forgets the words that were added to its vocabulary.
+        parts = self._added.split(text)
+        tokens = [[part] if number % 2 else self._without_special(part) for number, part in enumerate(parts) if part]
+        return [token for part in tokens for token in part]
+
+    def _without_special(self, text: str) -> list[str]:
+        tokens: list[str] = self._tokenizer.tokenize(text, split_special_tokens=True)
+        if self._special.isdisjoint(tokens):
+            return tokens
+        # Some keep them whole all the same: what is cut inside of every special token spells none.
+        cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
+        parts = [text[begin:end] for begin, end in pairwise(cuts)]
+        return [token for part in parts for token in self._tokenizer.tokenize(part, split_special_tokens=True)]
+
     def spans(self, text: str, tokens: list[str]) -> list[Span]:
         """The characters [begin, end) of each token of the text, in order."""
-        surfaces = [self._surface(token) for token in tokens]
+        surfaces = self._surfaces(text, tokens)
         if fold(text)[0] == "".join(fold(surface)[0] for surface in surfaces):
             return align(text, surfaces)
         letters = [self._alone(letter) for letter in text]
@@ -82,7 +108,7 @@ class PythonEncoder:
             return [
                 (at + begin, at + end)
                 for at, word in words
-                for begin, end in align(word, [self._surface(token) for token in self._alone(word)])
+                for begin, end in align(word, self._surfaces(word, self._alone(word)))
             ]
         return align(text, surfaces)
 
@@ -91,8 +117,14 @@ class PythonEncoder:
         if piece not in self._known:
             if len(self._known) > REMEMBERED:
                 self._known.clear()
-            self._known[piece] = self._tokenizer.tokenize(piece)
+            self._known[piece] = self.tokenize(piece)
         return self._known[piece]
+
+    def _surfaces(self, text: str, tokens: list[str]) -> list[str]:
+        """What each token spells; an unknown token is not taken for the text that spells its name."""
+        unknown = self._tokenizer.unk_token
+        named = bool(unknown) and unknown.lower() in text.lower()
+        return [UNKNOWN if named and token == unknown else self._surface(token) for token in tokens]
 
     def _surface(self, token: str) -> str:
         """The token without the marks of the vocabulary."""
@@ -103,6 +135,11 @@ class PythonEncoder:
             if token.startswith(mark) and token != mark:
                 token = token[len(mark) :]
         return token
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A pattern that matches each of these words, the longest that fits; nothing without words."""
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
 
 
 def align(text: str, surfaces: list[str]) -> list[Span]:

@@ -21,7 +21,7 @@ from qa_deepspeed.utils.errors import UserError
 PROBES = (
     ("Who wrote it, and when?", "It was written in 1874 by a lady of Weimar. Nobody knew her then; many did later on."),
     ("what?", "Über naïve Öfen: 北京 is far, 😀 is near. One more sentence, so that several windows are cut of it."),
-    ("A b c 1 2", " Begins with a blank.\n\tAnd has\u00a0others  inside ... e\u0301 <unk> [MASK] </s> " + "x y z " * 9),
+    ("A b c 1 2", " Begins with a blank.\n\tAnd has\u00a0others  inside ... e\u0301 <un k> [MA] </ s> " + "x y z " * 9),
 )
 
 

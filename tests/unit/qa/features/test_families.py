@@ -6,7 +6,7 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from qa_deepspeed.qa.features.encoding import FastEncoder, serialize
+from qa_deepspeed.qa.features.encoding import FastEncoder
 from qa_deepspeed.qa.features.families import FAMILIES, family_of, model_columns
 from qa_deepspeed.qa.features.template import find_template
 from qa_deepspeed.utils.errors import UserError
@@ -21,7 +21,7 @@ def test_every_name_of_the_table_is_a_model_type(name: str) -> None:
 @pytest.mark.parametrize("name", small_tokenizers.NAMES)
 def test_the_null_position_is_the_cls_token_where_there_is_one(name: str) -> None:
     tokenizer, family = small_tokenizers.tokenizer(name), small_tokenizers.family(name)
-    template = find_template(tokenizer, family, FastEncoder(serialize(tokenizer), False))
+    template = find_template(tokenizer, family, FastEncoder(tokenizer))
     pair = ("aa", "bb") if not family.context_first else ("bb", "aa")
     ids = tokenizer(*pair)["input_ids"]
     null = template.null_offset if template.null_from_start else len(ids) - 1 - template.null_offset

@@ -1,11 +1,14 @@
-"""Features equal, id for id and offset for offset, what each type of tokenizer itself gives for the pair."""
+"""Features equal, id for id and offset for offset, what each type of tokenizer itself gives for the pair.
+
+Text is text: what spells a special token is no special token.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qa_deepspeed.qa.cache.prepare import prepare_features
@@ -13,7 +16,7 @@ from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.data.reading import DataSource
 from qa_deepspeed.qa.features.build import FeatureSettings
 from tests.unit import small_tokenizers
-from tests.unit.reference_features import assert_same, write_squad
+from tests.unit.reference_features import assert_same, token_ids, write_squad
 
 WORDS = (
     *("the", "Rhine", "rises", "in", "Graubünden", "it's", "don't", "U.S.A.", "1,234.56", "€", "▁", "##ing", "-"),
@@ -21,6 +24,9 @@ WORDS = (
     *("한국", "\u1112\u1161\u11ab", "北京是中国", "東京", "القاهرة", "עיר", "Москва", "[MASK]", "</s>", "<unk>"),
     *("\u200d", "\ufeff", "\u00ad", "\x00", "\x07", "\u202e"),
 )
+SPELLED = "[CLS] the [SEP]Rhine</s><s> rises<pad> in [MASK] <mask>the <unk>[UNK] <sep><cls> <|endoftext|>, [PAD]"
+"""Special tokens of all types of tokenizers, in every place of a text and of a word."""
+
 BLANKS = (" ", " ", " ", "", "  ", "\n", "\t", "\u00a0", "\u3000", "\r\n")
 any_text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30)
 mixed_text = st.lists(
@@ -58,6 +64,10 @@ WIDE = 400
 
 @pytest.mark.parametrize("name", small_tokenizers.NAMES)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@example(
+    rows=[Example("0", SPELLED, SPELLED, (Answer("[SEP]", 10), Answer("</s>", 20)))], room=9, stride=4, meaning="step",
+    which="all",
+)  # fmt: skip
 @given(
     rows=examples(),
     room=st.integers(1, 40),
@@ -66,8 +76,8 @@ WIDE = 400
     which=st.sampled_from(["first", "all"]),
 )
 def test_rows_equal_the_tokenizers_own(name, tmp_path_factory, rows, room, stride, meaning, which):
-    tokenizer = small_tokenizers.tokenizer(name)
-    longest = max(len(tokenizer(row.question, add_special_tokens=False)["input_ids"]) for row in rows)
+    tokenizer = small_tokenizers.reference(name)
+    longest = max(len(token_ids(tokenizer, row.question)) for row in rows)
     shape = FeatureSettings(
         max_seq_length=max(longest, 1) + room + tokenizer.num_special_tokens_to_add(pair=True),
         doc_stride=min(stride, room if meaning == "step" else room - 1),
@@ -76,7 +86,7 @@ def test_rows_equal_the_tokenizers_own(name, tmp_path_factory, rows, room, strid
         answers=which,
     )
     try:
-        store, tokenizer, family = build(tmp_path_factory.mktemp("parity"), name, rows, shape)
+        store, _, family = build(tmp_path_factory.mktemp("parity"), name, rows, shape)
     except ValueError as error:
         assert "no usable question" in str(error)
         return
