@@ -80,7 +80,8 @@ class PythonEncoder:
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text; where it spells special tokens, those of the characters."""
         if not self._spelled.search(text):
-            return self._tokenizer.tokenize(text)
+            plain: list[str] = self._tokenizer.tokenize(text)
+            return plain
         # A tokenizer that is to split special tokens forgets the words that were added to its vocabulary.
         parts = self._added.split(text)
         tokens = [[part] if number % 2 else self._without_special(part) for number, part in enumerate(parts) if part]
