@@ -61,6 +61,7 @@ def main() -> None:
             assert gathered["pair"].dtype == np.int32
     gather_by_broadcasts(rank, world_size)
     assert dist.all_reduce_sum([rank, 1.5]) == [sum(range(world_size)), 1.5 * world_size]
+    assert dist.all_reduce_max([rank, -rank, 1.5]) == [world_size - 1, 0, 1.5]
     value = {"f1": 0.1 + 0.2, "text": "日本 \u0301", "none": None}
     assert dist.broadcast_json(value if rank == 0 else "ignored") == value
     shared = dist.is_first_on_filesystem(Path(sys.argv[1]))

@@ -35,6 +35,7 @@ class QuestionRecords:
         if len(self._waiting) == RECORDS_IN_MEMORY:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (lives as long as the records)
+            self._file.seek(self._written * self._dtype.itemsize)  # a reading leaves the file at its end
             self._file.write(np.array(self._waiting, self._dtype).tobytes())
             self._written += len(self._waiting)
             self._waiting.clear()
@@ -47,7 +48,6 @@ class QuestionRecords:
         self._file.seek(self._written * self._dtype.itemsize)
         self._file.write(waiting.tobytes())  # the next batch of records overwrites them
         self._file.flush()
-        self._file.seek(self._written * self._dtype.itemsize)
         return np.memmap(self._file, self._dtype, "r", shape=(len(self),))
 
     def chunks(self) -> Iterator[np.ndarray]:
