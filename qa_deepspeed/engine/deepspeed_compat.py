@@ -28,6 +28,7 @@ NAMES = {
         param_names global_samples skipped_steps
     """,
     "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer": "fp32_groups fp16_groups clip_grad",
+    "deepspeed.runtime.fp16.fused_optimizer:FP16_Optimizer": "fp32_groups_flat fp16_groups_flat",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": """
         single_partition_of_fp32_groups bit16_groups update_lp_params _hp_mapping clip_grad
     """,
@@ -215,6 +216,28 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, torch.Tensor] | None:
     for parameters, copies in zip(optimizer.fp16_groups, groups, strict=True):
         masters |= zip(parameters, copies, strict=True)
     return masters
+
+
+def forget_initial_step(optimizer: Any) -> None:
+    """Stage 0 in half precision: take back the step on zero gradients that DeepSpeed makes to allocate the state.
+
+    Without this, Adam's bias correction is one step ahead (the first update is 0.74 of the right one with the usual
+    betas), and weight decay is applied once more. The state is allocated again at the first step.
+    """
+    flat, masters = getattr(optimizer, "fp32_groups_flat", None), master_weights(optimizer)
+    if flat is not None:
+        pairs = list(zip(optimizer.fp16_groups_flat, flat, strict=True))
+    elif masters is not None:
+        pairs = list(masters.items())
+    else:
+        return
+    inner = optimizer.optimizer
+    inner.state.clear()
+    for group in inner.param_groups:
+        group.pop("step", None)  # where fused optimizers count
+    with torch.no_grad():
+        for half, master in pairs:
+            master.copy_(half)
 
 
 @dataclass(frozen=True)

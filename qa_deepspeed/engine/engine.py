@@ -282,6 +282,7 @@ def training_engine(
         lr_scheduler=schedule,
         config=config,
     )
+    compat.forget_initial_step(engine.optimizer)
     return Engine(engine, resolved, device)
 
 
