@@ -6,7 +6,7 @@
 #   LAUNCHER   deepspeed (default) or torchrun
 #   PORT       rank 0's port (default 29500)
 #   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address
-#   RENDEZVOUS                      with torchrun: HOST:PORT where the machines meet, instead of NODE_RANK and MASTER_ADDR;
+#   RENDEZVOUS                      with torchrun: HOST:PORT of the rendezvous, instead of NODE_RANK and MASTER_ADDR;
 #                                   HOST is one of them. The same on all, PORT another for each run
 #   NODES=LEAST:MOST, MAX_RESTARTS  with RENDEZVOUS: when a rank dies, all ranks are restarted at most this often (default 0)
 #                                   on the remaining machines, if they are at least LEAST (HOST among them). Pass

@@ -134,9 +134,9 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     ours = (dist.world_size(), engine.zero_stage, engine.precision)
     theirs = (state.world_size, state.zero_stage, state.precision)
     same_order = state.optimized == engine.optimized_names  # of the optimizer's groups
-    alike = same_order and (ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0))
-    _require_shards_everywhere(checkpoint, state, [dist.rank()] if alike else range(state.world_size))
-    if alike:
+    same_layout = same_order and (ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0))
+    _require_shards_everywhere(checkpoint, state, [dist.rank()] if same_layout else range(state.world_size))
+    if same_layout:
         with plain_values_only():
             engine.load_shards(checkpoint.parent, checkpoint.name)
         return

@@ -1,4 +1,4 @@
-"""Best checkpoint and early stopping. All ranks hold the same metrics, so they decide alike without communication."""
+"""Best checkpoint and early stopping. Every rank has the same metrics and decides the same without communication."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ NAMES = {"torch.distributed.distributed_c10d": "default_pg_timeout default_pg_nc
 """Private names of torch in use: module -> names in it."""
 
 LOST_RANK_TEXTS = (
-    # gloo, and the store in which the ranks meet
+    # gloo, and the store of the rendezvous
     "closed by peer",
     "connection reset",
     "connection refused",
@@ -397,7 +397,7 @@ def torchrun(arguments: Sequence[str]) -> int:
     """Run torchrun; returns 0, or the exit status of the rank that failed first, or 128 + the number of the signal that
     ended that rank or torchrun itself.
 
-    Nodes that meet again after a loss get a new store: by default torch 2.13 gives them the old one, in which they find
+    Nodes that rejoin after a loss get a new store: by default torch 2.13 gives them the old one, in which they find
     each other's old ports (pytorch/pytorch issue 135712).
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -142,7 +142,7 @@ def overhead(repeats: int) -> None:
 
 
 def like_length(length: int) -> dict[str, torch.Tensor]:
-    """Rows of nearly one length, as in batches of like length: up to 7 tokens shorter than `length`."""
+    """Rows of nearly one length, as in batches of similar length: up to 7 tokens shorter than `length`."""
     generator = np.random.default_rng(0)
     real = length - generator.integers(0, 8, ROWS)
     ids = torch.from_numpy(generator.integers(1000, 30000, (ROWS, length)))

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_evaluate_forward.py [--file en-v1-dev.json] [--questions N] [--repeats 3]
 
 The peer predicts as its defaults have it: transformers.Trainer, every row padded to 384, rows in the file's order. Ours
-is `gather_evaluation`: batches of like length, reduction to candidates included. Both have 16 rows a batch. Seconds of
-the clock and of the processor are given; the latter leave out waiting for a core that other work has.
+is `gather_evaluation`: batches of similar length, reduction to candidates included. Both have 16 rows a batch. Wall
+clock and processor seconds are given; the latter leave out waiting for a core that other work has.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def main() -> None:
                 best[key] = min(result[kind], best.get(key, float("inf")))
         pairs_of_answers = zip(old[0]["answers"], new["answers"], strict=True)
         same = sum(a["answer"] == b["answer"] for a, b in pairs_of_answers)
-        print(f"answers alike: {same} of {counted}", flush=True)
+        print(f"equal answers: {same} of {counted}", flush=True)
     for kind, clock in (("seconds", "elapsed"), ("processor_seconds", "of processor time")):
         rates = {name: counted / seconds for (name, of), seconds in best.items() if of == kind}
         for name, rate in rates.items():

@@ -1,10 +1,10 @@
-"""What two ranks at ZeRO-2 gain: against two lone runs at the same time, each process on a core of its own.
+"""Scaling of two ranks at ZeRO-2: against two single runs at the same time, each process on its own core.
 
     python tests/bench/bench_ranks.py [--turns N] [--config NAME]
 
-Two ranks that share global batches of 16 rows and two lone runs with batches of 8, on the halves of the same questions,
-take turns of a few optimizer steps: the one pair waits while the other works, so that both meet the same moods of the
-machine. Whole runs one after another, two minutes each, scattered by a quarter.
+Two ranks that share global batches of 16 rows and two single runs with batches of 8, on the halves of the same
+questions, take turns of a few optimizer steps: one pair waits while the other works, so that both see the same
+variation of the machine. Whole runs one after another, two minutes each, varied by a quarter.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main() -> None:
     ratios = [one / other for one, other in zip(together, apart, strict=True)]
     print(f"torch {torch.__version__}, {arguments.config}, {arguments.turns} turns of {STEPS_A_TURN} steps")
     print(f"two ranks             {statistics.median(together):8,.0f} real tokens/s")
-    print(f"two lone runs, summed {statistics.median(apart):8,.0f} real tokens/s")
+    print(f"two single runs, summed {statistics.median(apart):8,.0f} real tokens/s")
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(f"ratio                 {middle:8.3f} (median of the turns' ratios; quartiles {low:.2f}, {high:.2f})")
 

@@ -1,16 +1,17 @@
 """Kill a run with SIGKILL inside each of its phases, start it again by the same command, and compare it with an
-unbroken one.
+uninterrupted one.
 
     python tests/bench/soak.py --kills 50 --folder FOLDER
 
-Every ZeRO stage gets its share of the kills, on two ranks with dropout, evaluations on the way that choose the best
-model, and a checkpoint every second step. The ranks note when a phase begins and ends; a kill waits for the beginning
-of its phase and then a random part of the time that the phase took unbroken (the median). The ranks die one after the
-other, in random order, up to `LONGEST_GAP_SECONDS` apart. At the end model, answers and metrics must be those of the
-unbroken run, byte for byte, and so must the questions and tokens of every optimizer step, however often one was taken.
+The kills are divided over the ZeRO stages; runs have two ranks, dropout, evaluations during training that choose the
+best model, and a checkpoint every second step. The ranks record when a phase begins and ends; a kill waits for the
+beginning of its phase and then a random part of the phase's median duration in the uninterrupted run. The ranks are
+killed one after the other, in random order, up to `LONGEST_GAP_SECONDS` apart. At the end, model, answers and metrics
+must equal those of the uninterrupted run, byte for byte, and so must the questions and tokens of every optimizer step,
+however often it was repeated.
 
-The unbroken run and the last start of the killed one are torchrun's; what is killed is forked from one process that has
-imported what takes long, so that fifty kills take minutes.
+torchrun starts the uninterrupted run and the last start of the killed one; the killed processes are forked from one
+process that has imported the slow libraries, so that fifty kills take minutes.
 """
 
 from __future__ import annotations
@@ -203,11 +204,11 @@ def rows_of(folder: Path, name: str) -> dict[int, set[str]]:
 
 
 def soak(folder: Path, stage: str, kills: int, chance: random.Random) -> dict[str, Any]:
-    """The unbroken run, then the killed one; raises AssertionError where they differ."""
+    """The uninterrupted run, then the killed one; raises AssertionError where they differ."""
     whole, name = f"{stage}-whole", f"{stage}-killed"
     launch(folder, stage, whole)
     took = durations(read_marks(folder / f"{whole}.marks"))
-    took["loading"] = 0.1  # an unbroken run loads no checkpoint
+    took["loading"] = 0.1  # an uninterrupted run loads no checkpoint
     took["features"] = max(took["features"], 0.1)  # rank 0 may have come when the other rank was done
     met, partial, runs = Counter[str](), 0, 1
     for phase in itertools.islice(itertools.cycle(CYCLE), kills):

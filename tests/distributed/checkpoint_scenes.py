@@ -220,8 +220,8 @@ def same_states(one: str, other: str, step: int) -> None:
             torch.testing.assert_close(ours[parameter][key], theirs[parameter][key], rtol=1e-3, atol=2e-6)
 
 
-def any_stage_goes_on_from_any_other() -> None:
-    """A step or two at each stage, one folder: weights, moments, losses and rates as in the unbroken run at ZeRO-2."""
+def any_stage_resumes_from_any_other() -> None:
+    """A step or two at each stage, one folder: weights, moments, losses and rates of the uninterrupted run at ZeRO-2."""
     way = {1: "zero0", 2: "zero1", 3: "zero3", 4: "zero2", 5: "zero3"}
     for step, stage in way.items():
         printed = stopping_at(step, "crossing", deepspeed_config=stage)
@@ -390,7 +390,7 @@ def two_ranks_stop_in_mid_epoch() -> None:
         assert "preempted by" in stopping_at(2, f"ranks_{stage}", deepspeed_config=stage)
 
 
-def one_rank_goes_on_and_stops() -> None:
+def one_rank_resumes_and_stops() -> None:
     """The second part, with two micro-batches where two ranks had one each."""
     for stage in STAGES:
         printed = stopping_at(4, f"ranks_{stage}", deepspeed_config=stage)
@@ -399,8 +399,8 @@ def one_rank_goes_on_and_stops() -> None:
         ), printed
 
 
-def two_ranks_finish_what_one_went_on_with() -> None:
-    """The third part: rows are those of the unbroken run, so losses and states are, to rounding."""
+def two_ranks_finish_what_one_resumed() -> None:
+    """The third part: rows are those of the uninterrupted run, so losses and states are, to rounding."""
     for stage in STAGES:
         same_states("whole", f"ranks_{stage}", 4)
         run(f"ranks_{stage}", deepspeed_config=stage)
@@ -416,14 +416,14 @@ SCENES = (
     a_limit_keeps_the_last_ones,
     the_clock_saves_and_stops,
     a_signal_on_one_rank_stops_all_after_the_step,
-    any_stage_goes_on_from_any_other,
+    any_stage_resumes_from_any_other,
     changes_are_refused_by_name_unless_named,
     the_best_model_stays_and_is_the_end,
     a_changed_batch_keeps_the_best_model,
     exports_are_proved_from_every_stage,
     two_ranks_stop_in_mid_epoch,
 )
-LATER = (one_rank_goes_on_and_stops, two_ranks_finish_what_one_went_on_with)
+LATER = (one_rank_resumes_and_stops, two_ranks_finish_what_one_resumed)
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def test_questions_without_a_context_are_answered_with_nothing(base_options: dic
     assert [metrics[name] for name in names] == [2, 50.0, 100.0, 0.0]
 
 
-def test_a_loss_that_is_no_number_is_told_with_its_step_and_questions(
+def test_a_loss_that_is_no_number_is_reported_with_its_step_and_questions(
     base_options: dict[str, object], tmp_path: Path
 ) -> None:
     """On two ranks, at the next save: what was saved before the bad step is good, nothing is saved after it."""

@@ -55,10 +55,10 @@ def test_every_scene_comes_out_on_two_ranks(played: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on(played: Path) -> None:
+def test_another_number_of_ranks_resumes(played: Path) -> None:
     """2 -> 1 -> 2 ranks within an epoch, at ZeRO 1, 2 and 3."""
-    play(1, played, "one_rank_goes_on_and_stops")
-    play(2, played, "two_ranks_finish_what_one_went_on_with")
+    play(1, played, "one_rank_resumes_and_stops")
+    play(2, played, "two_ranks_finish_what_one_resumed")
 
 
 @pytest.mark.slow

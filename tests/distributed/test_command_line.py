@@ -139,7 +139,7 @@ def test_a_run_killed_between_checkpoints_resumes_exactly(
 ) -> None:
     """Killed after step 8 (its last checkpoint is of step 6), resumed by the same command: the same weights.
 
-    A run is stopped by taking away what an unbroken one wrote after step 6.
+    A run is stopped by taking away what an uninterrupted one wrote after step 6.
     """
     options = {
         **base_options,

@@ -86,9 +86,9 @@ def test_an_interrupted_run_resumes_from_its_checkpoint_with_the_losses_of_an_un
     after = (folder / INTERRUPTED / "metrics.jsonl").read_text().splitlines()
     assert after[:DONE] == before[:DONE], "the run started again"
     found = losses(folder / INTERRUPTED)
-    unbroken = EXPECTED["losses_of_the_unbroken_run"]
-    rest = EXPECTED["losses_from_step_5_with_dropout_0.1"] if dropout else unbroken[DONE:]
-    np.testing.assert_allclose(found, [*unbroken[:DONE], *rest], rtol=1e-5)
+    uninterrupted = EXPECTED["losses_of_the_unbroken_run"]
+    rest = EXPECTED["losses_from_step_5_with_dropout_0.1"] if dropout else uninterrupted[DONE:]
+    np.testing.assert_allclose(found, [*uninterrupted[:DONE], *rest], rtol=1e-5)
     assert cached(folder) == cached(EARLIER), "features were built again"
     record = read(folder / INTERRUPTED / "run.json")
     assert record["status"] == "finished"

@@ -104,7 +104,7 @@ def test_more_hosts_train_as_one(hosts: Hosts, disk: Path, tmp_path: Path, whole
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
 @pytest.mark.parametrize("hosts", [SEPARATE], indirect=True)
-def test_a_run_goes_on_from_checkpoints_on_separate_disks(
+def test_a_run_resumes_from_checkpoints_on_separate_disks(
     hosts: Hosts, disk: Path, tmp_path: Path, whole_job: dict, references: Path, config: str
 ) -> None:
     given = flags(**whole_job, deepspeed_config=config, output_dir=disk / "run")
@@ -142,7 +142,7 @@ def test_a_host_that_is_lost_with_its_disk_takes_its_shards_along(
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 @pytest.mark.parametrize("loss", ["processes killed", "link cut"])
 @pytest.mark.parametrize("hosts", [SHARED, ("shared", 3)], indirect=True)
-def test_a_lost_host_is_noticed_and_the_rest_goes_on(
+def test_a_lost_host_is_noticed_and_the_rest_continues(
     hosts: Hosts, disk: Path, tmp_path: Path, base_options: dict, loss: str, config: str
 ) -> None:
     """The last host is lost during training; the others resume from the last checkpoint with the same global batch."""

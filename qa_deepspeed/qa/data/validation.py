@@ -73,21 +73,21 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     """
     if stands_at(context, text, start):
         return text, start
-    bare = text.strip()
-    if not bare:
+    stripped = text.strip()
+    if not stripped:
         raise Fault(Reason.EMPTY_ANSWER)
     if start < 0:
         raise Fault(Reason.NEGATIVE_START)
     leading_blanks = len(text) - len(text.lstrip())
-    claimed = {place for place in (start, start + leading_blanks) if context.startswith(bare, place)}
+    claimed = {place for place in (start, start + leading_blanks) if context.startswith(stripped, place)}
     if len(claimed) == 1:
-        return bare, claimed.pop()
-    nearby = _places(context, bare, max(0, start - REPAIR_DISTANCE), start + leading_blanks + REPAIR_DISTANCE)
-    if len(nearby) == 1 and not _cuts_a_word(context, nearby[0], nearby[0] + len(bare)):
-        return bare, nearby[0]
+        return stripped, claimed.pop()
+    nearby = _places(context, stripped, max(0, start - REPAIR_DISTANCE), start + leading_blanks + REPAIR_DISTANCE)
+    if len(nearby) == 1 and not _cuts_a_word(context, nearby[0], nearby[0] + len(stripped)):
+        return stripped, nearby[0]
     if start >= len(context):
         raise Fault(Reason.START_PAST_END)
-    if bare not in context:
+    if stripped not in context:
         raise Fault(Reason.TEXT_ABSENT)
     raise Fault(Reason.AMBIGUOUS if len(nearby) > 1 else Reason.NOT_AT_START)
 

@@ -16,7 +16,7 @@ class RowTable:
     """
 
     def __init__(self, rows: int, columns: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path):
-        """columns: dtype and shape of one row's value, by name. folder: on whose disk the file lies."""
+        """columns: dtype and shape of one row's value, by name. folder: where the file is created."""
         dtype = np.dtype([(name, *column) for name, column in columns.items()])
         self._filled = np.zeros(rows, bool)
         self._records = np.zeros(0, dtype)

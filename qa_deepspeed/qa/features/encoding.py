@@ -57,7 +57,7 @@ class FastEncoder:
         self._words = words
 
     def encode(self, texts: Sequence[str], offsets: bool) -> Tokens:
-        """Encode texts without special tokens; lone texts of any length are fine."""
+        """Encode texts without special tokens; a single text may have any length."""
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         ids, places, words, lengths = [], [], [], []
         for batch in _batches(texts):

@@ -173,7 +173,7 @@ class Scorer:
 
     def _threshold_metrics(self, odds_order: np.ndarray | None) -> dict[str, float]:
         """best_*: the official search on the answers given. tuned_*: the best that one threshold achieves on the best
-        spans, with equal odds treated alike. crossfit_*: each half of the questions with the other half's threshold.
+        spans; equal odds are never separated. crossfit_*: each half of the questions with the other half's threshold.
         """
         metrics: dict[str, float] = {}
         records = self._records.columns()

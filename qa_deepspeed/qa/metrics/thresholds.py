@@ -1,7 +1,7 @@
 """Tuning the null threshold: the null odds above which the answer is "". The official search, and one to use.
 
-The official search may separate equal null odds, which no threshold can; `best_threshold` treats them alike. Questions
-are processed in chunks, so that memory-mapped columns are never in memory as a whole.
+The official search may separate equal null odds, which no threshold can; `best_threshold` keeps them together.
+Questions are processed in chunks, so that memory-mapped columns are never in memory as a whole.
 """
 
 from __future__ import annotations

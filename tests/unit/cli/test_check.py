@@ -80,7 +80,7 @@ def faults(capsys: pytest.CaptureFixture[str], *arguments: Any, **named: Any) ->
     return [line for line in out.splitlines() if " FAULT " in line]
 
 
-def test_a_good_run_is_told_what_it_would_do(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_run_prints_what_it_would_do(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(run, ranks=2, port=free_port()) == 0
     out = capsys.readouterr().out
     assert "zero2: ZeRO stage 2, fp32, on CPUs" in out

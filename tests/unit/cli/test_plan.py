@@ -110,9 +110,9 @@ def test_gradients_and_activations_share_their_room() -> None:
     few, many = (estimate_memory(small, zero(2), 8, 2, micro) for micro in (1, 4))
     assert few.device() == few.device(checkpointing=True) == many.device()
     share = BILLION.parameters // 8
-    lone, waiting = (estimate_memory(large, zero(2), 8, 2, micro) for micro in (1, 4))
-    assert lone.device() - few.device() == 10**12 - lone.gradients
-    assert waiting.device() - lone.device() == waiting.held == 2 * share
+    single, waiting = (estimate_memory(large, zero(2), 8, 2, micro) for micro in (1, 4))
+    assert single.device() - few.device() == 10**12 - single.gradients
+    assert waiting.device() - single.device() == waiting.held == 2 * share
 
 
 def test_a_cpu_rank_has_all_of_it_in_host_memory() -> None:

@@ -262,7 +262,7 @@ def test_the_report_survives_json_and_lists_the_rejected(tmp_path):
     assert rows[2] == {"id": None, "where": f"{path}: data[0].paragraphs[0].qas[4]", "reason": Reason.NO_ID}
 
 
-def test_ids_are_told_apart_in_numbers(tmp_path):
+def test_numeric_ids_are_distinguished(tmp_path):
     from qa_deepspeed.qa.data.seen_ids import SeenIds
 
     seen = SeenIds()
