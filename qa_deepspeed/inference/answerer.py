@@ -152,8 +152,8 @@ class QuestionAnswerer:
             doc_stride: tokens by which neighbouring windows of a long context overlap; default: 128 or half a window.
             max_question_len: longest question in tokens; default: what a window has room for.
             n_best_size: adds to each result `null_odds` (null score minus the best span's score) and `nbest`, a list of
-                this many spans and the null entry, each with text, probability, start_logit, end_logit and start.
-                Cannot be combined with top_k.
+                this many spans and the null entry (text "", logits of the null position), each with text, probability,
+                start_logit, end_logit and start. Cannot be combined with top_k.
             batch_size: windows per forward pass.
             progress: whether to show progress; default: if the standard error stream is a terminal.
         Returns:
@@ -251,7 +251,7 @@ class QuestionAnswerer:
         starts = batch.context_begin, batch.context_end
         columns = candidate_columns(batch, self._head.best(outputs, batch, starts, count, max_answer_len), count)
         if self._head.null_score_is_odds:  # a beam head's scores are log-probabilities already
-            columns["normalizer"] = torch.zeros_like(columns["null_score"])
+            columns["normalizer"] = torch.zeros_like(columns["null_start_logit"])
         else:
             columns["normalizer"] = normalizers(batch, outputs.start_logits, outputs.end_logits)
         return {name: values.cpu().numpy() for name, values in columns.items()}
@@ -304,7 +304,8 @@ def _no_candidates(count: int) -> dict[str, np.ndarray]:
         "end": places,
         "start_logit": logits,
         "end_logit": logits,
-        "null_score": scores,
+        "null_start_logit": scores,
+        "null_end_logit": scores,
         "normalizer": scores,
     }
 

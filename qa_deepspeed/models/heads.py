@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qa_deepspeed.qa.decoding.candidates import BestSpans, null_scores
+from qa_deepspeed.qa.decoding.candidates import BestSpans, null_logits
 from qa_deepspeed.qa.decoding.spans import answer_positions, best_spans, marginal_loss, span_loss
 from qa_deepspeed.qa.features.batching import Batch
 from qa_deepspeed.utils.errors import UserError
@@ -86,10 +86,10 @@ class SpanHead:
         return batch.inputs
 
     def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
-        """As `best_spans`; the null score is the sum of both logits at the null position."""
+        """As `best_spans`, with both logits of the null position."""
         start_logits, end_logits = outputs.start_logits, outputs.end_logits
         found = best_spans(start_logits, end_logits, *starts, batch.context_end, count, max_length)
-        return BestSpans(*found, null_scores(batch, start_logits, end_logits))
+        return BestSpans(*found, *null_logits(batch, start_logits, end_logits))
 
 
 class BeamHead:
@@ -129,7 +129,7 @@ class BeamHead:
         return next(self._model.parameters()).dtype  # the model adds these arguments to its hidden states
 
     def best(self, outputs: Any, batch: Batch, starts: tuple[Tensor, Tensor], count: int, max_length: int) -> BestSpans:
-        """As `best_beam_spans`."""
+        """As `best_beam_spans`; the score of "no answer" stands for the null answer's start logit, beside 0."""
         found = best_beam_spans(
             outputs.start_top_index,
             outputs.start_top_log_probs,
@@ -140,7 +140,8 @@ class BeamHead:
             count,
             max_length,
         )
-        return BestSpans(*found, outputs.cls_logits.float())
+        null = outputs.cls_logits.float()
+        return BestSpans(*found, null, torch.zeros_like(null))
 
 
 def best_beam_spans(

@@ -102,7 +102,8 @@ class _ColumnExtractor:
             "end": ("i4", spans),
             "start_logit": ("f4", spans),
             "end_logit": ("f4", spans),
-            "null_score": ("f4", ()),
+            "null_start_logit": ("f4", ()),
+            "null_end_logit": ("f4", ()),
         }
         if self._whole:
             self.columns |= dict.fromkeys(("start_logits", "end_logits"), ("f4", (self._length,)))

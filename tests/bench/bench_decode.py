@@ -81,13 +81,13 @@ def cut_micro_batches(start_logits, end_logits, store):
     return batches
 
 
-def take_candidates(batches, null_score, settings):
+def take_candidates(batches, null_logits, settings):
     """The candidates of all rows, a micro-batch at a time."""
     with torch.inference_mode():
         kept = [best_spans(*batch, settings.n_best_size, settings.max_answer_length) for batch in batches]
     start, end, start_logit, end_logit = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
-    feature_id = np.arange(len(null_score))
-    return Candidates(feature_id, start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, null_score)
+    feature_id = np.arange(len(start))
+    return Candidates(feature_id, start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, *null_logits)
 
 
 def in_turn(ways, repeats):
@@ -125,8 +125,8 @@ def main():
         assert len(store) == len(features), "both systems decode the same windows"
         generator = np.random.default_rng(0)
         logits = [generator.normal(0, 3, (len(store), LENGTH)).astype(np.float32) for _ in range(2)]
-        batches, null_score = cut_micro_batches(*logits, store), logits[0][:, 0] + logits[1][:, 0]
-        candidates = take_candidates(batches, null_score, settings)
+        batches, null_logits = cut_micro_batches(*logits, store), [one[:, 0] for one in logits]
+        candidates = take_candidates(batches, null_logits, settings)
 
         def write_peer():
             answers, nbest = peer.decode(examples, features, logits, args)
@@ -135,7 +135,7 @@ def main():
                     json.dump(value, handle)
 
         def ours():
-            return decode(take_candidates(batches, null_score, settings), store, settings)
+            return decode(take_candidates(batches, null_logits, settings), store, settings)
 
         def after_candidates():
             return decode(candidates, store, settings)
@@ -147,7 +147,7 @@ def main():
                 "ours": lambda: list(ours()),
                 "ours, streamed": lambda: deque(ours(), maxlen=0),
                 "ours, files written": lambda: write_predictions(ours(), folder / "out", settings),
-                "candidates alone": lambda: take_candidates(batches, null_score, settings),
+                "candidates alone": lambda: take_candidates(batches, null_logits, settings),
                 "after candidates": lambda: list(after_candidates()),
                 "after candidates, streamed": lambda: deque(after_candidates(), maxlen=0),
                 "after candidates, files written": lambda: write_predictions(

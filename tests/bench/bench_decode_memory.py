@@ -37,7 +37,8 @@ COLUMNS = {
     "end": ("i4", (N_BEST,)),
     "start_logit": ("f4", (N_BEST,)),
     "end_logit": ("f4", (N_BEST,)),
-    "null_score": ("f4", ()),
+    "null_start_logit": ("f4", ()),
+    "null_end_logit": ("f4", ()),
 }
 CONTEXT = " ".join(f"word{i:03d}" for i in range(TOKENS))
 
@@ -77,7 +78,7 @@ def arrivals(count):
         start = generator.permuted(np.tile(np.arange(TOKENS - 5, dtype=np.int32), (rows, 1)), axis=1)[:, :N_BEST]
         score = -np.sort(-generator.normal(3, 3, (rows, N_BEST)).astype(np.float32), axis=1)
         end = start + generator.integers(0, 5, start.shape)
-        values = (numbers, start, end, score / 2, score / 2, generator.normal(8, 3, rows))
+        values = (numbers, start, end, score / 2, score / 2, *generator.normal(4, 2, (2, rows)))
         yield dict(zip(COLUMNS, values, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Candidates of a micro-batch, selected on its device: the best spans and the null score of each row."""
+"""Candidates of a micro-batch, selected on its device: the best spans and the null logits of each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qa_deepspeed.qa.features.batching import DUMMY_ROW, Batch
 
 
 class BestSpans(NamedTuple):
-    """The best spans of each row, best first, `[rows, spans]`; null_score is `[rows]`. All scores are float32.
+    """The best spans of each row, best first, `[rows, spans]`, and the logits of the null answer, `[rows]`. All scores
+    are float32.
 
     start and end are positions in the padded row, -1 (and the logits 0) where a row has fewer valid spans.
     """
@@ -21,7 +22,8 @@ class BestSpans(NamedTuple):
     end: Tensor
     start_logit: Tensor
     end_logit: Tensor
-    null_score: Tensor
+    null_start_logit: Tensor
+    null_end_logit: Tensor
 
 
 def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[str, Tensor]:
@@ -33,7 +35,8 @@ def candidate_columns(batch: Batch, found: BestSpans, n_best_size: int) -> dict[
         "end": _fixed_width((found.end - shift).to(torch.int32), n_best_size, -1),
         "start_logit": _fixed_width(found.start_logit, n_best_size, 0),
         "end_logit": _fixed_width(found.end_logit, n_best_size, 0),
-        "null_score": found.null_score,
+        "null_start_logit": found.null_start_logit,
+        "null_end_logit": found.null_end_logit,
     }
     real = real_rows(batch)
     return {name: values[:real] for name, values in columns.items()}
@@ -44,10 +47,10 @@ def real_rows(batch: Batch) -> int:
     return int((batch.feature_id != DUMMY_ROW).sum())
 
 
-def null_scores(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:
-    """Start plus end logit of the null position, float32 `[rows]`."""
+def null_logits(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and end logit of the null position, float32 `[rows]` each; their sum is the null score."""
     null = batch.null_position.unsqueeze(1)
-    return (start_logits.float().gather(1, null) + end_logits.float().gather(1, null)).squeeze(1)
+    return start_logits.float().gather(1, null).squeeze(1), end_logits.float().gather(1, null).squeeze(1)
 
 
 def normalizers(batch: Batch, start_logits: Tensor, end_logits: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ shorter than n_best_size only where the windows have fewer candidates that are n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from qa_deepspeed.utils.errors import UserError
 __all__ = ["NO_SPAN_NULL_ODDS", "Candidates", "DecodeSettings", "Prediction", "decode", "write_predictions"]
 
 ROWS_PER_CHUNK = 384  # so that the lists of a chunk fit the processor's cache
+NO_WINDOW = (math.inf, 0.0)
 
 
 @dataclass
@@ -43,7 +45,13 @@ class Candidates:
     end: np.ndarray  # int32 [features, n]
     start_logit: np.ndarray  # float32 [features, n], sorted by start_logit + end_logit, best first
     end_logit: np.ndarray  # float32 [features, n]
-    null_score: np.ndarray  # float32 [features], start_logit[null] + end_logit[null]
+    null_start_logit: np.ndarray  # float32 [features], start_logit[null]
+    null_end_logit: np.ndarray  # float32 [features], end_logit[null]
+
+    def null_scores(self, rows: slice = slice(None)) -> np.ndarray:
+        """The sum of both logits of the null position, float32 `[rows]`."""
+        score: np.ndarray = np.asarray(self.null_start_logit[rows]) + np.asarray(self.null_end_logit[rows])
+        return score
 
 
 class FeatureSource(Protocol):
@@ -77,6 +85,17 @@ class _Spans:
         return self.take(np.delete(np.arange(len(self.question)), index)) if len(index) else self
 
 
+class _Nulls(NamedTuple):
+    """The null answer of each question of a chunk: its logits and their sum, float32 [questions].
+
+    A question without a window has the logits `NO_WINDOW`.
+    """
+
+    start_logit: np.ndarray
+    end_logit: np.ndarray
+    score: np.ndarray
+
+
 def decode(
     candidates: Candidates, store: FeatureSource, settings: DecodeSettings, rows_per_chunk: int = ROWS_PER_CHUNK
 ) -> Iterator[Prediction]:
@@ -98,7 +117,7 @@ def decode(
         yield from _decode_chunk(candidates, slice(row, stop), example_of_row, examples, texts, store, settings)
         next_example, row = examples.stop, stop
     for example_id in texts.take(range(next_example, example_count))[0]:
-        yield _without_span(example_id, float("inf"), settings)
+        yield _without_span(example_id, NO_WINDOW, settings)
 
 
 def _cut_chunk(candidates: Candidates, store: FeatureSource, row: int, size: int) -> tuple[int, np.ndarray]:
@@ -133,9 +152,8 @@ def _decode_chunk(
     spans = _sorted_by_score(spans)
     spans = spans.without(_repeats(spans))
     best, answers = _best_spans(spans, contexts, settings)
-    lowest_null = np.full(len(examples), np.inf, np.float32)
-    np.minimum.at(lowest_null, question_of_row, np.asarray(candidates.null_score[rows]))
-    return _predictions(best, answers, lowest_null, example_ids, settings)
+    nulls = _lowest_nulls(candidates, rows, question_of_row, len(examples))
+    return _predictions(best, answers, nulls, example_ids, settings)
 
 
 class _Texts:
@@ -157,13 +175,25 @@ class _Texts:
 def _check_finite(candidates: Candidates, rows: slice, question_of_row: np.ndarray, example_ids: list[str]) -> None:
     score = np.asarray(candidates.start_logit[rows]) + np.asarray(candidates.end_logit[rows])
     bad = ~np.isfinite(score) & (np.asarray(candidates.start[rows]) >= 0)
-    bad_rows = np.flatnonzero(bad.any(axis=1) | ~np.isfinite(np.asarray(candidates.null_score[rows])))
+    bad_rows = np.flatnonzero(bad.any(axis=1) | ~np.isfinite(candidates.null_scores(rows)))
     if len(bad_rows):
         example_id = example_ids[question_of_row[bad_rows[0]]]
         raise UserError(
             f"the model's logits for question {example_id} are not finite numbers: its weights have diverged "
             "(lower the learning rate, or train with bf16 or fp32 instead of fp16) or are damaged"
         )
+
+
+def _lowest_nulls(candidates: Candidates, rows: slice, question_of_row: np.ndarray, questions: int) -> _Nulls:
+    """The null logits of each question's first window with the lowest null score."""
+    score = candidates.null_scores(rows)
+    lowest = np.full(questions, np.inf, np.float32)
+    np.minimum.at(lowest, question_of_row, score)
+    row = np.flatnonzero(score == lowest[question_of_row])[::-1]  # of equal windows the first is written last
+    start_logit, end_logit = lowest.copy(), np.zeros(questions, np.float32)
+    start_logit[question_of_row[row]] = np.asarray(candidates.null_start_logit[rows])[row]
+    end_logit[question_of_row[row]] = np.asarray(candidates.null_end_logit[rows])[row]
+    return _Nulls(start_logit, end_logit, lowest)
 
 
 def _gather_spans(
@@ -274,7 +304,7 @@ def _blank_or_repeated(spans: _Spans, question: int, context: str, settings: Dec
 
 
 def _predictions(
-    best: _Spans, texts: list[str], lowest_null: np.ndarray, example_ids: list[str], settings: DecodeSettings
+    best: _Spans, texts: list[str], nulls: _Nulls, example_ids: list[str], settings: DecodeSettings
 ) -> Iterator[Prediction]:
     size = settings.n_best_size
     first = np.searchsorted(best.question, np.arange(len(example_ids) + 1))
@@ -284,7 +314,7 @@ def _predictions(
     rank = np.arange(len(best.question)) - first[best.question]
     score[best.question, rank] = best.score
     answered = first[1:] > first[:-1]
-    null_score = lowest_null.astype(np.float64)
+    null_score = nulls.score.astype(np.float64)
     null_odds = null_score - score[:, 0]
     if settings.null_score_is_odds:
         # The null entry's probability is then the logistic function of the odds. Questions without a span have no such
@@ -293,31 +323,30 @@ def _predictions(
             null_odds, null_score = null_score, null_score + np.logaddexp.reduce(score, axis=1)
     if settings.version_2_with_negative:
         score[:, size] = np.where(np.isfinite(null_score), null_score, -np.inf)
-    exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
-    probability = np.zeros(score.shape, np.float32)  # float32 like the logits, for exact round-trips through files
-    probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
+    probability = _probabilities(score, answered)
     columns = [probability[best.question, rank], best.start_logit, best.end_logit, best.begin]
     null_rank = (score[:, :size] >= null_score[:, None]).sum(axis=1)
     ends, v2, threshold = first[1:], settings.version_2_with_negative, settings.null_score_diff_threshold
     if v2:
         place = (first[:-1] + null_rank)[answered]
-        nulls = _null_entry(probability[answered, size], lowest_null[answered])[1:]
-        columns = [np.insert(column, place, null) for column, null in zip(columns, nulls, strict=True)]
+        entry = _null_entry(probability[answered, size], nulls.start_logit[answered], nulls.end_logit[answered])
+        columns = [np.insert(column, place, null) for column, null in zip(columns, entry[1:], strict=True)]
         ends = ends + np.cumsum(answered)
     columns_of_question = zip(
         example_ids,
         first[:-1].tolist(),
         first[1:].tolist(),
         ends.tolist(),
-        lowest_null.tolist(),
+        nulls.start_logit.tolist(),
+        nulls.end_logit.tolist(),
         null_odds.tolist(),
         null_rank.tolist(),
         strict=True,
     )
     at = 0
-    for example_id, begin, end, column_end, null, odds, rank_of_null in columns_of_question:
+    for example_id, begin, end, column_end, null_start, null_end, odds, rank_of_null in columns_of_question:
         if begin == end:
-            yield _without_span(example_id, null, settings)
+            yield _without_span(example_id, (null_start, null_end), settings)
             continue
         text, nbest_texts = texts[begin], texts[begin:end]
         nbest = (nbest_texts, *(column[at:column_end] for column in columns))
@@ -329,12 +358,23 @@ def _predictions(
             yield Prediction(example_id, text, nbest, None)
 
 
-def _null_entry(probability: Any, null_score: Any) -> tuple[str, Any, Any, float, int]:
+def _probabilities(score: np.ndarray, answered: np.ndarray) -> np.ndarray:
+    """Softmax over the n-best list of each answered question, 0 for the others; like the logits in float32, for exact
+    round-trips through files. [questions, n_best_size + 1].
+    """
+    probability = np.zeros(score.shape, np.float32)
+    exponential = np.exp(score[answered] - score[answered].max(axis=1, keepdims=True))
+    probability[answered] = exponential / exponential.sum(axis=1, keepdims=True)
+    return probability
+
+
+def _null_entry(probability: Any, start_logit: Any, end_logit: Any) -> tuple[str, Any, Any, Any, int]:
     """The `NBEST_FIELDS` of the null entry; arrays give those of several questions at once."""
-    return "", probability, null_score, 0.0, -1
+    return "", probability, start_logit, end_logit, -1
 
 
-def _without_span(example_id: str, null_score: float, settings: DecodeSettings) -> Prediction:
-    score = null_score if settings.version_2_with_negative and null_score != float("inf") else 0.0
+def _without_span(example_id: str, null_logits: tuple[float, float], settings: DecodeSettings) -> Prediction:
+    known = settings.version_2_with_negative and null_logits != NO_WINDOW
+    start_logit, end_logit = null_logits if known else (0.0, 0.0)
     odds = NO_SPAN_NULL_ODDS if settings.version_2_with_negative else None
-    return Prediction(example_id, "", columns_of([_null_entry(1.0, score)]), odds)
+    return Prediction(example_id, "", columns_of([_null_entry(1.0, start_logit, end_logit)]), odds)

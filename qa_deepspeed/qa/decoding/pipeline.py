@@ -58,7 +58,7 @@ def decode_like_pipeline(
     spans_of = store.word_spans if settings.align_to_words else store.character_spans
     begin, end = spans_of(candidates.feature_id[row], candidates.start[row, column], candidates.end[row, column])
     probability = np.exp(score[row, column] - normalizer[row])
-    null_score = candidates.null_score.astype(np.float64)
+    null_score = candidates.null_scores().astype(np.float64)
     null_probability = 1 / (1 + np.exp(-null_score)) if settings.null_score_is_odds else np.exp(null_score - normalizer)
     question = store.example_index
     first_row = np.searchsorted(question, np.arange(len(store.examples) + 1))

@@ -39,7 +39,8 @@ class DecodeSettings:
 NBEST_FIELDS = ("text", "probability", "start_logit", "end_logit", "start")
 NBestEntry = tuple[str, float, float, float, int]
 """The values of `NBEST_FIELDS`. `start` is the character of the context where the text begins. The null entry (text "")
-has start -1, the sum of its logits as start_logit and 0 as end_logit, since only the sum is known.
+has start -1 and, as in run_squad.py, both logits of the null position, from the window with the lowest sum. A beam
+head, which has one score for "no answer", gives it as start_logit, with 0 as end_logit.
 """
 NBestColumns = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """An n-best list by columns, in the order of `NBEST_FIELDS`: a list of texts and arrays `[entries]`. One tuple per span

@@ -280,6 +280,13 @@ def test_the_stored_threshold_decides_whether_there_is_an_answer() -> None:
         assert qa(question=QUESTION, context=CONTEXT, handle_impossible_answer=False) == plain
 
 
+def null_logits(qa: QuestionAnswerer, question: str, context: str) -> tuple[float, float]:
+    """Both logits of the first token, by a plain forward pass over a context of one window."""
+    with torch.inference_mode():
+        outputs = qa.model(**qa.tokenizer(question, context, return_tensors="pt"))
+    return float(outputs.start_logits[0, 0]), float(outputs.end_logits[0, 0])
+
+
 def test_the_n_best_list_is_the_best_spans_and_the_null_entry() -> None:
     found = answerer("bert")(question=QUESTION, context=CONTEXT, n_best_size=4)
     spans = [entry for entry in found["nbest"] if entry["text"]]
@@ -287,7 +294,8 @@ def test_the_n_best_list_is_the_best_spans_and_the_null_entry() -> None:
     assert len(spans) == 4 and sum(entry["probability"] for entry in found["nbest"]) == pytest.approx(1)
     scores = [entry["start_logit"] + entry["end_logit"] for entry in spans]
     assert scores == sorted(scores, reverse=True)
-    assert found["null_odds"] == pytest.approx(null["start_logit"] - scores[0], abs=1e-5)
+    assert found["null_odds"] == pytest.approx(null["start_logit"] + null["end_logit"] - scores[0], abs=1e-5)
+    assert (null["start_logit"], null["end_logit"]) == pytest.approx(null_logits(answerer("bert"), QUESTION, CONTEXT))
     assert all(CONTEXT[entry["start"] :].startswith(entry["text"]) for entry in spans)
 
 

@@ -85,7 +85,8 @@ def test_pairs_are_those_of_brute_force(setup):
             mine = {place: score for place, score in zip(places, scores, strict=True) if place[0] >= 0}
             assert mine == pytest.approx(pairs, abs=1e-4)
             assert scores[: len(mine)] == sorted(mine.values(), reverse=True)
-            assert float(found.null_score[row]) == pytest.approx(null, abs=1e-4)
+            assert float(found.null_start_logit[row]) == pytest.approx(null, abs=1e-4)
+            assert float(found.null_end_logit[row]) == 0.0
             found_some += len(mine)
     assert found_some > 2 * len(data.store)
 

@@ -85,13 +85,15 @@ class Window:
         return np.array(begin, np.int64), np.array(end, np.int64)
 
 
-def decoded(scores, **how):
-    """`scores` maps (window, start token, end token) of the context to the logits that make this pair win."""
+def decoded(scores, nulls=((-3, -3), (-3, -3)), **how):
+    """`scores` maps (window, start token, end token) of the context to the logits that make this pair win; `nulls` are
+    the start and the end logit of each window's null position.
+    """
     start, end = np.full((2, 2, 8), -50, np.float32)
     for (window, first, last), value in scores.items():
         start[window, 1 + first - Window.starts[window]] = value
         end[window, 1 + last - Window.starts[window]] = value
-    start[:, 0], end[:, 0] = -3, -3
+    start[:, 0], end[:, 0] = zip(*nulls, strict=True)
     text = ClassicText(wordpiece_joiner(Window.vocabulary), True)
     logits = FullLogits(np.arange(2), start, end)
     return next(decode_classic(logits, Window(), DecodeSettings(n_best_size=3, **how), text))
@@ -113,6 +115,13 @@ def test_null_answer_is_ranked_and_threshold_decides():
     assert decoded({(0, 0, 1): 5}, version_2_with_negative=True).null_odds == -16.0
     assert decoded({(0, 0, 1): -10}, version_2_with_negative=True).text == ""
     assert decoded({(0, 0, 1): -10}, version_2_with_negative=True, null_score_diff_threshold=20.0).text == "Steve Smith"
+
+
+def test_null_entry_has_both_logits_of_the_window_with_the_lowest_sum():
+    how = {"version_2_with_negative": True, "nulls": ((2, 1), (4, -2))}
+    for score in (5, -10):
+        null = [entry[2:] for entry in decoded({(0, 0, 1): score}, **how).nbest if not entry[0]]
+        assert null == [(4.0, -2.0, -1)]
 
 
 def real_questions():

@@ -27,7 +27,7 @@ def all_candidates(store, start_logits, end_logits, longest, width):
                 start_logits[row, s],
                 end_logits[row, e],
             )
-    return Candidates(np.arange(count), start, end, start_logit, end_logit, start_logits[:, 0] + end_logits[:, 0])
+    return Candidates(np.arange(count), start, end, start_logit, end_logit, start_logits[:, 0], end_logits[:, 0])
 
 
 @pytest.mark.parametrize("v2", [False, True])

@@ -33,7 +33,9 @@ class Store:
 
 
 def candidates_of(rows, width):
-    """`rows[feature]` is a list of (start, end, start_logit, end_logit); they are sorted best first here."""
+    """`rows[feature]` is a list of (start, end, start_logit, end_logit), which is sorted best first here, and the start
+    and the end logit of the null position.
+    """
     count = len(rows)
     start = np.full((count, width), -1, np.int32)
     end = start.copy()
@@ -43,15 +45,17 @@ def candidates_of(rows, width):
         spans = sorted(spans, key=lambda s: (-(np.float32(s[2]) + np.float32(s[3])), s[0], s[1]))[:width]
         for j, values in enumerate(spans):
             start[i, j], end[i, j], start_logit[i, j], end_logit[i, j] = values
-    null_score = np.array([null for _, null in rows], np.float32)
-    return Candidates(np.arange(count), start, end, start_logit, end_logit, null_score)
+    nulls = np.array([null for _, null in rows], np.float32).reshape(-1, 2)
+    return Candidates(np.arange(count), start, end, start_logit, end_logit, *nulls.T)
 
 
 def decode_slowly(candidates, store, how):
     for index, example in enumerate(store.examples):
-        found, null = [], None
+        found, null, null_logits = [], np.inf, (0.0, 0.0)
         for row in np.flatnonzero(store.example_index == index):
-            null = min(candidates.null_score[row], np.inf if null is None else null)
+            logits = candidates.null_start_logit[row], candidates.null_end_logit[row]
+            if logits[0] + logits[1] < null:
+                null, null_logits = logits[0] + logits[1], tuple(map(float, logits))
             for j in range(candidates.start.shape[1]):
                 if candidates.start[row, j] < 0:
                     continue
@@ -70,7 +74,8 @@ def decode_slowly(candidates, store, how):
             logits = float(candidates.start_logit[row, j]), float(candidates.end_logit[row, j])
             nbest.append((-float(negative), text, *logits, begin))
         if not nbest:
-            yield example.example_id, "", [("", 1.0)], NO_SPAN if how.version_2_with_negative else None
+            v2 = how.version_2_with_negative
+            yield example.example_id, "", [("", 1.0, *(null_logits if v2 else (0.0, 0.0)), -1)], NO_SPAN if v2 else None
             continue
         text, odds = nbest[0][1], None
         if how.version_2_with_negative:
@@ -78,7 +83,7 @@ def decode_slowly(candidates, store, how):
             if odds > how.null_score_diff_threshold:
                 text = ""
             better = sum(entry[0] >= null for entry in nbest)
-            nbest.insert(better, (float(null), "", float(null), 0.0, -1))
+            nbest.insert(better, (float(null), "", *null_logits, -1))
         weights = [math.exp(entry[0] - max(nbest)[0]) for entry in nbest]
         probabilities = [weight / sum(weights) for weight in weights]
         yield example.example_id, text, [(e[1], p, *e[2:]) for e, p in zip(nbest, probabilities, strict=True)], odds
@@ -96,9 +101,6 @@ def assert_same(candidates, store, how, rows_per_chunk=4096):
     for prediction, (_, text, nbest, odds) in zip(fast, slow, strict=True):
         assert prediction.text == text
         assert prediction.null_odds == odds
-        if len(nbest[0]) == 2:
-            assert [(text, probability) for text, probability, *_ in prediction.nbest] == nbest
-            continue
         assert [(e[0], *e[2:]) for e in prediction.nbest] == [(e[0], *e[2:]) for e in nbest]
         assert [probability for _, probability, *_ in prediction.nbest] == pytest.approx(
             [e[1] for e in nbest], rel=1e-6, abs=1e-40
@@ -120,7 +122,7 @@ def problems(draw):
             window = tokens[begin:]
             pairs = [(s, e) for s in range(len(window)) for e in range(s, min(len(window), s + 4))]
             chosen = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=8))
-            rows.append(([(s, e, draw(logit), draw(logit)) for s, e in chosen], draw(logit)))
+            rows.append(([(s, e, draw(logit), draw(logit)) for s, e in chosen], (draw(logit), draw(logit))))
             example_index.append(index)
             offsets.append(window)
     return Store(contexts, example_index, offsets), rows
@@ -159,7 +161,7 @@ def test_decoder_equals_reference_over_many_chunks():
             tokens = words(context)[begin : begin + 20]
             spans = [(s, e) for s in range(len(tokens)) for e in range(s, min(s + 5, len(tokens)))]
             logits = generator.normal(0, 3, (2, len(tokens))).astype(np.float32)
-            rows.append(([(s, e, logits[0, s], logits[1, e]) for s, e in spans], generator.normal(4, 3)))
+            rows.append(([(s, e, logits[0, s], logits[1, e]) for s, e in spans], generator.normal(2, 2, 2)))
             example_index.append(index)
             offsets.append(tokens)
     store = Store(contexts, example_index, offsets)
@@ -186,15 +188,16 @@ def test_texts_are_read_by_range_where_possible():
             return [example.example_id for example in chunk], [example.context for example in chunk]
 
     store = Store(["ab cd", "ef", "gh ij"], [0, 0, 1, 2], [words("ab cd"), words("ab cd"), words("ef"), words("gh ij")])
-    candidates = candidates_of([([(0, 0, i, 1)], 0) for i in range(4)], 3)
+    candidates = candidates_of([([(0, 0, i, 1)], (0, 0)) for i in range(4)], 3)
     expected = plain(decode(candidates, store, DecodeSettings(), 2))
     store.examples = Texts(store.examples)
     assert plain(decode(candidates, store, DecodeSettings(), 2)) == expected
 
 
-def one_question(spans_by_window, nulls, context="ab cd ef", **how):
+def one_question(spans_by_window, null_starts, context="ab cd ef", **how):
     offsets = [words(context)] * len(spans_by_window)
     store = Store([context], [0] * len(offsets), offsets)
+    nulls = [(start, 0) for start in null_starts]
     candidates = candidates_of(list(zip(spans_by_window, nulls, strict=True)), 5)
     return next(decode(candidates, store, replace(DecodeSettings(), **how)))
 
@@ -219,6 +222,17 @@ def test_null_score_is_the_windows_minimum_and_must_exceed_the_threshold():
     assert one_question(windows, nulls).text == "ab"
 
 
+def test_null_entry_has_both_logits_of_the_first_window_with_the_lowest_sum():
+    offsets = [words("ab cd")] * 4
+    store = Store(["ab cd"], [0] * 4, offsets)
+    nulls = [(3.5, 2.0), (-1.5, 4.0), (0.5, 2.0), (8.0, -5.0)]
+    how = DecodeSettings(version_2_with_negative=True)
+    for spans in ([(0, 0, 1, 1)], []):
+        prediction = next(decode(candidates_of([(spans, null) for null in nulls], 5), store, how))
+        assert [entry[2:] for entry in prediction.nbest if not entry[0]] == [(-1.5, 4.0, -1)]
+    assert prediction.null_odds == NO_SPAN
+
+
 def test_nonfinite_logits_are_a_user_error():
     with pytest.raises(UserError, match="question q0 are not finite"):
         one_question([[(0, 0, float("nan"), 1)]], [0])
@@ -240,7 +254,7 @@ def test_files_round_trip_and_are_deterministic(tmp_path, v2):
     for tokens in offsets:
         logits = generator.normal(0, 5, (2, len(tokens))).astype(np.float32)
         spans = [(s, e, logits[0, s], logits[1, e]) for s in range(len(tokens)) for e in range(s, len(tokens))]
-        rows.append((spans, generator.normal()))
+        rows.append((spans, generator.normal(0, 1, 2)))
     store, how = Store(contexts, [0, 2, 2], offsets), DecodeSettings(version_2_with_negative=v2)
     predictions = list(decode(candidates_of(rows, 20), store, how))
     for name in ("first", "second"):
@@ -267,7 +281,7 @@ def test_files_round_trip_and_are_deterministic(tmp_path, v2):
 def test_failed_write_leaves_the_old_files(tmp_path):
     how = DecodeSettings()
     store = Store(["ab"], [0], [[(0, 2)]])
-    candidates = candidates_of([([(0, 0, 1, 1)], 0)], 1)
+    candidates = candidates_of([([(0, 0, 1, 1)], (0, 0))], 1)
     write_predictions(decode(candidates, store, how), tmp_path, how)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

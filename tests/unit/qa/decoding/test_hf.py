@@ -35,7 +35,7 @@ class RowStore:
 
 
 def plain_loop(start_logits, end_logits, store, how):
-    """The answer, the n-best texts and the null odds of each question, pair by pair."""
+    """The answer, the n-best texts, the null odds and both logits of each n-best entry, pair by pair."""
     for index, example in enumerate(store.examples):
         found, null = [], None
         for row in np.flatnonzero(store.example_index == index):
@@ -56,22 +56,24 @@ def plain_loop(start_logits, end_logits, store, how):
         if texts in ([], [""]):
             texts.insert(0, "empty")
             found.insert(0, (np.float32(0), np.float32(0), np.float32(0), 0, 0))
+        logits = [(float(one[1]), float(one[2])) for one in found]
         if not how.version_2_with_negative:
-            yield texts[0], texts, None
+            yield texts[0], texts, None, logits
             continue
         best = next((i for i, text in enumerate(texts) if text), None)
         if null is None or best is None:
-            yield "", texts, NO_SPAN_NULL_ODDS
+            yield "", texts, NO_SPAN_NULL_ODDS, logits
             continue
         odds = null[0] - found[best][1] - found[best][2]
-        yield ("" if odds > how.null_score_diff_threshold else texts[best]), texts, float(odds)
+        yield ("" if odds > how.null_score_diff_threshold else texts[best]), texts, float(odds), logits
 
 
 def assert_same(logits, store, how):
     fast = list(decode_like_transformers(FullLogits(np.arange(len(store.offsets)), *logits), store, how))
     slow = list(plain_loop(*logits, store, how))
     assert [p.example_id for p in fast] == [example.example_id for example in store.examples]
-    assert [(p.text, [text for text, *_ in p.nbest], p.null_odds) for p in fast] == slow
+    found = [(p.text, [entry[0] for entry in p.nbest], p.null_odds, [entry[2:4] for entry in p.nbest]) for p in fast]
+    assert found == slow
     for prediction in fast:
         assert sum(probability for _, probability, *_ in prediction.nbest) == pytest.approx(1, abs=1e-5)
     return fast

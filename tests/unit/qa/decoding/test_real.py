@@ -58,7 +58,7 @@ def candidate_columns_of(rows, start, end, width=5):
             columns, (begin + first, begin + last, start[row, begin + first], end[row, begin + last]), strict=True
         ):
             column[row, : len(values)] = values
-    return Candidates(rows.feature_id, *columns, start[:, 0] + end[:, 0])
+    return Candidates(rows.feature_id, *columns, start[:, 0], end[:, 0])
 
 
 def test_gold_spans_decode_to_gold_answers(store, tmp_path):
