@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,42 @@ TASK = "question-answering"
 
 EARLIER_CARDS_MARK = "<!-- written by qa_deepspeed: it is written anew by the next training into this folder -->"
 """Marks a generated card; the text is that of earlier versions, so that their cards are recognised too."""
+
+SAYS_NOTHING = re.compile(
+    r"(best|final|last|latest|models?|checkpoint|ckpt|runs?|outputs?|out|results?|train|training|dev|eval|evaluation"
+    r"|valid|validation|test|data|datasets?|[*?]+)([-_.]?(v?\d[\d.]*|[*?]+))*"
+)
+"""Names of files and folders, without suffix, that do not tell what is in them."""
+
+NOT_REPEATED = {
+    "cache_dir",
+    "data_dir",
+    "dry_run",
+    "local_rank",
+    "output_dir",
+    "overwrite_cache",
+    "overwrite_output_dir",
+    "predict_file",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "resume_with_changes",
+    "server_ip",
+    "server_port",
+    "threads",
+    "train_file",
+}
+"""Options that the card's command leaves out: folders of the machine, what has no effect, what a repetition must not
+do; files of data are added by their local names."""
+
+NAMES_OR_PATHS = (
+    "config_name",
+    "dataset_name",
+    "deepspeed_config",
+    "model_name_or_path",
+    "nvme_path",
+    "tokenizer_name",
+)
+"""Options that are a path of this machine or a name that is known everywhere."""
 
 
 def write_model_card(
@@ -41,12 +79,12 @@ def model_card(
 ) -> str:
     """The text of the card of the model that is loaded by `name`.
 
-    It names no folder of this machine: local models and data appear by their base name or not at all.
+    It shows no path of this machine: local models and data appear by their `local_name`.
     """
     title = name.split("/")[-1]
     parts = [
         f"---\n{_header(title, options, record).to_yaml()}\n---\n{EARLIER_CARDS_MARK}\n\n# {title}",
-        _purpose(options, record),
+        _purpose(options),
         _loading(name, options, record),
         _evaluation(options, record, intervals),
         _training(options, record),
@@ -91,13 +129,49 @@ def _public_name(name: str | None) -> str | None:
     return name
 
 
+def local_name(path: str) -> str:
+    """The last component of a path, after its folder where it does not tell what is in it: `squad/train.json`,
+    `bert-large/checkpoint-500`.
+    """
+    given = Path(path).expanduser()
+    if given.name in ("", ".."):
+        given = given.resolve()
+    if not SAYS_NOTHING.fullmatch(re.sub(r"(\.[A-Za-z]\w*)+$", "", given.name)):
+        return given.name
+    folder = given.parent
+    known = folder.name not in ("", "..") and folder != Path.home()  # the home folder's name is the user's
+    return f"{folder.name}/{given.name}" if known else given.name
+
+
+def _data_name(options: RunOptions, purpose: str) -> str | None:
+    """The files of `purpose` ("train" or "evaluate") by their local names, with commas between, or the data set."""
+    files = options.data_file(purpose)
+    return ",".join(map(local_name, files.split(","))) if files else _name_or_local(options.dataset_name)
+
+
+def _name_or_local(value: str | None) -> str | None:
+    return local_name(value) if value and Path(value).expanduser().exists() else value
+
+
 def _evaluated_on(options: RunOptions) -> str:
-    return Path(options.data_file("evaluate") or options.dataset_name or "").name
+    return _data_name(options, "evaluate") or ""
 
 
-def _purpose(options: RunOptions, record: Mapping[str, Any]) -> str:
-    local = Path(options.model_name_or_path or "").name
-    base = _public_name(options.model_name_or_path) or f"a checkpoint named {local}"
+def _base(path: str) -> str:
+    """A local base model in words: its name, its architecture and its size as far as config.json tells them."""
+    try:
+        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        found = [config.get(name) for name in ("model_type", "num_hidden_layers", "hidden_size")]
+    except (OSError, ValueError, AttributeError):
+        found = [None] * 3
+    kind, layers, width = found
+    details = [str(kind)] * bool(kind) + [f"{layers} layers of width {width}"] * bool(layers and width)
+    return f"the local checkpoint `{local_name(path)}`" + (f" ({', '.join(details)})" if details else "")
+
+
+def _purpose(options: RunOptions) -> str:
+    given = options.model_name_or_path or ""
+    base = _public_name(given) or _base(given)
     none = (
         " It also says when the text does not answer the question."
         if options.version_2_with_negative
@@ -171,6 +245,7 @@ def _training(options: RunOptions, record: Mapping[str, Any]) -> str:
     usable = questions.get("usable", 0)
     taken = data.get("features", {}).get("examples", usable)
     facts = [
+        f"data: {_data_name(options, 'train')}",
         (f"{taken:,} of " if taken < usable else "")
         + f"{usable:,} usable questions"
         + (f", {sum(questions['rejected'].values()):,} left out" if questions.get("rejected") else ""),
@@ -180,15 +255,35 @@ def _training(options: RunOptions, record: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed") if name in versions),
     ]
     listed = "\n".join(f"- {fact}" for fact in facts)
-    return f"## Training\n\n{listed}\n\n```bash\n{training_command(options)}\n```"
+    command = training_command(options, record)
+    return f"## Training\n\n{listed}\n\nPaths in the command are relative.\n\n```bash\n{command}\n```"
 
 
-def training_command(options: RunOptions) -> str:
-    """The command line that repeats the training: the options that were given, without folders for output and cache."""
-    words = ["qa-deepspeed", "train"]
-    for name in sorted(options.given - {"local_rank", "output_dir", "overwrite_output_dir", "cache_dir"}):
-        value = getattr(options, name)
-        if name in ("train_file", "predict_file", "model_name_or_path") and Path(str(value)).exists():
-            value = Path(str(value)).name
-        words += [f"--{name}", str(value)]
+def training_command(options: RunOptions, record: Mapping[str, Any]) -> str:
+    """The command line that repeats the training, on as many ranks: the options that were given, with local models and
+    data by their local names, which are relative paths.
+
+    Args:
+        record: `hardware` (ranks) and `data` (whether there was an evaluation) count.
+    """
+    values = {name: getattr(options, name) for name in options.given - NOT_REPEATED}
+    values |= {name: _name_or_local(values[name]) for name in NAMES_OR_PATHS if name in values}
+    for option, purpose in (("train_file", "train"), ("predict_file", "evaluate")):
+        in_data_dir = options.data_dir and purpose in (record.get("data") or {})
+        if options.data_file(purpose) and (option in options.given or in_data_dir):
+            values[option] = _data_name(options, purpose)
+    words = _launcher(record["hardware"])
+    for name in sorted(values):
+        value = str(values[name]).lower() if isinstance(values[name], bool) else str(values[name])
+        if values[name] is not None:  # null in a YAML file
+            words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
     return shlex.join([*words, "--output_dir", "OUTPUT_DIR"])
+
+
+def _launcher(hardware: Mapping[str, Any]) -> list[str]:
+    """The words before the options: one process, the ranks of one node, or the hosts of a hostfile."""
+    ranks, of_a_node = hardware["ranks"], hardware.get("ranks_per_node", hardware["ranks"])
+    if ranks == 1:
+        return ["qa-deepspeed", "train"]
+    where = ["--num_accelerators", str(ranks)] if ranks == of_a_node else ["--hostfile", "HOSTFILE"]
+    return ["deepspeed", "--quiet", *where, "--module", "qa_deepspeed", "train"]

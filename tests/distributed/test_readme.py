@@ -31,7 +31,9 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None:
-    """In order, in one folder; the hub's model is the tiny one of the sample, and training stops after two steps."""
+    """In order, in one folder; the hub's model is the tiny one of the sample, and training stops after two steps. The
+    command of the model card repeats the training.
+    """
     shutil.copytree(sample / "model", tmp_path / "bert-base-uncased")
     for name in ("train", "dev"):
         shutil.copy(sample / f"{name}.json", tmp_path / f"{name}-v2.0.json")
@@ -59,6 +61,12 @@ def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None
     assert (tmp_path / "runs/mine/predictions.json").read_bytes() == (
         tmp_path / "runs/mine-again/predictions.json"
     ).read_bytes()
+    (of_card,) = re.findall(r"```bash\n(.*?)```", (tmp_path / "runs/mine/README.md").read_text(), re.DOTALL)
+    words = shlex.split(of_card)
+    done = run([words[0], "--master_port", free_port(), *words[1:]], tmp_path)
+    assert done.returncode == 0, f"{of_card}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    for name in ("predictions.json", "model.safetensors"):
+        assert (tmp_path / "OUTPUT_DIR" / name).read_bytes() == (tmp_path / "runs/mine" / name).read_bytes(), name
 
 
 CLASSIC_FLAGS = (

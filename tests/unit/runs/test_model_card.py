@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +13,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import yaml
 
+from qa_deepspeed.cli.main import Parser, main
+from qa_deepspeed.cli.run_arguments import read_run_options
+from qa_deepspeed.cli.train import add_arguments
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.runs.hub_upload import check_upload, upload
-from qa_deepspeed.runs.model_card import model_card, training_command, write_model_card
+from qa_deepspeed.runs.model_card import local_name, model_card, training_command, write_model_card
 from qa_deepspeed.utils.errors import UserError
 
 OPTIONS = RunOptions(
@@ -69,7 +74,7 @@ def test_text_has_scores_threshold_training_and_loading() -> None:
     assert "Not evaluated" in model_card("x", OPTIONS, {**RECORD, "metrics": {}}, {})
 
 
-def test_card_names_no_local_folder(tmp_path: Path) -> None:
+def test_card_shows_no_path_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("{}")
     options = RunOptions(
         model_name_or_path=str(tmp_path),
@@ -79,8 +84,113 @@ def test_card_names_no_local_folder(tmp_path: Path) -> None:
         given=frozenset({"model_name_or_path", "train_file", "output_dir"}),
     )
     text = model_card("reader", options, RECORD, INTERVALS)
-    assert str(tmp_path) not in text and "secret" not in text and "base_model" not in text
-    assert training_command(options).endswith("--train_file train.json --output_dir OUTPUT_DIR")
+    assert str(tmp_path.parent) not in text and "secret" not in text and "base_model" not in text
+    assert f"--train_file {tmp_path.name}/train.json --output_dir OUTPUT_DIR" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/there/bert-large/checkpoint-500", "bert-large/checkpoint-500"),
+        ("/there/quickstart/model", "quickstart/model"),
+        ("/there/minilm-l6-uncased", "minilm-l6-uncased"),
+        ("/there/squad/train.json.gz", "squad/train.json.gz"),
+        ("/there/squad/train-v2.0.json", "squad/train-v2.0.json"),
+        ("/there/squad/*.json", "squad/*.json"),
+        ("/there/squad/train_*.json", "squad/train_*.json"),
+        ("/there/korquad-train.json", "korquad-train.json"),
+        ("/model", "model"),
+        ("~/model", "model"),
+        ("dev.json", "dev.json"),
+        ("../model", "model"),
+    ],
+)
+def test_a_name_that_says_nothing_has_its_folder_before_it(path: str, name: str) -> None:
+    assert local_name(path) == name
+
+
+def test_base_model_and_data_are_named(tmp_path: Path) -> None:
+    base = tmp_path / "small-reader" / "model"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 6, "hidden_size": 384}')
+    options = dataclasses.replace(
+        OPTIONS,
+        model_name_or_path=str(base),
+        dataset_name=None,
+        train_file="a/made/train.json",
+        predict_file="b/dev.json",
+    )
+    text = model_card("reader", options, RECORD, INTERVALS)
+    assert "the local checkpoint `small-reader/model` (bert, 6 layers of width 384)" in text
+    assert "- data: made/train.json\n" in text and "questions of b/dev.json" in text
+    (base / "config.json").write_text("[]")
+    assert "the local checkpoint `small-reader/model`." in model_card("reader", options, RECORD, INTERVALS)
+    assert "- data: rajpurkar/squad_v2\n" in model_card("reader", OPTIONS, RECORD, INTERVALS)
+
+
+def parsed(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
+    """What a shell makes of the command: the words before `train`, and the options as the program reads them."""
+    words = shlex.split(command)
+    begin = words.index("train")
+    with pytest.raises(SystemExit) as ended:
+        main([*words[begin:], "--print_config"])
+    assert ended.value.code == 0
+    return words[:begin], yaml.safe_load(capsys.readouterr().out)
+
+
+def test_command_of_the_card_is_read_as_the_options_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paths with blanks, quotes and globs, a null in a YAML file, negative numbers, booleans, several data files."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my model's", "squad data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "zero.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text("max_train_examples: null\nbf16: true\nevaluate_during_training: false\n")
+    given = [
+        *("--config", "run.yaml", "--model_name_or_path", str(tmp_path / "my model's"), "--cache_dir", "/secret"),
+        *("--data_dir", str(tmp_path / "squad data"), "--train_file", "train-*.json,more $1.csv"),
+        *("--null_score_diff_threshold", "-1.5", "--do_eval", "--max_time", "2h", "--push_to_hub", "ann/reader"),
+        *(
+            "--deepspeed_config",
+            str(tmp_path / "zero.json"),
+            "--output_dir",
+            "/secret",
+            "--resume_from_checkpoint",
+            "never",
+        ),
+    ]
+    parser = Parser()
+    parser.set_defaults(command="train")
+    add_arguments(parser)
+    options = read_run_options(parser.parse_all(given))
+    record = {**RECORD, "data": {"train": {}, "evaluate": {}}}
+    launcher, read = parsed(training_command(options, record), capsys)
+    assert launcher == ["deepspeed", "--quiet", "--num_accelerators", "8", "--module", "qa_deepspeed"]
+    assert read == {
+        "model_name_or_path": "my model's",
+        "train_file": "squad data/train-*.json,more $1.csv",
+        "predict_file": "squad data/dev-v1.1.json",
+        "null_score_diff_threshold": -1.5,
+        "do_eval": True,
+        "bf16": True,
+        "evaluate_during_training": False,
+        "max_time": "2h",
+        "deepspeed_config": "zero.json",
+        "output_dir": "OUTPUT_DIR",
+    }
+
+
+def test_launcher_of_the_command_has_as_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"hardware": {**RECORD["hardware"], "ranks": 1, "ranks_per_node": 1}}
+    assert parsed(training_command(OPTIONS, one), capsys)[0] == ["qa-deepspeed"]
+    two_nodes = {"hardware": {**RECORD["hardware"], "ranks": 16, "ranks_per_node": 8}}
+    assert parsed(training_command(OPTIONS, two_nodes), capsys)[0][:4] == [
+        "deepspeed",
+        "--quiet",
+        "--hostfile",
+        "HOSTFILE",
+    ]
 
 
 def test_card_of_a_pushed_model_uses_its_hub_name(tmp_path: Path) -> None:
