@@ -221,7 +221,7 @@ def same_states(one: str, other: str, step: int) -> None:
 
 
 def any_stage_resumes_from_any_other() -> None:
-    """A step or two at each stage, one folder: weights, moments, losses and rates of the uninterrupted run at ZeRO-2."""
+    """A step or two at each stage in one folder: weights, moments, losses and rates as uninterrupted at ZeRO-2."""
     way = {1: "zero0", 2: "zero1", 3: "zero3", 4: "zero2", 5: "zero3"}
     for step, stage in way.items():
         printed = stopping_at(step, "crossing", deepspeed_config=stage)
