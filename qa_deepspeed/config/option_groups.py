@@ -36,9 +36,12 @@ class DataOptions:
         None, DATA, "folder of train_file and predict_file; default names: {train,dev}-v1.1.json, or v2.0"
     )
     train_file: str | None = option(
-        None, (*TRAIN, "prepare"), "SQuAD JSON or rows as JSON, JSON lines, CSV, Parquet (.gz too); commas or a glob"
+        None,
+        (*TRAIN, "prepare"),
+        "SQuAD JSON or rows as JSON, JSON lines, CSV, Parquet (.gz too); commas or a glob",
+        several=True,
     )
-    predict_file: str | None = option(None, DATA, "questions to evaluate on, in the same formats")
+    predict_file: str | None = option(None, DATA, "questions to evaluate on, in the same formats", several=True)
     dataset_name: str | None = option(None, DATA, "data set of the hub, where no file is given")
     dataset_config: str | None = option(None, DATA, "configuration of dataset_name")
     train_split: str = option("train", (*TRAIN, "prepare"), "split of dataset_name to train on")
@@ -107,7 +110,7 @@ class ModelOptions:
     lora_alpha: int = option(16, SIZE, "adapters are scaled by lora_alpha / lora_rank")
     lora_dropout: float = option(0.0, SIZE, "dropout before the adapters")
     lora_target_modules: str = option(
-        "all-linear", SIZE, "modules with adapters, like query,value; or all linear ones but the head's"
+        "all-linear", SIZE, "modules with adapters, like query,value; or all linear ones but the head's", several=True
     )
 
 
@@ -205,7 +208,10 @@ class CheckpointOptions:
         "auto", TRAIN, "auto: the newest checkpoint of this run in output_dir, if any; never; or a checkpoint folder"
     )
     resume_with_changes: str | None = option(
-        None, TRAIN, "resume although these settings differ: names with commas between, like learning_rate,seed"
+        None,
+        TRAIN,
+        "resume although these settings differ: names with commas between, like learning_rate,seed",
+        several=True,
     )
     save_steps: float = option(500, TRAIN, "optimizer steps between checkpoints; below 1 a ratio of the run; 0: none")
     save_on_time: str | None = option(None, TRAIN, "also save this long after the last checkpoint, like 15m")

@@ -28,14 +28,23 @@ def option(
     *,
     choices: Sequence[str] | None = None,
     words: Sequence[str] = (),
+    several: bool = False,
     deprecated: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
     commands: the sub-commands that use it. words: accepted as they are in place of a value of the field's type.
-    deprecated: accepted, but something else does its work now.
+    several: commas separate several values; YAML may have a list. deprecated: accepted, but something else does its
+    work now.
     """
-    metadata = {"help": help, "commands": commands, "choices": choices, "words": words, "deprecated": deprecated}
+    metadata = {
+        "help": help,
+        "commands": commands,
+        "choices": choices,
+        "words": words,
+        "several": several,
+        "deprecated": deprecated,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -159,9 +168,23 @@ def hint(flag: str, known: Iterable[str]) -> str:
     return f"; did you mean '{short}'?" if name in SHORT_NAMES and short in known else nearest(flag, known)
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise yaml.YAMLError(f"'{key.value}' occurs twice (lines {lines[key.value]} and {line}): keep one")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"cannot read the run file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -185,6 +208,8 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     plain, choices, words = _plain_kind(kind), metadata["choices"], metadata["words"]
     if (raw is None and type(None) in typing.get_args(kind)) or (isinstance(raw, str) and raw in words):
         return raw
+    if metadata["several"] and isinstance(raw, list):
+        raw = _joined(name, raw, origin)
     value: Any = raw
     try:
         if plain is bool and not isinstance(raw, bool):
@@ -199,6 +224,8 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
             if plain is int and isinstance(raw, float) and raw != value:
                 raise ValueError
         elif plain is str:
+            if isinstance(raw, (list, dict)):
+                raise ValueError
             value = str(raw)
     except (TypeError, ValueError, OverflowError):
         expected = " or ".join([_kind_in_words(plain), *map(repr, words)])
@@ -206,6 +233,14 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     if choices and value not in choices:
         raise UserError(f"option '{name}' in {origin} must be one of {', '.join(choices)}, not {raw!r}")
     return value
+
+
+def _joined(name: str, values: list[Any], origin: str) -> str:
+    texts = [str(value) for value in values]
+    for text in texts:
+        if "," in text:
+            raise UserError(f"option '{name}' in {origin}: a comma separates values, '{text}' cannot hold one")
+    return ",".join(texts)
 
 
 def _kind_in_words(kind: type) -> str:

@@ -66,6 +66,11 @@ class RunOptions(
         named = named or f"{'train' if purpose == 'train' else 'dev'}-{version}.json"
         return ",".join(os.path.join(self.data_dir, os.path.expanduser(part)) for part in named.split(","))
 
+    def data_patterns(self, purpose: str) -> tuple[str, ...]:
+        """The paths and glob patterns of `data_file`, which commas separate unless a file has the whole name."""
+        named = self.data_file(purpose) or ""
+        return (named,) if os.path.exists(named) else tuple(part for part in named.split(",") if part)
+
 
 LEAST = {
     "logging_steps": 1,

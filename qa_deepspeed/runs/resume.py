@@ -101,11 +101,12 @@ def refuse_overwriting(output_dir: Path, options: RunOptions) -> None:
 
 def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
     for name in INPUTS:
-        value = options.data_file("train" if name == "train_file" else "evaluate") if name.endswith("_file") else None
-        value = value or getattr(options, name)
-        for part in (value or "").split(","):
-            if part:
-                yield name, Path(part).resolve()
+        if name.endswith("_file"):
+            values = options.data_patterns("train" if name == "train_file" else "evaluate")
+        else:
+            values = (getattr(options, name),)
+        for value in filter(None, values):
+            yield name, Path(value).resolve()
 
 
 def select_checkpoint(output_dir: Path, asked: str, fingerprint: dict[str, Any]) -> Path:

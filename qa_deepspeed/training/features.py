@@ -105,9 +105,9 @@ def notes(store: FeatureStore) -> list[str]:
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:
     """Cache folder and data files for `purpose`; a data set of the hub is downloaded into the cache folder."""
-    named = options.data_file(purpose)
-    if named:
-        files = DataSource.resolve([named] if Path(named).exists() else named.split(","))
+    patterns = options.data_patterns(purpose)
+    if patterns:
+        files = DataSource.resolve(patterns)
         return cache_folder(options.cache_dir, Path(files[0])), files
     if options.dataset_name:
         folder = cache_folder(options.cache_dir or str(_user_cache()), Path())

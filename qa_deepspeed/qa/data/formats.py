@@ -17,14 +17,19 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qa_deepspeed.qa.data.validation import Passage, version_2_error
 from qa_deepspeed.utils.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_ROWS_AT_ONCE = 1024
 _CSV_FIELD_LIMIT = 2**31 - 1
+RECORD_LIMIT = 2 * 2**30
+"""Bytes of the longest line or JSON document that is read into memory; a compressed file can hold far longer ones."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +118,24 @@ def _parse(text: str, path: str, first_line: int) -> Any:
 def _json_passages(path: str, columns: ColumnNames, version_2_with_negative: bool) -> Iterator[Passage]:
     """Passages of one JSON document, or of JSON lines, distinguished by what follows the first line."""
     with _open(path) as data:
-        number, first = _next_line(data, 0)
+        number, first = _next_line(data, 0, path)
         if not first:
             raise UserError(f"{path}: the file is empty")
-        next_number, following = _next_line(data, number)
+        next_number, following = _next_line(data, number, path)
         if following:
             try:
                 value = json.loads(first)
             except ValueError:
-                first = b"".join([first, b"\n" * (next_number - number - 1), following, data.read()])
+                first = b"".join([first, b"\n" * (next_number - number - 1), following, data.read(RECORD_LIMIT + 1)])
+                if len(first) > RECORD_LIMIT:
+                    raise _too_long(path, number) from None
             else:
                 yield from _line_passages(value, path, number, columns, version_2_with_negative)
                 del value
                 while following:
                     value = _parse(_decode(following, path, next_number), path, next_number)
                     yield from _line_passages(value, path, next_number, columns, version_2_with_negative)
-                    next_number, following = _next_line(data, next_number)
+                    next_number, following = _next_line(data, next_number, path)
                 return
     text = _decode(first, path, number)
     del first
@@ -150,13 +157,22 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _next_line(data: BinaryIO, number: int) -> tuple[int, bytes]:
+def _next_line(data: BinaryIO, number: int, path: str) -> tuple[int, bytes]:
     """The next line that is not blank, and its number, the first being 1; an empty one at the end."""
-    for line in data:
+    while line := data.readline(RECORD_LIMIT + 1):
         number += 1
+        if len(line) > RECORD_LIMIT:
+            raise _too_long(path, number)
         if not line.isspace():
             return number, line
     return number, b""
+
+
+def _too_long(path: str, line: int) -> UserError:
+    return UserError(
+        f"{path}: line {line}: more than {RECORD_LIMIT // 2**30} GiB in one line or document; write "
+        "one question a line (JSON lines)"
+    )
 
 
 def _line_passages(
@@ -236,7 +252,7 @@ def _csv_passages(path: str, columns: ColumnNames, delimiter: str, ids_required:
     # The limit belongs to the whole process; the default of 131,072 characters is too small for long contexts.
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     with _open(path) as data, io.TextIOWrapper(data, encoding="utf-8", newline="") as text:
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_short_lines(text, path), delimiter=delimiter, strict=True)
         line = 1
         try:
             if not reader.fieldnames:
@@ -250,6 +266,15 @@ def _csv_passages(path: str, columns: ColumnNames, delimiter: str, ids_required:
             raise UserError(f"{path}: line {line} begins a row that is not CSV: {error}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: on line {line} or after: not UTF-8 text; convert the file") from error
+
+
+def _short_lines(text: io.TextIOWrapper, path: str) -> Iterator[str]:
+    number = 0
+    while line := text.readline(RECORD_LIMIT + 1):
+        number += 1
+        if len(line) > RECORD_LIMIT:
+            raise _too_long(path, number)
+        yield line
 
 
 def _parquet_passages(path: str, columns: ColumnNames, ids_required: bool) -> Iterator[Passage]:
@@ -268,9 +293,24 @@ def _parquet_passages(path: str, columns: ColumnNames, ids_required: bool) -> It
             wanted = [name for name in astuple(columns) if name in present]
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=wanted):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     number += 1
-                    yield _flat_row(row, f"{path}: row {number}", columns)
+                    where = f"{path}: row {number}"
+                    yield _not_squad(where) if row is None else _flat_row(row, where, columns)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not Parquet, or damaged: {reason}") from error
+
+
+def _python_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch as Python values; None for one with a value that Python has none for (a timestamp, say)."""
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+    except (ValueError, OverflowError):  # pyarrow's own errors among them
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except (ValueError, OverflowError):
+                yield None
+    else:
+        yield from rows

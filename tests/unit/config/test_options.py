@@ -74,12 +74,38 @@ def test_yaml_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
         ("doc_stride_is: sideways", "must be one of step, overlap"),
         ("- a list", "must be a mapping"),
         ("a: [", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("max_steps: .inf", "must be a whole number, not inf"),
+        ("seed: 1\nbf16: true\nseed: 2", r"'seed' occurs twice \(lines 1 and 3\): keep one"),
+        ("{seed: 1, seed: 2}", "'seed' occurs twice"),
+        ("model_name_or_path: [a, b]", "must be text"),
+        ("output_dir: {a: b}", "must be text"),
+        ("train_file: ['a,b.json', c.json]", "a comma separates values"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build({}, text, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_yaml_lists_are_several_files(tmp_path: Path) -> None:
+    built = build({}, "train_file: [a.json, b.json]\npredict_file:\n- c.json\n", tmp_path)
+    assert (built.train_file, built.predict_file) == ("a.json,b.json", "c.json")
+    assert built.data_patterns("train") == ("a.json", "b.json")
+
+
+def test_a_file_name_may_hold_commas(tmp_path: Path) -> None:
+    (tmp_path / "a,b.json").touch()
+    built = build({"train_file": str(tmp_path / "a,b.json"), "predict_file": "a,,b"}, "{}", tmp_path)
+    assert built.data_patterns("train") == (str(tmp_path / "a,b.json"),)
+    assert built.data_patterns("evaluate") == ("a", "b")
+
+
+def test_many_files_may_be_named(tmp_path: Path) -> None:
+    """More characters than the name of one file can have (255), or a path (4,096)."""
+    names = [f"part-{number}.json" for number in range(1000)]
+    assert build({"train_file": ",".join(names)}, "{}", tmp_path).data_patterns("train") == tuple(names)
 
 
 def test_a_missing_yaml_is_one_clear_line() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qa_deepspeed.qa.data import formats
 from qa_deepspeed.qa.data.examples import Answer
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples, resolve_files
@@ -225,6 +226,37 @@ def test_an_unreadable_file_is_one_line_that_names_file_and_place(tmp_path, name
         read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "line"),
+    [
+        ("one.json", lambda row: dumps([row]), 1),
+        ("pretty.json", lambda row: b"[\n" + dumps(row, indent=2) + b"]", 1),
+        ("rows.jsonl", lambda row: lines([ROWS[0]]) + b"\n" + dumps(row), 3),
+        ("rows.csv", lambda row: b"id,question,context\n0,q,c\n1,q," + row["context"].encode(), 3),
+    ],
+)
+def test_a_record_longer_than_the_limit_is_one_line(tmp_path, monkeypatch, name, make, line):
+    """A compressed file of some megabytes can hold one line of gigabytes."""
+    monkeypatch.setattr(formats, "RECORD_LIMIT", 10_000)
+    (tmp_path / name).write_bytes(gzip.compress(make({**ROWS[0], "context": "a" * 10_001})))
+    with pytest.raises(UserError, match=f"{name}: line {line}: more than .* in one line or document"):
+        read(tmp_path / name, purpose="evaluate")
+    (tmp_path / name).write_bytes(gzip.compress(make({**ROWS[1], "context": "a" * 9_000})))
+    assert read(tmp_path / name, purpose="evaluate")[0][-1].context == "a" * 9_000
+
+
+def test_a_parquet_row_with_a_time_that_python_has_not_is_rejected(tmp_path):
+    rows = ROWS[:3]
+    table = pyarrow.Table.from_pylist(rows)
+    times = pyarrow.array([None, 2**60, None], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(table.append_column("is_impossible", times), tmp_path / "times.parquet")
+    report = ReadReport()
+    source = DataSource((str(tmp_path / "times.parquet"),), "evaluate", True)
+    assert len(list(read_examples(source, report))) == 2
+    (rejected,) = report.rejected
+    assert rejected.where.endswith("row 2")
 
 
 def test_paths_that_cannot_be_read(tmp_path):
