@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import importlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,6 +307,18 @@ def all_partitioned(optimizer: Any) -> Iterator[None]:
     optimizer.checkpoint_event_prologue()
     yield
     optimizer.checkpoint_event_epilogue()
+
+
+@contextlib.contextmanager
+def without_glob_characters(folder: Path) -> Iterator[Path]:
+    """A path to `folder` for load_checkpoint, which DeepSpeed passes to glob: a link if it has `*`, `?` or `[`."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "checkpoints"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 # The files of a checkpoint; DeepSpeed's checkpoint/ds_to_universal.py and utils/zero_to_fp32.py read the same

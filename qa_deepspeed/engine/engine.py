@@ -206,7 +206,8 @@ class Engine(EvalModel):
 
     def load_shards(self, folder: Path, tag: str) -> None:
         """Load the files of `save_shards`, written at the same world size. Collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        with compat.without_glob_characters(folder) as plain:
+            loaded, _ = self._engine.load_checkpoint(str(plain), tag=tag)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
 
     @property

@@ -110,16 +110,20 @@ def noise(path: Path) -> None:
 
 
 def damaged_checkpoints_are_named_and_passed_over() -> None:
-    """The newest has lost its state, a shard of the one before is noise: the first is taken, the end is the same."""
-    unfinished_copy("whole", "damaged")
-    folder = FOLDER / "damaged"
+    """The newest has lost its state, a shard of the one before is noise: the first is taken, the end is the same.
+
+    Characters of glob patterns in the folder's name stand for themselves.
+    """
+    name = "damaged [1]*?"
+    unfinished_copy("whole", name)
+    folder = FOLDER / name
     on_first(lambda: (folder / "checkpoint-6" / LOOP_FILE).unlink())
     on_first(lambda: noise(next((folder / "checkpoint-4").glob("*rank_1*optim_states.pt"))))
-    printed = run("damaged")
+    printed = run(name)
     assert f"checkpoint-6 is damaged and not used: {LOOP_FILE} is missing" in printed, printed
     assert "optim_states.pt does not hold what was written" in printed, printed
     assert "checkpoint-2, step 2 of 6" in printed, printed
-    assert same_model("whole", "damaged")
+    assert same_model("whole", name)
 
 
 def every_file_of_a_checkpoint_is_watched() -> None:
