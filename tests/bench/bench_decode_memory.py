@@ -19,7 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-import matplotlib.backends.backend_svg  # noqa: F401 (the report is drawn with it: counted among the imports)
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
