@@ -37,12 +37,29 @@ def confidence_interval(scores: np.ndarray, paragraph: np.ndarray, level: float 
         paragraph: int [questions], the number of each question's paragraph.
         level: the fraction of resamples inside the interval.
     """
-    return interval_of_sums(*_by_paragraph(scores, paragraph), level, seed)
+    return _interval(_resampled_means(*_by_paragraph(scores, paragraph), seed), level)
 
 
-def interval_of_sums(sums: np.ndarray, counts: np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
-    """As `confidence_interval`, from each paragraph's summed score and number of questions; float [paragraphs] each."""
-    return _interval(_resampled_means(sums, counts, seed), level)
+def intervals_of_sums(sums: np.ndarray, counts: np.ndarray, level: float = 0.95, seed: int = 0) -> np.ndarray:
+    """As `confidence_interval`, for the mean of several scores over several sets of questions, from the same resamples.
+
+    Resamples that have no question of a set do not count for it; a set without any question has NaN.
+
+    Args:
+        sums: float [scores, paragraphs, sets], the summed score of each paragraph's questions that are in the set.
+        counts: float [paragraphs, sets], the number of these questions.
+
+    Returns:
+        float [scores, sets, 2]: low and high end.
+    """
+    totals = _resampled_totals(np.concatenate((*sums, counts), axis=1), seed)
+    *of_scores, questions = np.split(totals, len(sums) + 1, axis=1)
+    ends = np.full((len(sums), counts.shape[1], 2), np.nan)
+    for column in np.flatnonzero(counts.any(axis=0)):
+        drawn = questions[:, column] > 0
+        for score, total in enumerate(of_scores):
+            ends[score, column] = _interval(total[drawn, column] / questions[drawn, column], level)
+    return ends
 
 
 def paired_difference(
@@ -68,14 +85,22 @@ def _by_paragraph(scores: np.ndarray, paragraph: np.ndarray) -> tuple[np.ndarray
 
 
 def _resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """The mean scores of RESAMPLES samples of paragraphs, drawn with replacement; [RESAMPLES]."""
+    """The mean scores of RESAMPLES samples of paragraphs; [RESAMPLES]."""
+    total, questions = _resampled_totals(np.stack((sums, counts), axis=1), seed).T
+    means: np.ndarray = total / questions
+    return means
+
+
+def _resampled_totals(columns: np.ndarray, seed: int) -> np.ndarray:
+    """Sums of columns [paragraphs, n] over RESAMPLES samples of paragraphs, drawn with replacement; [RESAMPLES, n]."""
     generator = np.random.default_rng(seed)
-    uniform = np.full(len(sums), 1 / len(sums))
-    means = []
+    paragraphs = len(columns)
+    uniform = np.full(paragraphs, 1 / paragraphs)
+    totals = []
     for begin in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
-        times = generator.multinomial(len(sums), uniform, min(_RESAMPLES_AT_ONCE, RESAMPLES - begin))
-        means.append((times @ sums) / (times @ counts))
-    return np.concatenate(means)
+        times = generator.multinomial(paragraphs, uniform, min(_RESAMPLES_AT_ONCE, RESAMPLES - begin))
+        totals.append(times.astype(np.float64) @ columns)  # two float arrays: BLAS multiplies them
+    return np.concatenate(totals)
 
 
 def _interval(means: np.ndarray, level: float) -> Interval:

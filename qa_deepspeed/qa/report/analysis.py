@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,33 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.normalization import normalized_tokens
 from qa_deepspeed.qa.metrics.records import QuestionRecords
-from qa_deepspeed.qa.metrics.significance import interval_of_sums
+from qa_deepspeed.qa.metrics.significance import intervals_of_sums
 from qa_deepspeed.qa.metrics.thresholds import QUESTIONS_AT_ONCE, by_odds
 
 CALIBRATION_BINS = 10
 CURVE_POINTS = 200
 MAX_MISTAKES = 50
 MAX_CLUSTERS = 4000  # of the bootstrap, whose memory grows with their number
+MIN_PARAGRAPHS = 10  # of a slice with an interval: a bootstrap over fewer is too narrow
 SNIPPET_CHARACTERS = 80  # of context on either side of the predicted answer
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "where", "when", "why", "how many", "how much", "how")
+
+
+SLICES = ("question_word", "context_words", "windows", "answer_words", "answerable")
+NO_CELL = 255  # of a question without a value of this slice
+
+_Intervals = dict[str, list[float]]
+"""Low and high end of exact and f1 in percent."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """The questions with one value of one slice; `number` counts the cells of all slices."""
+
+    number: int
+    questions: int = 0
+    exact: float = 0.0
+    f1: float = 0.0
 
 
 class Analysis:
@@ -33,11 +51,11 @@ class Analysis:
         """folder: where the records of many questions are spilled."""
         self._v2 = version_2_with_negative
         self._language = language
-        self._records = QuestionRecords(np.dtype([("confidence", "f4"), ("paragraph", "i4")]), folder)
+        fields = [("confidence", "f4"), ("paragraph", "i4"), ("cells", "u1", (len(SLICES),))]
+        self._records = QuestionRecords(np.dtype(fields), folder)
         self._paragraphs = 0
         self._context: str | None = None
-        # slice -> value -> [questions, exact, f1]
-        self._slices: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0, 0.0, 0.0]))
+        self._cells: dict[tuple[str, str], _Cell] = {}  # by slice and value
         self._mistakes: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float) -> None:
@@ -48,28 +66,35 @@ class Analysis:
         if example.context != self._context:  # the questions of a paragraph are adjacent
             self._paragraphs += 1
             self._context = example.context
-        self._records.append((confidence, self._paragraphs - 1))
-        for name, value in self._slices_of(example, golds, windows).items():
-            cell = self._slices[name][value]
-            cell[0] += 1
-            cell[1] += exact
-            cell[2] += f1
+        cells = [NO_CELL] * len(SLICES)
+        for place, value in enumerate(self._slices_of(example, golds, windows)):
+            if value is not None:
+                cell = self._cell(SLICES[place], value)
+                cell.questions += 1
+                cell.exact += exact
+                cell.f1 += f1
+                cells[place] = cell.number
+        self._records.append((confidence, self._paragraphs - 1, cells))
         if not exact:
             self._remember_mistake(example, prediction, golds, confidence, f1)
 
-    def _slices_of(self, example: Example, golds: tuple[str, ...], windows: int) -> dict[str, str]:
-        """The value of each slice that the question belongs to."""
-        values = {
-            "question_word": question_word(example.question),
-            "context_words": _bucket(len(example.context.split()), (50, 100, 150, 200, 300)),
-            "windows": _bucket(windows, (0, 1, 2, 3)),
-        }
-        if golds:
-            words = min(len(normalized_tokens(gold, self._language)) for gold in golds)
-            values["answer_words"] = _bucket(words, (1, 2, 3, 5, 10))
-        if self._v2:
-            values["answerable"] = "yes" if golds else "no"
-        return values
+    def _cell(self, name: str, value: str) -> _Cell:
+        cell = self._cells.get((name, value))
+        if cell is None:
+            assert len(self._cells) < NO_CELL, "a cell's number is a byte"
+            cell = self._cells[name, value] = _Cell(len(self._cells))
+        return cell
+
+    def _slices_of(self, example: Example, golds: tuple[str, ...], windows: int) -> tuple[str | None, ...]:
+        """The question's value of each of SLICES, None where it has none."""
+        words = min((len(normalized_tokens(gold, self._language)) for gold in golds), default=None)
+        return (
+            question_word(example.question),
+            _bucket(len(example.context.split()), (50, 100, 150, 200, 300)),
+            _bucket(windows, (0, 1, 2, 3)),
+            None if words is None else _bucket(words, (1, 2, 3, 5, 10)),
+            ("yes" if golds else "no") if self._v2 else None,
+        )
 
     def _remember_mistake(
         self, example: Example, prediction: Prediction, golds: tuple[str, ...], confidence: float, f1: float
@@ -100,17 +125,21 @@ class Analysis:
         """JSON-able: `questions`, `intervals`, `calibration`, `slices`, `mistakes` and, with null odds,
         `precision_recall`.
 
+        `slices` has questions, exact and f1 by slice and value, with `intervals` where they are of at least
+        MIN_PARAGRAPHS paragraphs. Intervals are 95% bootstrap intervals in percent over paragraphs.
+
         Args:
             scores: `Scorer.records` of the same questions.
         """
         records = self._records.columns()
         assert len(records) == len(scores), "scorer and analysis have the same questions"
         mistakes = [mistake for *_, mistake in sorted(self._mistakes, key=lambda m: m[:2], reverse=True)]
+        of_all, of_cells = self._intervals(scores, records)
         report = {
             "questions": len(records),
-            "intervals": self._intervals(scores, records["paragraph"]),
+            "intervals": of_all,
             "calibration": calibration(records["confidence"], scores["exact"]),
-            "slices": {name: _percentages(values) for name, values in self._slices.items()},
+            "slices": self._slices(of_cells),
             "mistakes": mistakes,
         }
         if self._v2:
@@ -122,18 +151,37 @@ class Analysis:
             }
         return report
 
-    def _intervals(self, scores: np.ndarray, paragraph: np.ndarray) -> dict[str, list[float]]:
-        """95% bootstrap intervals in percent over paragraphs, which are grouped with their neighbours if many."""
-        clusters = min(self._paragraphs, MAX_CLUSTERS)
-        sums = {name: np.zeros(clusters) for name in ("questions", "exact", "f1")}
+    def _intervals(self, scores: np.ndarray, records: np.ndarray) -> tuple[_Intervals, list[_Intervals]]:
+        """Intervals of all questions, and of the questions of each cell (empty for few paragraphs) by its number.
+
+        Paragraphs are grouped with their neighbours if there are many.
+        """
+        clusters, sets = min(self._paragraphs, MAX_CLUSTERS), len(self._cells) + 1  # the last set: all questions
+        counts, exact, f1 = (np.zeros(clusters * sets) for _ in range(3))
         for begin in range(0, len(scores), QUESTIONS_AT_ONCE):
             part = slice(begin, begin + QUESTIONS_AT_ONCE)
-            number = paragraph[part].astype(np.int64) * clusters // self._paragraphs
-            sums["questions"] += np.bincount(number, minlength=clusters)
-            for name in ("exact", "f1"):
-                sums[name] += np.bincount(number, weights=scores[name][part], minlength=clusters)
-        found = {name: interval_of_sums(sums[name], sums["questions"]) for name in ("exact", "f1")}
-        return {name: [100 * interval.low, 100 * interval.high] for name, interval in found.items()}
+            cluster = records["paragraph"][part].astype(np.int64) * clusters // self._paragraphs
+            of_question = np.column_stack((records["cells"][part], np.full(len(cluster), sets - 1)))
+            question, place = np.nonzero(of_question != NO_CELL)
+            number = cluster[question] * sets + of_question[question, place]
+            counts += np.bincount(number, minlength=clusters * sets)
+            for sums, name in ((exact, "exact"), (f1, "f1")):
+                sums += np.bincount(number, weights=scores[name][part][question], minlength=clusters * sets)
+        questions = counts.reshape(clusters, sets)
+        ends = 100 * intervals_of_sums(np.stack((exact, f1)).reshape(2, clusters, sets), questions)
+        named = [dict(zip(("exact", "f1"), ends[:, number].tolist(), strict=True)) for number in range(sets)]
+        paragraphs = np.count_nonzero(questions, axis=0)
+        of_cells = [named[number] if paragraphs[number] >= MIN_PARAGRAPHS else {} for number in range(sets - 1)]
+        return named[-1], of_cells
+
+    def _slices(self, intervals: list[_Intervals]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Questions, scores in percent and intervals by slice and value, values in their natural order."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for (name, value), cell in sorted(self._cells.items(), key=lambda item: _natural_order(*item[0])):
+            scores = {"exact": 100.0 * cell.exact / cell.questions, "f1": 100.0 * cell.f1 / cell.questions}
+            with_intervals = {"intervals": intervals[cell.number]} if intervals[cell.number] else {}
+            found.setdefault(name, {})[value] = {"questions": cell.questions, **scores, **with_intervals}
+        return found
 
 
 def question_word(question: str) -> str:
@@ -216,15 +264,9 @@ def _bucket(value: int, ends: tuple[int, ...]) -> str:
     return f"{begin}+"
 
 
-def _percentages(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    def first_number(name: str) -> tuple[int, str]:
-        digits = re.match(r"\d+", name)
-        return (int(digits.group()) if digits else 0, name)
-
-    return {
-        value: {"questions": int(count), "exact": 100.0 * exact / count, "f1": 100.0 * f1 / count}
-        for value, (count, exact, f1) in sorted(values.items(), key=lambda item: first_number(item[0]))
-    }
+def _natural_order(name: str, value: str) -> tuple[int, int, str]:
+    digits = re.match(r"\d+", value)
+    return SLICES.index(name), int(digits.group()) if digits else 0, value
 
 
 def _snippet(example: Example, prediction: Prediction, golds: tuple[str, ...]) -> str:

@@ -120,16 +120,29 @@ def _precision_recall(curves: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _slice(name: str, values: Mapping[str, Mapping[str, float]]) -> Figure:
+def _slice(name: str, values: Mapping[str, Mapping[str, Any]]) -> Figure:
     # one word a line, so that long neighbours do not overlap
     labels = ["\n".join([*value.split(), f"{cell['questions']:,}"]) for value, cell in values.items()]
     places = list(range(len(values)))
-    title = f"Scores by {name.replace('_', ' ')} (below: number of questions)"
+    title = f"Scores by {name.replace('_', ' ')} (lines: 95% intervals; below: number of questions)"
     figure, axes = _axes(title, "", "", (places, labels))
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.grid(False, axis="x")
     for offset, metric, label in ((-0.4, "exact", "EM"), (0.0, "f1", "F1")):
         scores = [cell[metric] / 100 for cell in values.values()]
         axes.bar([place + offset for place in places], scores, 0.38, align="edge", label=label)
+        _draw_intervals(
+            axes,
+            offset + 0.19,
+            [cell["intervals"][metric] if "intervals" in cell else None for cell in values.values()],
+        )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
     return figure
+
+
+def _draw_intervals(axes: Axes, offset: float, intervals: Sequence[Sequence[float] | None]) -> None:
+    """A vertical line from low to high end, in percent, for every place that has an interval."""
+    known = [(place + offset, *ends) for place, ends in enumerate(intervals) if ends]
+    if known:
+        across, low, high = zip(*known, strict=True)
+        axes.vlines(across, [one / 100 for one in low], [one / 100 for one in high], color="#444444", linewidth=1)

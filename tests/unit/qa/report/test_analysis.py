@@ -108,6 +108,70 @@ def test_slices_average_to_the_scores():
     )
 
 
+def cases_of_paragraphs(paragraphs, seed):
+    """Rows of up to six questions a paragraph, whose scores depend on the paragraph and on the question's kind."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(paragraphs):
+        context, easy = f"Ann and Bob met in town {number}.", generator.random()
+        for _ in range(generator.integers(1, 7)):
+            word = generator.choice(["who", "where", "why"], p=[0.5, 0.4, 0.1])
+            gold = "Ann and Bob" if generator.random() < 0.7 else ""
+            right = generator.random() < 0.6 * easy + (0.4 if word == "who" else 0.0)
+            text = gold if right else ("Ann" if generator.random() < 0.5 else "town")
+            row = len(rows)
+            golds = [gold] if gold else []
+            rows.append((example(row, f"{word}?", context, *golds), prediction(row, text, 0.5, 0.0), 1))
+    return rows
+
+
+def brute_force_interval(scores, paragraph, resamples=3000):
+    """Percentiles of the mean over paragraphs drawn one by one; draws without a question do not count."""
+    generator = np.random.default_rng(99)
+    everyone = np.unique(paragraph)
+    of_paragraph = {
+        one: [s for s, p in zip(scores, paragraph, strict=True) if p == one and s is not None] for one in everyone
+    }
+    means = []
+    for _ in range(resamples):
+        drawn = [score for one in generator.choice(everyone, len(everyone)) for score in of_paragraph[one]]
+        if drawn:
+            means.append(sum(drawn) / len(drawn))
+    return np.percentile(means, [2.5, 97.5])
+
+
+@pytest.mark.parametrize("paragraphs", [12, 60])
+def test_intervals_of_slices_equal_a_brute_force_bootstrap(paragraphs):
+    rows = cases_of_paragraphs(paragraphs, paragraphs)
+    report = reported(True, rows)
+    golds = [Gold(e.example_id, tuple(a.text for a in e.answers)) for e, *_ in rows]
+    scores = [Scorer(True).add(g, p.text, 0.0, p.text) for g, (_, p, _) in zip(golds, rows, strict=True)]
+    paragraph = [e.context for e, *_ in rows]
+    compared = 0
+    for name, value_of in (
+        ("question_word", lambda e: e.question[:-1]),
+        ("answerable", lambda e: "yes" if e.answers else "no"),
+    ):
+        for value, cell in report["slices"][name].items():
+            inside = [value_of(e) == value for e, *_ in rows]
+            if len({one for one, this in zip(paragraph, inside, strict=True) if this}) < analysis.MIN_PARAGRAPHS:
+                assert "intervals" not in cell
+                continue
+            for place, metric in enumerate(("exact", "f1")):
+                of_slice = [100 * s[place] if this else None for s, this in zip(scores, inside, strict=True)]
+                low, high = brute_force_interval(of_slice, paragraph)
+                close = pytest.approx((low, high), abs=0.08 * (high - low))
+                assert cell["intervals"][metric] == close, (name, value, metric)
+                assert low < cell[metric] < high
+                compared += 1
+    assert compared >= 6
+
+
+def test_interval_of_all_is_that_of_a_slice_that_holds_all():
+    report = reported(False, cases_of_paragraphs(30, 1))
+    assert report["slices"]["windows"]["1"]["intervals"] == report["intervals"]
+
+
 def test_most_confident_mistakes_are_listed_with_context():
     context = "left " * 100 + "wrong" + " right" * 100
     rows = [
@@ -155,7 +219,17 @@ def test_spilled_records_in_chunks_give_the_same_report(monkeypatch):
     ):
         monkeypatch.setattr(module, name, 16)
     in_parts = everything()
-    assert in_parts[0]["slices"] == at_once[0]["slices"] and in_parts[0]["mistakes"] == at_once[0]["mistakes"]
+    assert in_parts[0]["mistakes"] == at_once[0]["mistakes"]
+    without = [
+        {k: {v: {**c, "intervals": None} for v, c in cells.items()} for k, cells in found[0]["slices"].items()}
+        for found in (in_parts, at_once)
+    ]
+    assert without[0] == without[1]
+    ends = [
+        [c["intervals"][m] for cells in found[0]["slices"].values() for c in cells.values() for m in ("exact", "f1")]
+        for found in (in_parts, at_once)
+    ]
+    np.testing.assert_allclose(*ends, rtol=1e-12)
     for part, whole in zip(in_parts[1:], at_once[1:], strict=True):
         assert part == pytest.approx(whole)
     for name in ("exact", "f1", "oracle"):

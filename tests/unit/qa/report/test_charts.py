@@ -32,6 +32,19 @@ def test_bar_heights_equal_scores(report: dict[str, Any]) -> None:
     ]
 
 
+def test_lines_on_the_bars_are_the_intervals(report: dict[str, Any]) -> None:
+    cells = {
+        "few": {"questions": 3, "exact": 10.0, "f1": 20.0},
+        "many": {"questions": 90, "exact": 40.0, "f1": 50.0, "intervals": {"exact": [30.0, 45.0], "f1": [41.0, 60.0]}},
+    }
+    (axes,) = figures({**report, "slices": {"kind": cells}})["by_kind"].axes
+    lines = [segment for collection in axes.collections for segment in collection.get_segments()]
+    bars = [bar for container in axes.containers for bar in container][1::2]
+    for line, bar, (low, high) in zip(lines, bars, ([0.3, 0.45], [0.41, 0.6]), strict=True):
+        middle = bar.get_x() + bar.get_width() / 2
+        np.testing.assert_allclose(line, [[middle, low], [middle, high]])
+
+
 def test_curves_equal_the_report(report: dict[str, Any]) -> None:
     (axes,) = figures(report)["precision_recall"].axes
     for line, curve in zip(axes.lines, report["precision_recall"].values(), strict=True):
