@@ -12,10 +12,12 @@ from pathlib import Path
 
 from qa_deepspeed.runs.requeue import REQUEUE_FILE, REQUEUE_STATUS
 from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.home import ensure_home
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun with these arguments; the exit status."""
+    ensure_home()
     status = dist.torchrun(arguments)
     folder = output_folder(arguments)
     if status > 128 and folder is not None and (folder / REQUEUE_FILE).exists():

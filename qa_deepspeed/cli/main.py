@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import NoReturn
 from qa_deepspeed.cli.run_arguments import commands_with
 from qa_deepspeed.config.options import hint, nearest, separate_flags
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.home import ensure_home
 
 COMMANDS = {
     "train": (
@@ -121,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     A command may have statuses of its own: `train` returns 75 after preemption.
     """
+    _prepare_process()
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -136,6 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def _prepare_process() -> None:
+    """A home for caches, and output streams that escape what has no UTF-8 form (file names are any bytes)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    home = ensure_home()
+    if home is not None and os.environ.get("RANK", "0") == "0":
+        print(f"this user has no home folder: caches are in {home} (set HOME to choose)", file=sys.stderr, flush=True)
 
 
 def _run(arguments: list[str]) -> int:

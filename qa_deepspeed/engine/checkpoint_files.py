@@ -59,7 +59,7 @@ def write_loop_state(folder: Path, state: LoopState) -> None:
     """Write the state into a new checkpoint folder beside the others of the run."""
     place = 1 + max((_place(other) for other in checkpoints(folder.parent)), default=0)
     values = asdict(replace(state, place=place))
-    (folder / LOOP_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    (folder / LOOP_FILE).write_text(json.dumps(values, indent=1), encoding="ascii")
 
 
 def read_loop_state(checkpoint: Path) -> LoopState:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.home import user_cache
 
 STALE_SECONDS = 600
 """A build's lock older than this counts as left by an interrupted build: the longest build takes a third of it."""
@@ -105,4 +106,4 @@ def extensions_folder() -> Path:
         return Path(named)
     cuda = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
     version = f"py{sys.version_info.major}{sys.version_info.minor}_{cuda}"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions" / version
+    return user_cache() / "torch_extensions" / version

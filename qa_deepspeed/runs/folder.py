@@ -35,6 +35,12 @@ def writable_folder(name: str | None) -> Path:
         raise UserError("--output_dir is required (a folder for the model, checkpoints and predictions)")
     folder = Path(name)
     try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output_dir {name}: the name is not UTF-8, TensorBoard cannot write there: pass another"
+        ) from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create output_dir {folder}: {error.strerror}") from None

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.utils.files import write_text
 
 CARD_FILE = "README.md"
 TASK = "question-answering"
@@ -70,7 +71,7 @@ def write_model_card(
     if path.is_file() and EARLIER_CARDS_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     name = options.push_to_hub or folder.resolve().name
-    path.write_text(model_card(name, options, record, intervals), encoding="utf-8")
+    write_text(path, model_card(name, options, record, intervals))
     return True
 
 

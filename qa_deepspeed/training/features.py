@@ -18,6 +18,7 @@ from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.home import user_cache
 from qa_deepspeed.utils.progress import ProgressBar
 
 Purpose = Literal["train", "evaluate"]
@@ -110,16 +111,12 @@ def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path
         files = DataSource.resolve(patterns)
         return cache_folder(options.cache_dir, Path(files[0])), files
     if options.dataset_name:
-        folder = cache_folder(options.cache_dir or str(_user_cache()), Path())
+        folder = cache_folder(options.cache_dir or str(user_cache() / "qa_deepspeed"), Path())
         split = options.train_split if purpose == "train" else options.predict_split
         hub_cache = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
         return folder, (hub_file(options.dataset_name, options.dataset_config, split, folder, hub_cache),)
     flag = "train_file" if purpose == "train" else "predict_file"
     raise UserError(f"no data is named: pass --{flag}, --dataset_name, or --data_dir with the file names of SQuAD")
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qa_deepspeed"
 
 
 def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
@@ -129,4 +126,4 @@ def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
     beside = data_file.resolve().parent
     if os.access(beside, os.W_OK):
         return beside / ".qa_deepspeed_features"
-    return _user_cache() / "features"
+    return user_cache() / "qa_deepspeed" / "features"

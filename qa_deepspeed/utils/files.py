@@ -17,8 +17,7 @@ from qa_deepspeed.utils.errors import UserError
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all (temporary name, then rename)."""
-    # half a surrogate pair, which has no UTF-8 form, becomes the escape that JSON has for it
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_bytes(path: Path, data: Buffer) -> None:
@@ -27,8 +26,12 @@ def write_bytes(path: Path, data: Buffer) -> None:
         handle.write(data)
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write UTF-8 text, whole or not at all. `errors` as in `str.encode`."""
+def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write UTF-8 text, whole or not at all.
+
+    errors: as in `str.encode`, for what has no UTF-8 form: bytes of a file name, or half a surrogate pair. The default
+        writes the escape that JSON has too.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 

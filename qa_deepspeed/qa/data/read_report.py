@@ -88,7 +88,7 @@ class ReadReport:
 
     def write_rejected(self, path: Path) -> None:
         """Write the rejected questions as JSON lines with the keys id, where and reason."""
-        with open(path, "w", encoding="utf-8") as lines:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as lines:
             for one in self.rejected:
                 row = {"id": one.example_id, "where": one.where, "reason": one.reason}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -6,6 +6,7 @@ and are zero-copy views of the map.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -83,7 +84,7 @@ class ArrowFile:
     def __init__(self, path: Path, size: int, checksum: str):
         check_size(path, size)
         try:
-            with pa.memory_map(str(path)) as source:
+            with pa.memory_map(os.fsencode(path)) as source:
                 data = source.read_buffer()
             if xxhash.xxh3_128_hexdigest(data) != checksum:
                 raise CorruptFile(f"{path}: its checksum is not {checksum}")

@@ -1,6 +1,7 @@
 """Whose folder it is, what differs from the run that it holds, and who may write there."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,3 +113,9 @@ def test_a_read_only_folder_is_reported_before_anything_else(read_only: Path) ->
         writable_folder(str(read_only))
     with pytest.raises(UserError, match="cannot create output_dir .*Read-only file system"):
         writable_folder(str(read_only / "run"))
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not UTF-8"):
+        writable_folder(os.fsdecode(b"%s/out-\xe9" % os.fsencode(tmp_path)))
+    assert not list(tmp_path.iterdir())

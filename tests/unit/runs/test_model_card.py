@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import threading
 from collections.abc import Iterator
@@ -300,3 +301,11 @@ def test_upload_problems_are_reported_before_training(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="needs a login"):
         check_upload("somebody/reader")
+
+
+def test_a_data_file_whose_name_is_not_utf8_is_named_escaped(tmp_path: Path) -> None:
+    named = frozenset({"train_file", "predict_file"})
+    name = os.fsdecode(b"data-\xe9.json")
+    options = dataclasses.replace(OPTIONS, dataset_name=None, train_file=name, predict_file=name, given=named)
+    assert write_model_card(tmp_path, options, RECORD, INTERVALS)
+    assert "data-\\udce9.json" in (tmp_path / "README.md").read_text(encoding="utf-8")

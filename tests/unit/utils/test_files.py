@@ -13,7 +13,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "file"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+        write_text(path, "new \ud800", errors="strict")
     with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_bytes(b"half")
         1 / 0  # noqa: B018
@@ -43,3 +43,9 @@ def test_bytes_are_written_whole_under_a_temporary_name(tmp_path: Path) -> None:
         assert temporary.parent == tmp_path and temporary.match(".file.*.tmp")
     write_bytes(tmp_path / "file", memoryview(b"\x00new"))
     assert (tmp_path / "file").read_bytes() == b"\x00new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_bytes_of_a_file_name_that_are_not_utf8_are_written_escaped(tmp_path: Path) -> None:
+    name = os.fsdecode(b"data-\xe9.json")
+    write_text(tmp_path / "card.md", name)
+    assert (tmp_path / "card.md").read_text() == "data-\\udce9.json"
