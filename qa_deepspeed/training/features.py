@@ -43,6 +43,7 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
             folder,
             overwrite=options.overwrite_cache,
             progress=bar.reach,
+            timeout_seconds=options.timeout,
         )
 
 

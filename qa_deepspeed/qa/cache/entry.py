@@ -11,20 +11,17 @@ import contextlib
 import errno
 import json
 import logging
-import time
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import filelock
 import numpy as np
 
+from qa_deepspeed.qa.cache.waiting import HOLDER_SUFFIX, Locks
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_bytes
-
-POLL_SECONDS = 0.05
-"""How often a process without work checks whether the others are done."""
 
 ProgressCallback = Callable[[int, "int | None"], None]
 
@@ -53,8 +50,9 @@ class EntryContent(Protocol):
 class CacheEntry:
     """A folder of the cache, complete once it has a manifest."""
 
-    def __init__(self, folder: Path, fingerprint: str, content: EntryContent):
+    def __init__(self, folder: Path, fingerprint: str, content: EntryContent, timeout_seconds: float = math.inf):
         self.folder = folder
+        self._locks = Locks(folder, timeout_seconds)
         self._fingerprint = fingerprint
         self._content = content
         self._built: dict[str, int] = {}
@@ -74,7 +72,7 @@ class CacheEntry:
         """Delete files written before this time (seconds since the epoch), so that they are built again."""
         if not self.folder.is_dir():
             return
-        with self._lock("discard"):
+        with self._locks.lock("discard"):
             files = [self.folder / "manifest.json", *self.folder.glob("*.arrow"), *self.folder.glob("*.json")]
             for path in files:
                 with contextlib.suppress(FileNotFoundError):
@@ -84,13 +82,17 @@ class CacheEntry:
     def build(self, progress: ProgressCallback | None) -> dict[str, Any]:
         """Complete the entry, together with any other process that builds it; returns the manifest.
 
-        Raises: UserError if the input has nothing usable, or the folder cannot be written.
+        Raises:
+            UserError: the input has nothing usable, the folder cannot be written, or another process that builds a part
+                makes no progress for the timeout.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while (manifest := self.manifest()) is None:
-                if not (self._build_examples() or self._build_one_features_shard(progress) or self._build_manifest()):
-                    time.sleep(POLL_SECONDS)
+                if self._build_examples() or self._build_one_features_shard(progress) or self._build_manifest():
+                    self._locks.progress()
+                else:
+                    self._locks.wait()
             return manifest
         except OSError as error:
             raise _storage_error(self.folder, error) from error
@@ -103,7 +105,7 @@ class CacheEntry:
         except CorruptFile as error:
             log.warning("%s; rebuilding it", error)
         try:
-            with self._lock(f"{name}.repair"):
+            with self._locks.lock(f"{name}.repair"):
                 # Another process may have rebuilt it in the meantime.
                 with contextlib.suppress(CorruptFile):
                     return ArrowFile(path, status["size"], status["checksum"])
@@ -153,7 +155,7 @@ class CacheEntry:
         """Read the input into shards of examples; False if that is done or another process does it."""
         if self._read_json("reading") is not None:
             return False
-        with self._try_lock("reading") as locked:
+        with self._locks.try_lock("reading") as locked:
             if not locked or self._read_json("reading") is not None or self.manifest() is not None:
                 return False
             statuses = self._write_examples()
@@ -191,7 +193,7 @@ class CacheEntry:
                 break
             if f"{name}.json" in names:
                 continue
-            with self._try_lock(name) as locked:
+            with self._locks.try_lock(name) as locked:
                 if not locked or self._read_json(name) is not None or self.manifest() is not None:
                     continue
                 examples_status = self._read_json(f"examples-{number:05d}")
@@ -220,7 +222,7 @@ class CacheEntry:
         reading = self._read_json("reading")
         if reading is None:
             return False
-        with self._try_lock("manifest") as locked:
+        with self._locks.try_lock("manifest") as locked:
             if not locked or self.manifest() is not None:
                 return False
             shards = [
@@ -260,14 +262,14 @@ class CacheEntry:
     def _delete_status_files(self) -> None:
         """Delete status files, locks and temporary files. A process that waits for a lock then finds the manifest."""
         keep = {"manifest.json", "rejected.json", "manifest.lock", "reading.json"}
-        for pattern in ("*.json", "*.lock", ".*.tmp"):
+        for pattern in ("*.json", "*.lock", f".*{HOLDER_SUFFIX}", ".*.tmp"):
             for path in self.folder.glob(pattern):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
         # Last: while this file exists, `remove_leftovers` finds that the deletion is incomplete.
         (self.folder / "reading.json").unlink(missing_ok=True)
 
-    # ---- small files and locks ----
+    # ---- small files ----
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -278,23 +280,6 @@ class CacheEntry:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_bytes(self.folder / f"{name}.json", json.dumps(content).encode())
-
-    def _lock(self, name: str) -> filelock.BaseFileLock:
-        return filelock.FileLock(self.folder / f"{name}.lock", poll_interval=POLL_SECONDS)
-
-    @contextlib.contextmanager
-    def _try_lock(self, name: str) -> Iterator[bool]:
-        """Whether this process got the lock; does not wait for it."""
-        lock = self._lock(name)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
 
 
 def _total_counts(shards: list[dict[str, Status]]) -> dict[str, int]:

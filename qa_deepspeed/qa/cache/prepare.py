@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def prepare_features(
     *,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
+    timeout_seconds: float = math.inf,
 ) -> FeatureStore:
     """The features of a source, built into `cache_dir` unless they exist.
 
@@ -47,11 +49,12 @@ def prepare_features(
 
     Args:
         overwrite: rebuild entries that are older than this process.
+        timeout_seconds: how long another builder may leave the entry as it is while this process waits for it.
         progress: called with the number of examples done and of all examples (None while that is unknown).
     Raises:
-        UserError: settings, tokenizer or input cannot be used, or the cache cannot be written.
+        UserError: settings, tokenizer or input cannot be used, the cache cannot be written, or another builder hangs.
     """
-    lookup = _find_entry(source, tokenizer, family, settings, cache_dir)
+    lookup = _find_entry(source, tokenizer, family, settings, cache_dir, timeout_seconds)
     entry = lookup.entry
     if overwrite:
         entry.discard(older_than=STARTED)
@@ -88,7 +91,12 @@ class _Lookup:
 
 
 def _find_entry(
-    source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path
+    source: DataSource,
+    tokenizer: Any,
+    family: Family,
+    settings: FeatureSettings,
+    cache_dir: Path,
+    timeout_seconds: float = math.inf,
 ) -> _Lookup:
     encoder = _LazyEncoder(tokenizer)
     template = find_template(tokenizer, family, encoder)
@@ -98,7 +106,7 @@ def _find_entry(
     digests = InputDigests(cache_dir).of(source.files)
     fingerprint = cache_key(digests, source, encoder.state, template, family, settings)
     content = _Content(source, identities, encoder, template, settings)
-    entry = CacheEntry(cache_dir / f"{source.purpose}-{fingerprint[:24]}", fingerprint, content)
+    entry = CacheEntry(cache_dir / f"{source.purpose}-{fingerprint[:24]}", fingerprint, content, timeout_seconds)
     return _Lookup(entry, fingerprint, template, encoder)
 
 
