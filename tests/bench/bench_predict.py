@@ -2,15 +2,17 @@
 
     python tests/bench/bench_predict.py --reader runs/mine --questions en-v1-dev.json --transformers_4 v4/bin/python
 
-Each takes its turn in a process of its own, several times; loading and a first answer are not counted, and the best
-turn of each counts. Both compute in float32, with as many threads. The pipeline gets batches of 1, its default, and the
-others of --old_batch_sizes; the fastest counts.
+Both compute in float32, with as many threads. First the pipeline's best batch size is found: it answers every
+--search_every-th question at each size of --old_batch_sizes. Then the pipeline at its default of 1, the pipeline at the
+best size and QuestionAnswerer take turns, each in a process of its own; loading and a first answer are not counted. A
+ratio is the median of the turns' ratios, by elapsed time and by processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any
 
 SCRIPT = Path(__file__).resolve().parent.parent / "contract" / "old_pipeline.py"
 REPOSITORY = SCRIPT.parent.parent.parent
+OURS = "QuestionAnswerer"
 
 
 def ours(work: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,16 +69,40 @@ def in_a_process(work: dict[str, Any]) -> list[dict[str, Any]]:
         return json.loads(out.read_text())
 
 
+def best_batch_size(python: str, work: dict[str, Any], sizes: list[int], every: int) -> int:
+    """The size at which the pipeline answers every so many-th question fastest; prints the seconds of all."""
+    warm = {"every": len(work["questions"])}
+    calls = [warm, *({"every": every, "batch_size": size} for size in sizes)]
+    seconds = [result["seconds"] for result in theirs(python, {**work, "calls": calls})[1:]]
+    for size, taken in zip(sizes, seconds, strict=True):
+        print(f"pipeline, batches of {size}: {taken:.1f} s for {len(work['questions'][::every])} questions", flush=True)
+    return sizes[seconds.index(min(seconds))]
+
+
+def table(turns: dict[str, list[dict[str, Any]]], questions: int) -> list[str]:
+    """Questions a second of every turn, and how many times as fast QuestionAnswerer is."""
+    lines = ["| | questions/s, by turns | ours is faster by | by processor time |", "|---|---|---|---|"]
+    for name, results in turns.items():
+        rates = ", ".join(f"{questions / result['seconds']:.1f}" for result in results)
+        faster = [
+            statistics.median(a[clock] / b[clock] for a, b in zip(results, turns[OURS], strict=True))
+            for clock in ("seconds", "processor_seconds")
+        ]
+        lines.append(f"| {name} | {rates} | {faster[0]:.2f} | {faster[1]:.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", help="folder of a trained model")
     parser.add_argument("--questions", help="SQuAD JSON")
     parser.add_argument("--transformers_4", help="a Python that has transformers 4.57.6")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--every", type=int, default=1, help="ask only every so many-th question")
+    parser.add_argument("--search_every", type=int, default=16, help="the same while the best batch size is found")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--old_batch_sizes", default="1")
+    parser.add_argument("--old_batch_sizes", default="1,2,4,8,16,32,64", help="batch sizes of the pipeline")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.turn:
@@ -91,28 +118,21 @@ def main() -> None:
         "questions": [question for question, _ in pairs],
         "contexts": [context for _, context in pairs],
     }
-    warm = {"every": len(pairs)}
-    counted = len(pairs[:: arguments.every])
-    best: dict[tuple[str, str], float] = {}
+    sizes = [int(size) for size in arguments.old_batch_sizes.split(",")]
+    best = best_batch_size(arguments.transformers_4, work, sizes, arguments.search_every)
+    counted = {"every": arguments.every}
+    calls = {f"pipeline, batches of {size}": {**counted, "batch_size": size} for size in dict.fromkeys((1, best))}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *calls)}
     for _ in range(arguments.turns):
-        sizes = [int(size) for size in arguments.old_batch_sizes.split(",")]
-        calls = [warm, *({"every": arguments.every, "batch_size": size} for size in sizes)]
-        old = theirs(arguments.transformers_4, {**work, "calls": [dict(call) for call in calls]})[1:]
-        new = in_a_process({**work, "calls": [dict(warm), {"every": arguments.every}]})[1]
-        named = [(f"pipeline, batches of {size}", result) for size, result in zip(sizes, old, strict=True)]
-        for name, result in [*named, ("QuestionAnswerer", new)]:
-            for kind in ("seconds", "processor_seconds"):
-                key = (name, kind)
-                best[key] = min(result[kind], best.get(key, float("inf")))
-        pairs_of_answers = zip(old[0]["answers"], new["answers"], strict=True)
-        same = sum(a["answer"] == b["answer"] for a, b in pairs_of_answers)
-        print(f"equal answers: {same} of {counted}", flush=True)
-    for kind, clock in (("seconds", "elapsed"), ("processor_seconds", "of processor time")):
-        rates = {name: counted / seconds for (name, of), seconds in best.items() if of == kind}
-        for name, rate in rates.items():
-            print(f"{name}: {rate:.1f} questions a second {clock}")
-        fastest_old = max(rate for name, rate in rates.items() if name.startswith("pipeline"))
-        print(f"QuestionAnswerer against the pipeline: {rates['QuestionAnswerer'] / fastest_old:.2f} times")
+        for name, results in turns.items():
+            call = calls.get(name, counted)
+            asked = {**work, "calls": [{"every": len(pairs)}, dict(call)]}
+            results.append((in_a_process(asked) if name == OURS else theirs(arguments.transformers_4, asked))[1])
+    answers = {name: [one["answer"] for one in results[0]["answers"]] for name, results in turns.items()}
+    for name in calls:
+        same = sum(a == b for a, b in zip(answers[name], answers[OURS], strict=True))
+        print(f"equal answers of ours and the {name}: {same} of {len(answers[OURS])}")
+    print("\n".join(table(turns, len(answers[OURS]))))
 
 
 if __name__ == "__main__":
