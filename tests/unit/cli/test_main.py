@@ -57,10 +57,11 @@ OPTIONS = {
     ),
     "prepare": (
         "answers answers_column cache_dir config config_name context_column data_dir dataset_config "
-        "dataset_config_name dataset_name ddp_timeout do_lower_case doc_stride doc_stride_is id_column is_impossible_column "
-        "max_eval_examples max_query_length max_seq_length max_train_examples model_name_or_path model_type "
-        "num_proc overwrite_cache predict_file predict_split print_config question_column seed timeout tokenizer_name "
-        "train_file train_split validation_file verbose_logging version_2_with_negative windows_without_answer"
+        "dataset_config_name dataset_name ddp_timeout do_lower_case doc_stride doc_stride_is id_column "
+        "is_impossible_column max_eval_examples max_query_length max_seq_length max_train_examples "
+        "model_name_or_path model_type num_proc overwrite_cache predict_file predict_split print_config "
+        "question_column seed timeout tokenizer_name train_file train_split validation_file verbose_logging "
+        "version_2_with_negative windows_without_answer"
     ),
     "check": (
         "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config "
