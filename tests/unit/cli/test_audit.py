@@ -1,6 +1,8 @@
-"""The audit's numbers against the tokenizer's own, and its command line on real and broken files."""
+"""The audit's numbers against the tokenizer's own, and its command line on made, real and broken files."""
 
 import json
+import random
+import string
 
 import numpy as np
 import pytest
@@ -16,9 +18,40 @@ from tests.paths import DATA, MINILM, REPOSITORY, needs_real_data, needs_real_mo
 BROKEN = REPOSITORY / "tests" / "data" / "broken"
 
 
-def audit(capsys, *arguments):
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A folder with the config and the tokenizer of a BERT whose pieces are three words and all characters."""
+    import transformers
+
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, "it", "is", "blue", *characters, *(f"##{character}" for character in characters)]
+    folder = tmp_path_factory.mktemp("small-model")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    transformers.BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
+    transformers.BertConfig(vocab_size=len(pieces)).save_pretrained(folder)
+    return folder
+
+
+def made_file(path):
+    """200 questions of all lengths, three to a context."""
+    generator = random.Random(4)
+    paragraphs = []
+    for number in range(200):
+        if number % 3 == 0:
+            words = " ".join(generator.choices(["it", "is", "blue"], k=generator.randint(5, 300)))
+            paragraphs.append({"context": f"{words} blue.", "qas": []})
+        context = paragraphs[-1]["context"]
+        answers = [{"text": "blue", "answer_start": context.index("blue")}]
+        question = " ".join(generator.choices(["is", "it"], k=generator.randint(1, 20))) + "?"
+        paragraphs[-1]["qas"].append({"id": str(number), "question": question, "answers": answers})
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def audit(capsys, model, *arguments):
     with pytest.raises(SystemExit) as ended:
-        main(["audit", *map(str, arguments), "--model_name_or_path", str(MINILM)])
+        main(["audit", *map(str, arguments), "--model_name_or_path", str(model)])
     shown = capsys.readouterr()
     return ended.value.code, shown.out, shown.err
 
@@ -35,46 +68,54 @@ def whole_row_lengths(path, tokenizer, max_query_length):
     return np.array(lengths)
 
 
-@needs_real_data
-@needs_real_model
-@pytest.mark.real
-@pytest.mark.parametrize("stride", [("96", "step"), ("32", "overlap")], ids=" ".join)
-def test_lengths_and_windows_are_those_of_the_tokenizer(capsys, stride):
+def assert_numbers_are_those_of_the_tokenizer(capsys, model, path, stride, questions):
     import transformers
 
-    path = DATA / "en-v1-dev.json"
     flags = ("--max_seq_length", 160, "--max_query_length", 12, "--doc_stride", stride[0], "--doc_stride_is", stride[1])
-    code, out, _ = audit(capsys, path, "--json", *flags)
+    code, out, _ = audit(capsys, model, path, "--json", *flags)
     found = json.loads(out)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     lengths = whole_row_lengths(path, tokenizer, 12)
     assert code == 0
     assert found["lengths"] == {**quantiles(lengths), "histogram": histogram(lengths)}
-    assert found["questions"]["usable"] == len(lengths) == 807
+    assert found["questions"]["usable"] == len(lengths) == questions
     assert found["questions"]["cut"] > 0
-    assert found["windows"]["questions_with_one"] == (lengths <= 160).sum()
+    assert found["windows"]["questions_with_one"] == (lengths <= 160).sum() < questions
     # The same suggestion must come out whatever settings the audit was made with, up to the labelled answers' length.
-    assert found["suggestion"]["max_seq_length"] == int(np.ceil(np.sort(lengths)[int(0.95 * 807)] / 32) * 32)
+    assert found["suggestion"]["max_seq_length"] == int(np.ceil(np.sort(lengths)[int(0.95 * questions)] / 32) * 32)
 
 
+STRIDES = pytest.mark.parametrize("stride", [("96", "step"), ("32", "overlap")], ids=" ".join)
+
+
+@STRIDES
+def test_lengths_and_windows_are_those_of_the_tokenizer(capsys, stride, small_model, tmp_path):
+    path = made_file(tmp_path / "made.json")
+    assert_numbers_are_those_of_the_tokenizer(capsys, small_model, path, stride, 200)
+
+
+@needs_real_data
 @needs_real_model
 @pytest.mark.real
-def test_verdicts_are_shown_and_strict_fails_on_a_rejected_question(capsys):
+@STRIDES
+def test_lengths_and_windows_of_a_real_file(capsys, stride):
+    assert_numbers_are_those_of_the_tokenizer(capsys, MINILM, DATA / "en-v1-dev.json", stride, 807)
+
+
+def test_verdicts_are_shown_and_strict_fails_on_a_rejected_question(capsys, small_model):
     path = BROKEN / "text_absent.json"
-    code, out, _ = audit(capsys, path)
+    code, out, _ = audit(capsys, small_model, path)
     assert code == 0
     assert "answer text not in the context" in out
     assert f"{path}: data[0].paragraphs[0].qas[1]" in out
-    assert audit(capsys, path, "--strict")[0] == 1
-    code, out, _ = audit(capsys, path, "--strict", "--json")
+    assert audit(capsys, small_model, path, "--strict")[0] == 1
+    code, out, _ = audit(capsys, small_model, path, "--strict", "--json")
     assert code == 1
     assert json.loads(out)["questions"]["rejected_by_reason"] == {"answer text not in the context": 1}
-    assert audit(capsys, REPOSITORY / "tests/data/repairable/start_one_late.json", "--strict")[0] == 0
+    assert audit(capsys, small_model, REPOSITORY / "tests/data/repairable/start_one_late.json", "--strict")[0] == 0
 
 
-@needs_real_model
-@pytest.mark.real
-def test_findings_of_a_small_file_with_mapped_columns(capsys, tmp_path):
+def test_findings_of_a_small_file_with_mapped_columns(capsys, small_model, tmp_path):
     long = " ".join(f"word{number}" for number in range(300))
     rows = [
         {"key": 1, "question": "What?", "context": "It is blue.", "answers": {"text": ["blue"], "answer_start": [6]}},
@@ -86,7 +127,7 @@ def test_findings_of_a_small_file_with_mapped_columns(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--id_column", "key", "--version_2_with_negative", "--max_answer_length", 3)
-    found = json.loads(audit(capsys, str(path).replace("rows", "r*"), "--json", *flags)[1])
+    found = json.loads(audit(capsys, small_model, str(path).replace("rows", "r*"), "--json", *flags)[1])
     expected = {"usable": 4, "unanswerable": 1, "repeated": 2, "rejected": 1, "repaired": 0}
     assert {name: found["questions"][name] for name in expected} == expected
     assert found["answers"] == {"longest": 1, "longer_than_max_answer_length": 0, "in_no_window": 1}
@@ -97,7 +138,7 @@ def test_findings_of_a_small_file_with_mapped_columns(capsys, tmp_path):
 def test_what_cannot_be_read_is_an_error_of_one_line(capsys, tmp_path):
     path = tmp_path / "d.json"
     path.write_text('{"data": [')
-    code, out, err = audit(capsys, path)
+    code, out, err = audit(capsys, "anything", path)
     assert (code, out) == (2, "")
     assert err.startswith(f"qa-deepspeed: error: {path}: line 1, column") and err.count("\n") == 1
 

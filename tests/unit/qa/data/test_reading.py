@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qa_deepspeed.cli.sample import make_corpora
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import DataSource, read_examples
@@ -320,6 +321,30 @@ def test_real_files_are_read_whole(name, version_2, questions, unanswerable, ans
 def test_real_unanswerable_questions_need_the_flag():
     with pytest.raises(UserError, match="en-v2-dev.json: SQuAD v2.0 .*--version_2_with_negative"):
         read(DATA / "en-v2-dev.json", "evaluate")
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_a_made_corpus_is_read_whole(tmp_path, purpose):
+    """Every question in the file's order, and one object for the context of all questions of a paragraph."""
+    document = make_corpora(5, 1, 6)[1]
+    (tmp_path / "dev.json").write_text(json.dumps(document))
+    examples, report = read(tmp_path / "dev.json", purpose, True)
+    paragraphs = [paragraph for article in document["data"] for paragraph in article["paragraphs"]]
+    expected = [
+        (
+            asked["id"],
+            asked["question"],
+            paragraph["context"],
+            [(a["text"], a["answer_start"]) for a in asked["answers"]],
+        )
+        for paragraph in paragraphs
+        for asked in paragraph["qas"]
+    ]
+    found = [(e.example_id, e.question, e.context, [(a.text, a.start) for a in e.answers]) for e in examples]
+    assert found == expected
+    assert report.usable == len(expected) > report.unanswerable == sum(not golds for *_, golds in expected) > 0
+    per_object = Counter(id(one.context) for one in examples)
+    assert sorted(per_object.values()) == sorted(len(paragraph["qas"]) for paragraph in paragraphs if paragraph["qas"])
 
 
 @needs_real_data

@@ -1,10 +1,11 @@
-"""Decoding with the real feature store: gold spans go in as logits, gold answers must come out."""
+"""Decoding with a feature store of a made or a real file: gold spans go in as logits, gold answers must come out."""
 
 import json
 
 import numpy as np
 import pytest
 
+from qa_deepspeed.cli.sample import write_sample
 from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode, write_predictions
 from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.hf import decode_like_transformers
@@ -12,30 +13,41 @@ from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, 
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer, score
 from tests.paths import DATA, MINILM, needs_real_data, needs_real_model
 
-pytestmark = [needs_real_data, needs_real_model]
 QUESTIONS = 300
+MADE, REAL = "made", pytest.param("real", marks=[needs_real_data, needs_real_model])
+
+
+@pytest.fixture(scope="module", params=[MADE, REAL])
+def data(request, tmp_path_factory):
+    """(path of a v2.0 gold file, folder of a model, settings of windows)."""
+    from qa_deepspeed.qa.features.build import FeatureSettings
+
+    if request.param == "real":
+        return DATA / "en-v2-dev.json", MINILM, FeatureSettings(max_seq_length=160, doc_stride=64)
+    folder = tmp_path_factory.mktemp("made") / "sample"
+    write_sample(folder, 3, train_articles=60, dev_articles=60)
+    return folder / "dev.json", folder / "model", FeatureSettings(max_seq_length=40, doc_stride=8, max_query_length=16)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(data, tmp_path_factory):
     from transformers import AutoConfig, AutoTokenizer
 
     from qa_deepspeed.qa.cache.prepare import prepare_features
     from qa_deepspeed.qa.data.reading import DataSource
-    from qa_deepspeed.qa.features.build import FeatureSettings
     from qa_deepspeed.qa.features.families import family_of
 
-    tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    source = DataSource((str(DATA / "en-v2-dev.json"),), "evaluate", True, max_examples=QUESTIONS)
-    settings = FeatureSettings(max_seq_length=160, doc_stride=64)
-    family = family_of(AutoConfig.from_pretrained(MINILM), tokenizer)
+    path, model, settings = data
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    source = DataSource((str(path),), "evaluate", True, max_examples=QUESTIONS)
+    family = family_of(AutoConfig.from_pretrained(model), tokenizer)
     return prepare_features(source, tokenizer, family, settings, tmp_path_factory.mktemp("cache"))
 
 
 def gold_logits(store):
     """High logits where a window holds the gold answer, high null logits where it does not."""
     rows = store.take(np.arange(len(store)))
-    start, end = np.random.default_rng(0).normal(0, 1, (2, len(store), 160)).astype(np.float32)
+    start, end = np.random.default_rng(0).normal(0, 1, (2, len(store), int(store.lengths.max()))).astype(np.float32)
     start[:, 0] = end[:, 0] = 0
     holds = rows.start != rows.null_position
     every = np.arange(len(store))
@@ -61,7 +73,7 @@ def candidate_columns_of(rows, start, end, width=5):
     return Candidates(rows.feature_id, *columns, start[:, 0], end[:, 0])
 
 
-def test_gold_spans_decode_to_gold_answers(store, tmp_path):
+def test_gold_spans_decode_to_gold_answers(data, store, tmp_path):
     rows, start, end = gold_logits(store)
     settings = DecodeSettings(n_best_size=5, version_2_with_negative=True)
     golds = [Gold(example.example_id, tuple(a.text for a in example.answers)) for example in store.examples]
@@ -77,7 +89,7 @@ def test_gold_spans_decode_to_gold_answers(store, tmp_path):
         for text, *_, start in prediction.nbest:
             assert not text or example.context[start : start + len(text)] == text == text.strip()
     # the files, read back, score the same
-    whole = read_gold(str(DATA / "en-v2-dev.json"))
+    whole = read_gold(str(data[0]))
     first = whole.questions[:QUESTIONS]
     odds = read_null_odds(str(tmp_path / "null_odds.json"))
     from_files = score(first, read_predictions(str(tmp_path / "predictions.json")), odds)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qa_deepspeed.cli.sample import make_corpora
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.normalization import METRIC_LANGUAGES, normalized_tokens
 from qa_deepspeed.qa.metrics.prediction_files import read_gold
@@ -135,10 +136,31 @@ def prediction_sets(questions):
     yield "extra", {"no such question": "x", **first, "nor this": ""}
 
 
+def made_gold(folder, version_2):
+    """The path of a gold file: the questions of a made corpus, for v1.1 the answerable ones only."""
+    document = make_corpora(5, 1, 12)[1]
+    if not version_2:
+        document["version"] = "1.1"
+        for article in document["data"]:
+            for paragraph in article["paragraphs"]:
+                answerable = [asked for asked in paragraph["qas"] if asked["answers"]]
+                paragraph["qas"] = [{k: v for k, v in asked.items() if k != "is_impossible"} for asked in answerable]
+    path = folder / "gold.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def test_version_1_on_made_gold(tmp_path):
+    assert_version_1(read_gold(str(made_gold(tmp_path, False))))
+
+
 @needs_real_data
 @pytest.mark.parametrize("name", ["en-v1-dev.json", "ja-v1-sample.json"])
 def test_version_1_on_real_gold(name):
-    gold = read_gold(str(DATA / name))
+    assert_version_1(read_gold(str(DATA / name)))
+
+
+def assert_version_1(gold):
     assert not gold.version_2
     for case, predictions in prediction_sets(gold.questions):
         metrics = score(gold.questions, predictions, version_2_with_negative=False)
@@ -147,9 +169,16 @@ def test_version_1_on_real_gold(name):
         assert metrics["missing"] == len(ids - predictions.keys()) and metrics["extra"] == len(predictions.keys() - ids)
 
 
+def test_version_2_on_made_gold(tmp_path):
+    assert_version_2(read_gold(str(made_gold(tmp_path, True))))
+
+
 @needs_real_data
 def test_version_2_on_real_gold():
-    gold = read_gold(str(DATA / "en-v2-dev.json"))
+    assert_version_2(read_gold(str(DATA / "en-v2-dev.json")))
+
+
+def assert_version_2(gold):
     assert gold.version_2
     generator = random.Random(11)
     for case, predictions in prediction_sets(gold.questions):
@@ -295,24 +324,45 @@ def test_all_languages_are_covered():
     assert {case[0] for case in marks} == set(METRIC_LANGUAGES)
 
 
-@needs_real_data
+def assert_characters_count(golds):
+    cut = {gold.example_id: gold.texts[0][:-1] for gold in golds}
+    assert score(golds, cut, version_2_with_negative=False)["f1"] < 5
+    assert score(golds, cut, version_2_with_negative=False, language="ja")["f1"] > 70
+    perfect = {gold.example_id: gold.texts[0] for gold in golds}
+    assert score(golds, perfect, version_2_with_negative=False, language="ja")["exact"] == 100
+
+
 def test_characters_count_in_languages_without_spaces():
-    gold = read_gold(str(DATA / "ja-v1-sample.json"))
-    cut = {q.example_id: q.texts[0][:-1] for q in gold.questions}
-    assert score(gold.questions, cut, version_2_with_negative=False)["f1"] < 5
-    assert score(gold.questions, cut, version_2_with_negative=False, language="ja")["f1"] > 70
-    perfect = {q.example_id: q.texts[0] for q in gold.questions}
-    assert score(gold.questions, perfect, version_2_with_negative=False, language="ja")["exact"] == 100
+    golds = [Gold("a", ("日本の首都",)), Gold("b", ("京都タワー", "タワー")), Gold("c", ("富士山の頂上",))]
+    assert_characters_count(golds)
+    # four of five characters: precision 1, recall 4/5; of the second question's two gold texts the better counts
+    cut = {"a": "日本の首", "b": "タワ", "c": ""}
+    expected = 100 * (2 * 4 / 9 + 2 * 2 / 5) / 3
+    assert score(golds, cut, version_2_with_negative=False, language="ja")["f1"] == pytest.approx(expected)
 
 
 @needs_real_data
-def test_gold_files_are_read_completely():
-    for name in ("en-v1-dev.json", "en-v2-dev.json", "ja-v1-sample.json"):
-        articles = json.loads((DATA / name).read_text(encoding="utf-8"))["data"]
-        expected = collections.OrderedDict(
-            (qa["id"], tuple(answer["text"] for answer in qa["answers"]))
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]
-        )
-        assert [tuple(gold) for gold in read_gold(str(DATA / name)).questions] == list(expected.items())
+def test_characters_count_on_a_real_file():
+    assert_characters_count(read_gold(str(DATA / "ja-v1-sample.json")).questions)
+
+
+def assert_read_completely(path):
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    expected = collections.OrderedDict(
+        (qa["id"], tuple(answer["text"] for answer in qa["answers"]))
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for qa in paragraph["qas"]
+    )
+    assert [tuple(gold) for gold in read_gold(str(path)).questions] == list(expected.items())
+
+
+@pytest.mark.parametrize("version_2", [False, True])
+def test_made_gold_files_are_read_completely(tmp_path, version_2):
+    assert_read_completely(made_gold(tmp_path, version_2))
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["en-v1-dev.json", "en-v2-dev.json", "ja-v1-sample.json"])
+def test_real_gold_files_are_read_completely(name):
+    assert_read_completely(DATA / name)
