@@ -91,7 +91,9 @@ def flags(**options: object) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
-def run_many(ranks: int, runs: Mapping[str, Mapping[str, object]], folder: Path, **extra: str) -> None:
+def run_many(
+    ranks: int, runs: Mapping[str, Mapping[str, object]], folder: Path, worker: str = "worker", **extra: str
+) -> None:
     """Train several runs, one after another, in one launch of `ranks` ranks; each into folder/NAME."""
     listed = folder / f"runs-{ranks}.json"
     listed.write_text(json.dumps(runs))
@@ -102,7 +104,7 @@ def run_many(ranks: int, runs: Mapping[str, Mapping[str, object]], folder: Path,
         "--master_port",
         free_port(),
         "-m",
-        "tests.distributed.worker",
+        f"tests.distributed.{worker}",
         str(listed),
         str(folder),
     ]

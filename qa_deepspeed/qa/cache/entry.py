@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qa_deepspeed.qa.cache.waiting import HOLDER_SUFFIX, Locks
+from qa_deepspeed.qa.cache.background import BackgroundCall
+from qa_deepspeed.qa.cache.waiting import HOLDER_SUFFIX, POLL_SECONDS, Locks
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_bytes
@@ -82,18 +83,15 @@ class CacheEntry:
     def build(self, progress: ProgressCallback | None) -> dict[str, Any]:
         """Complete the entry, together with any other process that builds it; returns the manifest.
 
+        The input is read in a thread, which works while the tokenizer has released Python's lock.
+
         Raises:
             UserError: the input has nothing usable, the folder cannot be written, or another process that builds a part
                 makes no progress for the timeout.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            while (manifest := self.manifest()) is None:
-                if self._build_examples() or self._build_one_features_shard(progress) or self._build_manifest():
-                    self._locks.progress()
-                else:
-                    self._locks.wait()
-            return manifest
+            return self._build(progress)
         except OSError as error:
             raise _storage_error(self.folder, error) from error
 
@@ -151,14 +149,29 @@ class CacheEntry:
 
     # ---- building ----
 
-    def _build_examples(self) -> bool:
-        """Read the input into shards of examples; False if that is done or another process does it."""
-        if self._read_json("reading") is not None:
-            return False
+    def _build(self, progress: ProgressCallback | None) -> dict[str, Any]:
+        reading = BackgroundCall(self._build_examples)
+        try:
+            while (manifest := self.manifest()) is None:
+                if not reading.running() and self._read_json("reading") is None:
+                    reading.start()
+                if self._build_one_features_shard(progress) or self._build_manifest() or reading.wait(POLL_SECONDS):
+                    self._locks.progress()
+                else:
+                    self._locks.wait()
+        finally:
+            reading.cancel()
+        return manifest
+
+    def _build_examples(self, check: Callable[[], None]) -> bool:
+        """Read the input into shards of examples; False if that is done or another process does it.
+
+        check: called at each shard.
+        """
         with self._locks.try_lock("reading") as locked:
             if not locked or self._read_json("reading") is not None or self.manifest() is not None:
                 return False
-            statuses = self._write_examples()
+            statuses = self._write_examples(check=check)
             report = self._content.report()
             rejected = report.pop("rejected", [])
             if rejected:
@@ -167,10 +180,11 @@ class CacheEntry:
             self._write_json("reading", {"shards": len(statuses), "examples": examples, "report": report})
             return True
 
-    def _write_examples(self, only: int | None = None) -> dict[int, Status]:
+    def _write_examples(self, only: int | None = None, check: Callable[[], None] = lambda: None) -> dict[int, Status]:
         """Write the shards of examples that have no status yet, or `only` this one; returns statuses by number."""
         statuses: dict[int, Status] = {}
         for number, columns in enumerate(self._content.example_shards()):
+            check()
             name = f"examples-{number:05d}"
             status = self._read_json(name) if only is None else None
             if status is None and only in (None, number):
