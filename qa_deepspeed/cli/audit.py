@@ -138,7 +138,7 @@ def table(found: dict[str, Any]) -> list[str]:
             ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),
             ("rejected", questions["rejected"], ""),
             *((f"  {reason}", count, "") for reason, count in _commonest(questions["rejected_by_reason"])),
-            *((f"(an answer) {reason}", count, "") for reason, count in _commonest(questions["answer_faults"])),
+            *((f"answers: {reason}", count, "") for reason, count in _commonest(questions["answer_faults"])),
         ],
     )
     lines += _rows(
@@ -150,7 +150,7 @@ def table(found: dict[str, Any]) -> list[str]:
                 answers["longer_than_max_answer_length"],
                 f"never predicted: over max_answer_length {settings['max_answer_length']}",
             ),
-            ("in no window", answers["in_no_window"], "never learnt: no window holds the whole answer"),
+            ("in no window", answers["in_no_window"], "never learned: no window holds the whole answer"),
         ],
     )
     stride = f"doc_stride {settings['doc_stride']} ({settings['doc_stride_is']})"
@@ -159,7 +159,7 @@ def table(found: dict[str, Any]) -> list[str]:
         [
             ("windows", windows["total"], f"{windows['per_question']:.2f} per question, at most {windows['most']}"),
             ("questions with one", windows["questions_with_one"], ""),
-            ("without their answer", windows["without_their_answer"], "labelled as holding none"),
+            ("without their answer", windows["without_their_answer"], "labelled as no answer"),
             ("tokens", windows["tokens"], ""),
             (
                 "padding",

@@ -152,7 +152,7 @@ def _test_in_words(test: dict[str, Any]) -> str:
     if "reason" in test:
         return f"{test['b']} against {test['a']}: whether F1 differs by more than chance is unknown: {test['reason']}"
     low, high = test["f1_difference_interval"]
-    verdict = "more than chance" if test["more_than_chance"] else "no more than chance explains"
+    verdict = "significant" if test["more_than_chance"] else "not significant"
     return (
         f"{test['b']} against {test['a']}: F1 {test['f1_b']:.2f} against {test['f1_a']:.2f} on {test['total']} "
         f"questions, {test['f1_difference']:+.2f} (95% interval {low:+.2f} to {high:+.2f}, p = "

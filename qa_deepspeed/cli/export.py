@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from qa_deepspeed.engine.checkpoint import full_weights
-from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState, damage, read_loop_state
+from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState, read_loop_state, verify_checkpoint
 from qa_deepspeed.models.loading import model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters, save_weights
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
@@ -30,7 +30,7 @@ from qa_deepspeed.utils.files import move_files, write_json
 RECORD_FILE = "run.json"
 """Written last: an export that has it is whole."""
 PARTIAL = ".partial"
-"""Folder inside the export's own until everything is proved: the folder itself may be a mounted disk, or the one that
+"""Folder inside the export's own until everything is verified: the folder itself may be a mounted disk, or the one that
 the user is in."""
 
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint, arguments.out, arguments.dtype, arguments.max_shard_size, arguments.merge_lora
     )
     logits = f", logits within {record['largest_difference']:.1e}" if "largest_difference" in record else ""
-    dist.log0(f"{arguments.out} holds step {record['step']}, proved: {record['tensors']} tensors equal{logits}")
+    dist.log0(f"{arguments.out} holds step {record['step']}, verified: {record['tensors']} tensors equal{logits}")
     return 0
 
 
@@ -72,7 +72,7 @@ def export(
         UserError: the checkpoint is damaged, `out` holds something or cannot be written, there is nothing to `merge`,
             or the reload check fails (then `out` is unchanged).
     """
-    problem = damage(checkpoint)
+    problem = verify_checkpoint(checkpoint)
     if problem and (checkpoint / "config.json").is_file():
         raise UserError(f"{checkpoint} holds a finished model already: name a checkpoint-N folder of a run")
     if problem:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from qa_deepspeed.cli.run_arguments import commands_with
 from qa_deepspeed.config.options import hint, nearest, separate_flags
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError, UserError
 from qa_deepspeed.utils.home import ensure_home
 
 COMMANDS = {
@@ -119,13 +119,16 @@ def _unknown(argument: str, known: list[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 for success, 2 for a user's mistake, 130 when interrupted.
+    """Run the command line and exit: 0 for success, 1 for a lost rank, 2 for a user's mistake, 130 when interrupted.
 
     A command may have statuses of its own: `train` returns 75 after preemption.
     """
     _prepare_process()
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
+    except LostRankError as error:
+        print(f"qa-deepspeed: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the lost rank again
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(OTHER_RANKS_WAIT_SECONDS)

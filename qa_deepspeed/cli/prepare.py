@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // arguments.num_proc)))
     spawn = multiprocessing.get_context("spawn")
-    helpers = [spawn.Process(target=_help, args=(run_options, purposes)) for _ in range(arguments.num_proc - 1)]
+    helpers = [spawn.Process(target=_worker, args=(run_options, purposes)) for _ in range(arguments.num_proc - 1)]
     for helper in helpers:
         helper.start()
     try:
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _help(run_options: RunOptions, purposes: list[Any]) -> None:
+def _worker(run_options: RunOptions, purposes: list[Any]) -> None:
     """The same work in another process; the first process reports what fails."""
     try:
         _build(run_options, purposes)

@@ -28,7 +28,7 @@ RECIPE_VERSION = 1  # raise it whenever the same arguments give other files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 COMMON_WORD = 20  # occurrences from which a word is a token of its own
-NAMES_READ = 1000  # rarer words that the pieces are learnt from
+NAMES_READ = 1000  # rarer words from which the pieces are learned
 NAME_PIECES = 300
 MODEL_LENGTH = 256
 MODEL_SIZE: dict[str, Any] = {
@@ -37,12 +37,14 @@ MODEL_SIZE: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 256,
     "initializer_range": 0.06,  # at BERT's 0.02 the first hundreds of steps are lost
-    "hidden_dropout_prob": 0.0,  # nothing is seen often enough to be learnt by heart
+    "hidden_dropout_prob": 0.0,  # nothing is seen often enough to be memorized
     "attention_probs_dropout_prob": 0.0,
 }
 TRAIN_ARTICLES, DEV_ARTICLES = 4000, 90
 PARAGRAPHS = 3
-STATED_SHARE = 0.7  # of the relations of a kind, give or take one, in an article; the others are asked in vain
+STATED_SHARE = (
+    0.7  # of the relations of a kind, give or take one, in an article; questions on the others have no answer
+)
 HELD_OUT_SHARE = 4  # one figure, or combination of words, in so many is kept for the held-out articles
 
 
@@ -267,7 +269,7 @@ def learn_pieces(words: Counter[str], merges: int) -> list[str]:
     Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units, algorithm 1.
     """
     splits = {word: [word[0], *("##" + letter for letter in word[1:])] for word in sorted(words)}
-    learnt = []
+    learned = []
     for _ in range(merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in splits.items():
@@ -277,14 +279,14 @@ def learn_pieces(words: Counter[str], merges: int) -> list[str]:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merged = best[0] + best[1].removeprefix("##")
-        learnt.append(merged)
+        learned.append(merged)
         for pieces in splits.values():
             place = 0
             while place < len(pieces) - 1:
                 if (pieces[place], pieces[place + 1]) == best:
                     pieces[place : place + 2] = [merged]
                 place += 1
-    return learnt
+    return learned
 
 
 def train_vocabulary(corpus: dict[str, Any]) -> list[str]:

@@ -41,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric_language",
         choices=METRIC_LANGUAGES,
         default="en",
-        help="normalisation and word cutting: en is the official one; zh, ja and th count characters",
+        help="normalization and tokenization: en is the official one; zh, ja and th score by characters",
     )
     parser.add_argument(
-        "--confidence", action="store_true", help="add 95%% bootstrap intervals of exact and f1 (paragraphs are drawn)"
+        "--confidence",
+        action="store_true",
+        help="add 95%% bootstrap intervals of exact and f1 (resampled by paragraph)",
     )
     parser.add_argument(
         "--explain",
@@ -151,20 +153,20 @@ def _remark(metrics: dict[str, Any], names: dict[str, list[str]], version_2: boo
         share = metrics["total"] / (metrics["total"] + len(missing))
         wrong = f"exact {metrics['exact'] * share:.4f}, f1 {metrics['f1'] * share:.4f}"
         print(
-            f"{len(missing)} questions have no prediction and are left out of the totals, as by the official script "
+            f"{len(missing)} questions have no prediction and are left out of the totals, as in the official script "
             f"(counted as wrong: {wrong}): {_listed(missing)}",
             file=sys.stderr,
         )
     elif missing:
         print(f"{len(missing)} questions have no prediction and count as 0: {_listed(missing)}", file=sys.stderr)
     if extra:
-        print(f"{len(extra)} predictions are of no question in the gold file: {_listed(extra)}", file=sys.stderr)
+        print(f"{len(extra)} predictions have no matching question in the gold file: {_listed(extra)}", file=sys.stderr)
 
 
 def _remark_blanked(count: int, threshold: float) -> None:
     if count:
         print(
-            f"{count} answers count as none because their null odds exceed {threshold:g}, as by the official "
+            f"{count} answers count as none because their null odds exceed {threshold:g}, as in the official "
             "script (--null_odds_threshold none takes the answers as they are)",
             file=sys.stderr,
         )

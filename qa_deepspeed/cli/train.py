@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError, UserError
 
 DEPRECATED = {
     "fp16_opt_level": "apex levels are DeepSpeed precisions now: O0 float32, O1 torch_autocast, O2 fp16",
@@ -75,7 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
         lost = dist.explain_lost_rank(error)
         if lost is None:
             raise
-        print(f"qa-deepspeed: error: {lost}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the lost rank again
+        raise LostRankError(lost) from None
     dist.destroy()
     return 0

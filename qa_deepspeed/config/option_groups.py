@@ -243,7 +243,7 @@ class EngineOptions:
     bf16: bool = option(False, DEVICE, "train and evaluate in bfloat16")
     fp16: bool = option(False, DEVICE, "train and evaluate in float16 with loss scaling (GPU only)")
     no_cuda: bool = option(False, DEVICE, "run on the CPU even if there is a GPU")
-    timeout: int = option(600, (*RUN, "prepare"), "seconds until a rank or builder that hangs is given up")
+    timeout: int = option(600, (*RUN, "prepare"), "seconds before a hung rank or builder is treated as failed")
 
 
 @dataclass(frozen=True)

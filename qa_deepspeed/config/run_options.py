@@ -72,7 +72,7 @@ class RunOptions(
         return (named,) if os.path.exists(named) else tuple(part for part in named.split(",") if part)
 
 
-LEAST = {
+MINIMUM = {
     "logging_steps": 1,
     "per_gpu_eval_batch_size": 1,
     "n_best_size": 1,
@@ -93,8 +93,8 @@ SEEDS = 2**32
 
 
 def check_counts(options: RunOptions) -> None:
-    """Raises UserError for a number that is too small, or none at all."""
-    for name, least in LEAST.items():
+    """Raises UserError for a number that is too small or not finite."""
+    for name, least in MINIMUM.items():
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"{name} must be at least {least}, not {value}")
@@ -105,7 +105,7 @@ def check_counts(options: RunOptions) -> None:
 
 
 def check_objective(options: RunOptions) -> None:
-    """Raises UserError where the options of the loss and of micro-batches by tokens cannot be had together."""
+    """Raises UserError where the options of the loss and of micro-batches by tokens conflict."""
     if options.objective == "marginal" and options.answers != "all":
         raise UserError("objective marginal sums over all gold spans: it needs --answers all")
     if not 0 <= options.label_smoothing < 1:

@@ -22,13 +22,13 @@ import torch
 
 from qa_deepspeed.engine.checkpoint_files import (
     LoopState,
-    damage,
     flush_folder,
     read_loop_state,
     remove,
     remove_leftovers,
     remove_old,
     total_bytes,
+    verify_checkpoint,
     write_loop_state,
     write_manifest,
 )
@@ -45,7 +45,7 @@ def checkpoint_bytes(parameters: int, trained: int) -> int:
     return 4 * parameters + 12 * trained
 
 
-class Checkpoints:
+class CheckpointWriter:
     """Writes the checkpoints of one run and limits their number. Every rank has one; its methods are collective."""
 
     def __init__(self, engine: Engine, output_dir: Path, limit: int | None) -> None:
@@ -162,7 +162,7 @@ def full_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[s
     Raises:
         UserError: the checkpoint is damaged, or parts of it are not on this disk.
     """
-    problem = damage(checkpoint)
+    problem = verify_checkpoint(checkpoint)
     if problem:
         raise UserError(f"{checkpoint} is damaged: {problem}")
     return _shards(checkpoint, read_loop_state(checkpoint)).weights(dtype)

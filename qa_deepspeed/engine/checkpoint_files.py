@@ -167,8 +167,8 @@ def write_manifest(folder: Path) -> None:
     flush_folder(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint is invalid, as a phrase; None if every file is there with its size and checksum."""
+def verify_checkpoint(folder: Path) -> str | None:
+    """Verify a checkpoint: why it is damaged, as a phrase, or None if every file has its size and checksum."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -186,7 +186,7 @@ def damage(folder: Path) -> str | None:
         found = threads.map(lambda name: sha256_of(folder / name, bar), listed)
         for name, digest in zip(listed, found, strict=True):
             if digest != listed[name][1]:
-                return f"{name} does not hold what was written (its checksum differs)"
+                return f"{name} is corrupted (its SHA-256 differs from the manifest)"
     return None
 
 

@@ -174,7 +174,7 @@ def _is_quoted_number(value: Any) -> bool:
 
 def _describe_wrong(key: str, value: Any, default: Any) -> str:
     if _is_quoted_number(value):
-        return f"{key} is {json.dumps(value)}, a number in quotes: take the quotes away"
+        return f"{key} is {json.dumps(value)}, a number in quotes: remove the quotes"
     kind = "true or false" if isinstance(default, bool) else "a number" if isinstance(default, float) else "an integer"
     return f"{key} is {json.dumps(value)}: it must be {kind}"
 

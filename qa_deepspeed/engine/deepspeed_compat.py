@@ -84,7 +84,7 @@ def check_supported() -> None:
     constants = importlib.import_module("deepspeed.checkpoint.constants")
     for name, text in CHECKPOINT_KEYS.items():
         if getattr(constants, name, None) != text:
-            raise unsupported("deepspeed", f"calls '{text}' in checkpoints otherwise ({name})")
+            raise unsupported("deepspeed", f"uses another checkpoint key than '{text}' ({name})")
     texts = names_used_in(importlib.import_module("deepspeed.runtime.fp16.loss_scaler").DynamicLossScaler)
     if not any(LOSS_SCALE_EXHAUSTED in text for text in texts):
         raise unsupported("deepspeed", f"has no message '{LOSS_SCALE_EXHAUSTED}'")
@@ -152,7 +152,7 @@ def set_gradient_clipping(optimizer: Any, norm: float) -> None:
 
 
 def restart_schedule(schedule: Any, base_rates: list[float], updates: int) -> list[float]:
-    """Set a LambdaLR of torch to its state after so many updates; returns the learning rates of the groups."""
+    """Set a LambdaLR of torch to its state after this many updates; returns the learning rates of the groups."""
     schedule.base_lrs, schedule.last_epoch = base_rates, updates
     rates = [base * rule(updates) for base, rule in zip(base_rates, schedule.lr_lambdas, strict=True)]
     schedule._last_lr = rates

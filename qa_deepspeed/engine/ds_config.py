@@ -185,13 +185,13 @@ def check_trainable(resolved: ResolvedConfig) -> None:
     for key in ("writer", "load_universal"):
         if resolved.config.get("checkpoint", {}).get(key):
             raise UserError(
-                f"{resolved.name}: checkpoint.{key} does not go with this trainer's checkpoints, which are "
+                f"{resolved.name}: checkpoint.{key} is not supported by this trainer's checkpoints, which are "
                 "complete or absent, and load at any world size without conversion: take it out"
             )
     if resolved.precision == "fp16" and resolved.zero_stage == 0:
         raise UserError(
-            "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients are divided by "
-            "the loss scale twice): use --deepspeed_config zero1 or zero2, or --bf16"
+            "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients are divided by the loss "
+            "scale, but the loss is not multiplied by it): use --deepspeed_config zero1 or zero2, or --bf16"
         )
     zero = resolved.config.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):

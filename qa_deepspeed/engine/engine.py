@@ -73,7 +73,7 @@ class EvalModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in evaluation mode (no dropout); afterwards in its mode of before."""
+        """Inside, the model is in evaluation mode (no dropout); afterwards the previous mode is restored."""
         training = self.module.training
         self.module.eval()
         try:
@@ -155,7 +155,7 @@ class Engine(EvalModel):
         self._engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one micro-batch's loss. DeepSpeed divides it by the accumulation steps; we never do."""
+        """Add the gradient of one micro-batch's loss, which DeepSpeed divides by the accumulation steps."""
         self._engine.backward(loss)
 
     def step(self, want_norm: bool) -> None:

@@ -1,4 +1,4 @@
-"""Measured peak FLOP/s of a device, and FLOPs of a training step: the two parts of MFU (model FLOPs utilisation)."""
+"""Measured peak FLOP/s of a device, and FLOPs of a training step: the two parts of MFU (model FLOPs utilization)."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class MemoryEstimate:
     bus: int
 
     def host_of(self, ranks: int) -> int:
-        """Peak host memory of a node with so many ranks."""
+        """Peak host memory of a node with this many ranks."""
         return max(self.host, self.loading) * ranks
 
     def device(self, checkpointing: bool = False) -> int:
@@ -168,8 +168,8 @@ score for dropout), relative to torch's attention (three float32 matrices)."""
 def estimate_cpu_memory(
     model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
 ) -> MemoryEstimate:
-    """Estimate for a CPU rank, all of it in `host`. Freed blocks are kept for the next step, so that tensors add up
-    that do not exist at the same time."""
+    """Estimate for a CPU rank, all of it in `host`. Freed blocks are kept for the next step, so that the peak sums
+    tensors that are not live together."""
     on_gpu = estimate_memory(model, zero, ranks, element, accumulation)
     partition = -(-model.parameters // ranks)
     buffers = element * _buffers_on_cpu(model, zero, ranks)

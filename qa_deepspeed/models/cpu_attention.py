@@ -164,7 +164,7 @@ class _DroppedAttention(torch.autograd.Function):
 
 
 def _split(values: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """`values` `[heads, ...]` in parts of so many heads."""
+    """`values` `[heads, ...]` in parts of this many heads."""
     return torch.split(values, heads)
 
 

@@ -93,7 +93,7 @@ class SpanHead:
 
 
 class BeamHead:
-    """Ends that depend on the start, and a separate score for "no answer": the head of XLNet and XLM.
+    """End logits conditioned on the start, and a separate score for "no answer": the head of XLNet and XLM.
 
     The model returns the start_n_top best starts and, for each, the end_n_top best ends (probabilities, though they are
     named `..._log_probs`), and whether the question is unanswerable (`cls_logits`). Sources: forward of

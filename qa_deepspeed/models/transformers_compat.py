@@ -60,7 +60,7 @@ def check_supported() -> None:
 
     arguments = list(inspect.signature(getattr(PreTrainedModel, READER)).parameters)
     if arguments[: len(READER_ARGUMENTS)] != READER_ARGUMENTS:
-        raise unsupported("transformers", f"reads weights by other arguments ({', '.join(arguments)})")
+        raise unsupported("transformers", f"has another signature for reading weights ({', '.join(arguments)})")
 
 
 @functools.cache

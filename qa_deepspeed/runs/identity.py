@@ -11,7 +11,7 @@ from qa_deepspeed.engine.checkpoint_files import LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig, section_in_words
 from qa_deepspeed.utils.errors import UserError
 
-OWN_NUMBERS = (
+FINGERPRINT_OPTIONS = (
     "model_name_or_path",
     "learning_rate",
     "lr_scheduler_type",
@@ -25,7 +25,7 @@ OWN_NUMBERS = (
 )
 """Options that are parts of the fingerprint themselves."""
 
-BEHIND = {
+OPTIONS_OF_PART = {
     "features": (
         "train_file",
         "data_dir",
@@ -52,7 +52,7 @@ BEHIND = {
 FIXED = ("head", "optimizer", "scheduler", "lora")
 """Parts that the weights or the optimizer state of a checkpoint depend on: they can never change."""
 
-FOLLOWS = {"steps": ("features", "global_batch_size")}
+CHANGES_WITH = {"steps": ("features", "global_batch_size")}
 """Part -> the parts that it follows: it may change when one of them may."""
 
 
@@ -63,8 +63,8 @@ def run_fingerprint(resolved: ResolvedConfig, features: str, steps: int, head: s
         features: fingerprint of the training rows. head: as `loading.head_kind`.
     """
     options = resolved.options
-    adapters = [getattr(options, name) for name in BEHIND["lora"]] if options.lora_rank is not None else None
-    return {name: getattr(options, name) for name in OWN_NUMBERS} | {
+    adapters = [getattr(options, name) for name in OPTIONS_OF_PART["lora"]] if options.lora_rank is not None else None
+    return {name: getattr(options, name) for name in FINGERPRINT_OPTIONS} | {
         "lora": adapters,
         "features": features,
         "steps": steps,
@@ -89,10 +89,10 @@ def refuse_changes(
         UserError: each difference with its name, old and new value.
     """
     allowed = _allowed(options)
-    allowed |= {name for name, causes in FOLLOWS.items() if allowed & set(causes)}
+    allowed |= {name for name, causes in CHANGES_WITH.items() if allowed & set(causes)}
     different = [
         name
-        for name in dict.fromkeys((*OWN_NUMBERS, *BEHIND, *FIXED))
+        for name in dict.fromkeys((*FINGERPRINT_OPTIONS, *OPTIONS_OF_PART, *FIXED))
         if theirs.get(name) != ours.get(name) and name not in allowed
     ]
     if not different:
@@ -108,13 +108,13 @@ def refuse_changes(
 
 def _allowed(options: RunOptions) -> set[str]:
     """Parts of the fingerprint that `resume_with_changes` names, by their own names or those of their options."""
-    parts = {name: name for name in (*OWN_NUMBERS, *BEHIND) if name not in FIXED}
-    parts |= {option: part for part, behind in BEHIND.items() if part not in FIXED for option in behind}
+    parts = {name: name for name in (*FINGERPRINT_OPTIONS, *OPTIONS_OF_PART) if name not in FIXED}
+    parts |= {option: part for part, behind in OPTIONS_OF_PART.items() if part not in FIXED for option in behind}
     named = [name.strip() for name in (options.resume_with_changes or "").split(",") if name.strip()]
     for name in named:
         if name not in parts:
             raise UserError(
-                f"resume_with_changes names '{name}', which always may change, never may, or is no option"
+                f"resume_with_changes names '{name}', which is unknown, can always change, or can never change"
                 f"{nearest(name, parts)}"
             )
     return {parts[name] for name in named}
@@ -129,7 +129,7 @@ def _difference(name: str, old: Any, new: Any, their_options: Mapping[str, Any],
     ours = options.to_dict()
     changed = [
         f"{option} was {their_options[option]}, is {ours[option]}"
-        for option in BEHIND.get(name, ())
+        for option in OPTIONS_OF_PART.get(name, ())
         if option in their_options and their_options[option] != ours[option]
     ]
     if changed:

@@ -34,7 +34,7 @@ class RunLock:
                 holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip()
                 os.close(self._handle)
                 raise UserError(
-                    f"another run is at work in {output_dir} ({holder or 'unknown process'}): wait until it ends, or "
+                    f"another run is using {output_dir} ({holder or 'unknown process'}): wait until it ends, or "
                     "pass another --output_dir"
                 )
             time.sleep(0.2)

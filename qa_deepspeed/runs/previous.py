@@ -1,6 +1,6 @@
 """--overwrite_output_dir: the earlier run is moved aside, and deleted when the new run has saved something.
 
-A start that fails puts it back; so does the next start after a kill.
+It is put back when the start fails, or at the next start if the process was killed.
 """
 
 from __future__ import annotations

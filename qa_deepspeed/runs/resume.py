@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import checkpoints, damage, newest_first, read_loop_state
+from qa_deepspeed.engine.checkpoint_files import checkpoints, newest_first, read_loop_state, verify_checkpoint
 from qa_deepspeed.runs.folder import RUN_FILE, files_of_run, holds_files
 from qa_deepspeed.runs.identity import may_change, refuse_changes
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
@@ -121,14 +121,14 @@ def select_checkpoint(output_dir: Path, asked: str, fingerprint: dict[str, Any])
     acting = dist.is_first_on_filesystem(output_dir)
     found = newest_first(output_dir, fingerprint) if auto else [named_checkpoint(asked)]
     for name in dist.broadcast_json([str(path) for path in found]):
-        problem = damage(Path(name)) if acting else None
+        problem = verify_checkpoint(Path(name)) if acting else None
         if problem:
             dist.log_rank(f"{name} is damaged and not used: {problem}")
         if not dist.all_reduce_sum([problem is not None])[0]:
             return Path(name)
     if auto:
         raise UserError(
-            f"no checkpoint in {output_dir} is whole, see above: put a good one there, or start again with "
+            f"all checkpoints in {output_dir} are damaged, see above: restore one, or start again with "
             "--overwrite_output_dir"
         )
     raise UserError(

@@ -19,7 +19,7 @@ from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import apply_umask
 from qa_deepspeed.utils.progress import ProgressBar
 
-PROBE_FILE = "probe.safetensors"
+REFERENCE_FILE = "probe.safetensors"
 """File of a checkpoint that holds its `ReferenceOutputs`."""
 
 REFERENCE_ROWS = 4
@@ -67,16 +67,16 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
 
 
 def save_reference_outputs(folder: Path, reference: ReferenceOutputs) -> None:
-    """Write `PROBE_FILE` into a checkpoint."""
+    """Write `REFERENCE_FILE` into a checkpoint."""
     tensors = {f"inputs.{name}": value.contiguous() for name, value in reference.inputs.items()}
     tensors |= {f"outputs.{name}": value.contiguous() for name, value in reference.outputs.items()}
-    save_file(tensors, folder / PROBE_FILE)
-    apply_umask(folder / PROBE_FILE)
+    save_file(tensors, folder / REFERENCE_FILE)
+    apply_umask(folder / REFERENCE_FILE)
 
 
 def load_reference_outputs(folder: Path, precision: str, device: str) -> ReferenceOutputs:
-    """Read `PROBE_FILE` of a checkpoint; precision and device are those of its loop state."""
-    tensors = load_file(folder / PROBE_FILE)
+    """Read `REFERENCE_FILE` of a checkpoint; precision and device are those of its loop state."""
+    tensors = load_file(folder / REFERENCE_FILE)
     parts = {
         part: {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
         for part in ("inputs.", "outputs.")

@@ -63,7 +63,7 @@ class BestCheckpoint:
         return False
 
     @property
-    def exhausted(self) -> bool:
+    def should_stop_early(self) -> bool:
         """Whether early stopping applies: no better value in the last `early_stopping_patience` evaluations."""
         return self._patience is not None and self.waited >= self._patience
 

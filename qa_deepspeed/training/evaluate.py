@@ -55,7 +55,7 @@ def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
     if options.gather == "full" and head.null_score_is_odds:
         raise UserError("a beam head has no logits of whole rows: leave --gather full out, and decode exact")
     if options.metric_for_best_model == LOSS and head.null_score_is_odds:
-        raise UserError("a beam head answers or tells its loss, not both at once: take --metric_for_best_model f1")
+        raise UserError("a beam head cannot compute answers and loss in one pass: use --metric_for_best_model f1")
     return head
 
 

@@ -84,13 +84,13 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
         engine.device, training_flops(engine.module, run.model_config), engine.measured_peak_flops()
     )
     guard = NonfiniteLossGuard(engine.device)
-    writer = checkpoint.Checkpoints(engine, run.output_dir, options.save_total_limit)
+    writer = checkpoint.CheckpointWriter(engine, run.output_dir, options.save_total_limit)
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
     number = first_step
     for step, step_rows in _steps(run, first_step):
-        if run.best.exhausted:
+        if run.best.should_stop_early:
             dist.log0(f"early stopping: {run.best.metric} was best at step {run.best.step}")
             break
         number = step + 1

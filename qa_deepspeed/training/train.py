@@ -13,7 +13,7 @@ import transformers
 from qa_deepspeed.config.batch_plan import keep_global_batch_size, total_steps
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint, compiled_ops, ds_config, zero3_loading
-from qa_deepspeed.engine.checkpoint_files import damage, read_loop_state, rename_by_rows
+from qa_deepspeed.engine.checkpoint_files import read_loop_state, rename_by_rows, verify_checkpoint
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
@@ -189,7 +189,7 @@ def _best_before(run: Run, done: int) -> Path | None:
     if name is None or name == f"checkpoint-{done}":
         return None
     folder = run.output_dir / name
-    problem = dist.run_on_rank_zero(lambda: damage(folder))
+    problem = dist.run_on_rank_zero(lambda: verify_checkpoint(folder))
     if problem:
         dist.log0(f"{folder}: {problem}; ending with the model of step {done} instead of the best")
         return None

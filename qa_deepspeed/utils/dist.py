@@ -24,7 +24,7 @@ import torch
 import torch.distributed as torch_distributed
 from tqdm import tqdm
 
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError, UserError
 from qa_deepspeed.utils.supported import require_names
 from qa_deepspeed.utils.threads import wait_until_threads_are_idle
 
@@ -200,7 +200,7 @@ def explain_collective_errors(stage: str) -> Iterator[None]:
     """Inside, which is `stage`, a collective that fails for the loss of another rank says so.
 
     Raises:
-        UserError: in place of the communication library's error, as `explain_lost_rank`.
+        LostRankError: in place of the communication library's error, as `explain_lost_rank`.
     """
     before = _stage
     set_stage(stage)
@@ -210,7 +210,7 @@ def explain_collective_errors(stage: str) -> Iterator[None]:
         lost = explain_lost_rank(error)
         if lost is None:
             raise
-        raise UserError(lost) from None
+        raise LostRankError(lost) from None
     finally:
         set_stage(before)
 

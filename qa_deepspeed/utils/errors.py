@@ -1,4 +1,4 @@
-"""The one exception that users see as a single line instead of a traceback."""
+"""The exceptions that users see as a single line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     The message is one line: what is wrong, where, and what to do. The command line prints it and exits with status 2.
     Mistakes of this program are `assert`s.
+    """
+
+
+class LostRankError(UserError):
+    """Another rank has ended or does not answer.
+
+    The command line exits with status 1: launchers restart such a run, but not one that ends with a user's mistake.
     """

@@ -1,7 +1,8 @@
 """Supported versions of the libraries, and the check that the private names in use are there.
 
-Private names stand in engine/deepspeed_compat.py (DeepSpeed), models/transformers_compat.py (Transformers, peft) and
-utils/dist.py (torch.distributed). Each of these files lists its names and checks them at start.
+Private names are used only in engine/deepspeed_compat.py and engine/config_check.py (DeepSpeed),
+models/transformers_compat.py (Transformers, peft) and utils/dist.py (torch.distributed). Each of these files lists its
+names and checks them at start.
 """
 
 from __future__ import annotations

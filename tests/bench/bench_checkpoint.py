@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import qa_deepspeed.training.train as trainer
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint
-from qa_deepspeed.engine.checkpoint_files import LoopState, damage, total_bytes
+from qa_deepspeed.engine.checkpoint_files import LoopState, total_bytes, verify_checkpoint
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.models.facts import model_facts
@@ -91,7 +91,7 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
         {},
         {},
     )
-    writer = checkpoint.Checkpoints(engine, folder, None)
+    writer = checkpoint.CheckpointWriter(engine, folder, None)
     ours, plain = folder / "checkpoint-1", folder / "plain"
     plain.mkdir(exist_ok=True)
     times: dict[str, list[float]] = {}
@@ -101,7 +101,7 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
 
     for _ in range(repeats):
         take("save", lambda: writer.save(state))
-        take("check", lambda: damage(ours) if dist.is_rank_zero() else None)
+        take("check", lambda: verify_checkpoint(ours) if dist.is_rank_zero() else None)
         take("load", lambda: checkpoint.load(engine, ours, state))
         mine = sorted(ours.glob("*.pt"))[dist.rank() :: dist.world_size()]
         states = read(mine)

@@ -259,7 +259,7 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
     import qa_deepspeed.training.loop as loop
     import qa_deepspeed.training.train as trainer
     from qa_deepspeed.cli.main import main
-    from qa_deepspeed.engine.checkpoint import Checkpoints
+    from qa_deepspeed.engine.checkpoint import CheckpointWriter
 
     rank = os.environ["RANK"]
 
@@ -296,7 +296,7 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
     for owner, function, phase in (
         (trainer, "_features", "features"),
         (trainer, "_resume", "loading"),
-        (Checkpoints, "save", "save"),
+        (CheckpointWriter, "save", "save"),
         (loop, "evaluate", "evaluation"),
         (trainer, "_save_verified", "export"),
         (trainer, "finish_run", "finishing"),

@@ -26,7 +26,13 @@ from safetensors.torch import load_file
 from qa_deepspeed.cli.export import export
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoint import full_weights
-from qa_deepspeed.engine.checkpoint_files import LOOP_FILE, MANIFEST_FILE, checkpoints, damage, read_loop_state
+from qa_deepspeed.engine.checkpoint_files import (
+    LOOP_FILE,
+    MANIFEST_FILE,
+    checkpoints,
+    read_loop_state,
+    verify_checkpoint,
+)
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.shards import Shards
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
@@ -121,7 +127,7 @@ def damaged_checkpoints_are_named_and_passed_over() -> None:
     on_first(lambda: noise(next((folder / "checkpoint-4").glob("*rank_1*optim_states.pt"))))
     printed = run(name)
     assert f"checkpoint-6 is damaged and not used: {LOOP_FILE} is missing" in printed, printed
-    assert "optim_states.pt does not hold what was written" in printed, printed
+    assert "optim_states.pt is corrupted" in printed, printed
     assert "checkpoint-2, step 2 of 6" in printed, printed
     assert same_model("whole", name)
 
@@ -143,9 +149,9 @@ def every_file_of_a_checkpoint_is_watched() -> None:
                 Path.unlink,
             ):
                 spoil(path)
-                assert path.name in (damage(folder) or ""), (path, damage(folder))
+                assert path.name in (verify_checkpoint(folder) or ""), (path, verify_checkpoint(folder))
                 path.write_bytes(content)
-        assert damage(folder) is None
+        assert verify_checkpoint(folder) is None
 
     on_first(check)
 
@@ -342,7 +348,7 @@ def lines_of(act: Callable[[], Any]) -> tuple[Any, list[str]]:
     return result, written.getvalue().splitlines()
 
 
-def exports_are_proved_from_every_stage() -> None:
+def exports_are_verified_from_every_stage() -> None:
     """Float32 gives the engine's logits, bfloat16 the rounded weights, several files the same as one."""
 
     def check() -> None:
@@ -424,7 +430,7 @@ SCENES = (
     changes_are_refused_by_name_unless_named,
     the_best_model_stays_and_is_the_end,
     a_changed_batch_keeps_the_best_model,
-    exports_are_proved_from_every_stage,
+    exports_are_verified_from_every_stage,
     two_ranks_stop_in_mid_epoch,
 )
 LATER = (one_rank_resumes_and_stops, two_ranks_finish_what_one_resumed)

@@ -121,7 +121,7 @@ def the_adapter_is_evaluated_at_any_stage() -> None:
 
 
 def half_precision_trains_too() -> None:
-    """Also where parameters are born partitioned; what is saved is proved in either case."""
+    """Also where parameters are created partitioned; what is saved is verified in either case."""
     for stage in ("zero2", "zero3"):
         run(f"half-{stage}", deepspeed_config=stage, bf16=True, max_steps=2, do_eval=False)
         if dist.is_rank_zero():

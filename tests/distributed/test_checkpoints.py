@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qa_deepspeed.engine.checkpoint_files import checkpoints, damage, step_of
+from qa_deepspeed.engine.checkpoint_files import checkpoints, step_of, verify_checkpoint
 from tests.distributed.launching import alone, by_deepspeed, by_torchrun, environment, flags, free_port, run
 from tests.paths import REPOSITORY
 
@@ -122,7 +122,7 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(
     (checkpoint,) = checkpoints(tmp_path / "run")
     line = f"preempted by {reason} after step {step_of(checkpoint)} of 100000"
     assert line in printed, printed[-2000:] + errors[-2000:]
-    assert damage(checkpoint) is None
+    assert verify_checkpoint(checkpoint) is None
 
 
 @pytest.mark.slow

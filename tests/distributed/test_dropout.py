@@ -81,8 +81,7 @@ def assert_same_weights(runs: Path, name: str, other: str) -> None:
 def test_masks_differ_by_step_micro_batch_and_rank(runs: Path) -> None:
     """No mask is drawn twice in a run: not in one forward pass, nor in another."""
     drawn = masks(runs, "plain")
-    per_forward = len(drawn[0]) / (2 * STEPS)
-    assert len(drawn[0]) == len(drawn[1]) and per_forward == int(per_forward) > 4
+    assert len(drawn[0]) == len(drawn[1]) >= 4 * 2 * STEPS  # several in each forward pass
     together = [*drawn[0], *drawn[1]]
     assert len(set(together)) == len(together)
     assert 0.7 < np.mean([bit == "1" for mask in together for bit in mask]) < 0.9
@@ -99,7 +98,8 @@ def test_a_resumed_run_draws_the_masks_of_the_steps_that_are_left(runs: Path, na
     np.testing.assert_array_equal(losses(runs / name), losses(runs / "plain")[SAVED:])
     assert_same_weights(runs, name, "plain")
     for resumed, plain in zip(masks(runs, name), masks(runs, "plain"), strict=True):
-        assert resumed == plain[len(plain) * SAVED // STEPS :]
+        assert 0.4 < len(resumed) / len(plain) < 0.6  # a batch with less padding may need fewer masks
+        assert resumed == plain[-len(resumed) :]
 
 
 def test_recomputed_activations_have_the_same_masks(runs: Path) -> None:

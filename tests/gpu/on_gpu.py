@@ -21,7 +21,7 @@ gpu_marks = [
 ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"), "DS_ACCELERATOR": "cuda"}
 
 SHORT_RUN = {"max_steps": 60, "adam_epsilon": 1e-3}
-"""Long enough for the generated corpus to be learnt from; epsilon keeps Adam from making updates out of rounding."""
+"""Long enough for the generated corpus to be learned from; epsilon keeps Adam from making updates out of rounding."""
 
 
 def train_at_once(launches: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path, **extra: str) -> None:

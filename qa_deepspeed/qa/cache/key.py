@@ -24,12 +24,12 @@ SETTLED_SECONDS = 2.0
 FORMAT_VERSION = 1
 """The version of what a cache entry holds. Raise it by hand with every change of the features or of the files.
 
-A golden test fails when features of a fixed input change while this number does not. Version 1 has entries of before
+A golden test fails when features of a fixed input change while this number does not. Version 1 has entries built before
 text that spells special tokens (`</s>`, `[SEP]`) was encoded as text: such data needs --overwrite_cache once.
 """
 
 _KEYED_AS = {1: "a6ccc69e252a31f27080610309dd3859fb54873acaa37f6befbf785db6217882"}
-"""Versions that enter the key as another text: version 1 was a digest of source files, so its entries are found."""
+"""Legacy text hashed in place of a version: version 1 was a digest of source files, so its entries are found."""
 
 
 def cache_key(

@@ -1,4 +1,4 @@
-"""From files to validated examples: the one way in which questions enter the product."""
+"""From files to validated examples: the only entry point for questions."""
 
 from __future__ import annotations
 

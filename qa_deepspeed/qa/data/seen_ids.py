@@ -18,7 +18,7 @@ class SeenIds:
 
     def add(self, example_id: str) -> bool:
         """Remember an id; False if it was there already."""
-        # ZeroSettings marks an empty slot, so a hash never is zero.
+        # 0 marks an empty slot, so a hash is never 0.
         code = (hash(example_id) & 0xFFFFFFFFFFFFFFFF) or 1
         slots = self._slots
         slot = _slot_of(slots, code)

@@ -55,7 +55,7 @@ def version_2_error(where: str) -> UserError:
     return UserError(f"{where}: SQuAD v2.0 data with unanswerable questions; pass --version_2_with_negative to read it")
 
 
-def stands_at(context: str, text: str, start: int) -> bool:
+def matches_at(context: str, text: str, start: int) -> bool:
     """Whether a text that is not blank stands at a place of the context."""
     return start >= 0 and text != "" and context.startswith(text, start) and not text.isspace()
 
@@ -71,7 +71,7 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     Raises:
         Fault: the answer is not there and cannot be repaired.
     """
-    if stands_at(context, text, start):
+    if matches_at(context, text, start):
         return text, start
     stripped = text.strip()
     if not stripped:
@@ -111,7 +111,7 @@ def _joins(character: str) -> bool:
 
 
 class Validator:
-    """Judges passages one after another and keeps the report. It remembers the ids, so one validator sees all files."""
+    """Validates passages one after another and keeps the report and the ids: one validator sees all files."""
 
     def __init__(self, purpose: Purpose, version_2_with_negative: bool, report: ReadReport) -> None:
         self._training = purpose == "train"
@@ -252,7 +252,7 @@ def _faultless_answers(context: str, answers: Any) -> tuple[Answer, ...]:
     except (KeyError, TypeError, ValueError):
         return ()
     for text, start in pairs:
-        if not (type(start) is int and type(text) is str and stands_at(context, text, start)):
+        if not (type(start) is int and type(text) is str and matches_at(context, text, start)):
             return ()
         located.append(Answer(text, start))
     return tuple(located)

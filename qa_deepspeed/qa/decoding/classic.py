@@ -59,7 +59,7 @@ def _is_punctuation(character: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def final_text(predicted: str, original: str, do_lower_case: bool) -> str:
-    """The part of `original` (whole words) that corresponds to the tokenised `predicted`.
+    """The part of `original` (whole words) that corresponds to the tokenized `predicted`.
 
     Both are aligned by their characters other than spaces; if that fails, all of `original` is the answer.
     """

@@ -15,9 +15,9 @@ import torch
 from qa_deepspeed.qa.features.store import FeatureRows
 
 LENGTH_MULTIPLE = 8
-"""Rows are padded to a multiple of this many tokens: kind to matrix units, and fewer shapes."""
+"""Rows are padded to a multiple of this many tokens: efficient on tensor cores, and fewer shapes."""
 
-WINDOW_BATCHES = 50
+BUCKET_BATCHES = 50
 """Global batches whose rows are sorted by length together: enough for little padding, few enough to stay random."""
 
 DUMMY_ROW = -1
@@ -25,9 +25,9 @@ DUMMY_ROW = -1
 
 
 def epoch_order(lengths: np.ndarray, global_rows: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of every optimizer step of an epoch; rows of one step are near in length, the steps in random order.
+    """The sampler: the rows of every optimizer step of an epoch. Rows of one step have similar lengths.
 
-    The rows are shuffled, cut into windows of `WINDOW_BATCHES` global batches, sorted by length inside each window and
+    The rows are shuffled, cut into buckets of `BUCKET_BATCHES` global batches, sorted by length inside each bucket and
     cut into global batches, which are shuffled over the whole epoch. The remainder is drawn before the sorting, so the
     last, partial batch is a random sample of all lengths.
 
@@ -42,8 +42,8 @@ def epoch_order(lengths: np.ndarray, global_rows: int, seed: int, epoch: int) ->
     order = random.permutation(len(lengths))
     whole = len(order) // global_rows * global_rows
     batches: list[np.ndarray] = []
-    for begin in range(0, whole, WINDOW_BATCHES * global_rows):
-        window = order[begin : min(begin + WINDOW_BATCHES * global_rows, whole)]
+    for begin in range(0, whole, BUCKET_BATCHES * global_rows):
+        window = order[begin : min(begin + BUCKET_BATCHES * global_rows, whole)]
         window = window[np.argsort(-lengths[window], kind="stable")]
         batches += list(window.reshape(-1, global_rows))
     batches = [batches[index] for index in random.permutation(len(batches))]
@@ -157,7 +157,7 @@ class Batch:
 
 
 def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layout: Layout) -> Batch:
-    """Pad the rows to one length. An empty `rows` gives one dummy row (a copy of row 0 with weight 0)."""
+    """Collate: pad the rows to one length. An empty `rows` gives one dummy row (a copy of row 0 with weight 0)."""
     dummy = len(rows) == 0
     features = take(rows if not dummy else np.zeros(1, np.int64))
     lengths = np.diff(features.row_splits)

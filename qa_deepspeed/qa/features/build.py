@@ -1,7 +1,7 @@
 """Examples to features, one shard at a time, by array operations.
 
-A feature is a window: a question of the shard, and a slice of the tokens of a context. Rows are put together when they
-are read (`feature_store`), so that a context is tokenized and stored once however many questions and windows it has.
+A feature is a window: a question of the shard, and a slice of the tokens of a context. Rows are assembled when they
+are read (`store.py`), so that a context is tokenized and stored once however many questions and windows it has.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def check_settings(settings: FeatureSettings, special_tokens: int) -> None:
     largest = room if settings.doc_stride_is == "step" else room - 1
     if settings.doc_stride > largest:
         raise UserError(
-            f"doc_stride {settings.doc_stride} (as {settings.doc_stride_is}) would lose tokens of the context beside a "
-            f"question of {settings.max_query_length} tokens in max_seq_length {settings.max_seq_length}; "
+            f"doc_stride {settings.doc_stride} (as {settings.doc_stride_is}) would skip tokens of the context when a "
+            f"question has {settings.max_query_length} tokens (max_seq_length {settings.max_seq_length}); "
             f"the largest value that fits is {largest}"
         )
 
@@ -60,7 +60,7 @@ def check_settings(settings: FeatureSettings, special_tokens: int) -> None:
 def build_features(
     examples: ColumnTable, encoder: Encoder, special_tokens: int, settings: FeatureSettings, drop_windows: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The feature arrays of one shard of examples (see `feature_store.FeatureShard` for them) and its counts.
+    """The feature arrays of one shard of examples (see `store.FeatureShard` for them) and its counts.
 
     drop_windows: whether settings.windows_without_answer applies.
     """

@@ -131,9 +131,9 @@ def _is_one_piece(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def _respelled(state: str, special: Sequence[str]) -> str:
-    """The state of a tokenizer with these tokens special and spelled as no text is; ids stay.
+    """The state of a tokenizer with these tokens special and renamed to strings that cannot occur in text; ids stay.
 
-    What is a single character, or what merges make, is spelled by ordinary text: it keeps its spelling.
+    A single character, or what merges make, comes from ordinary text: it keeps its name.
     """
     content = json.loads(state)
     model = content["model"]

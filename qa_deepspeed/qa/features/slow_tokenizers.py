@@ -91,7 +91,7 @@ class PythonEncoder:
         tokens: list[str] = self._tokenizer.tokenize(text, split_special_tokens=True)
         if self._special.isdisjoint(tokens):
             return tokens
-        # Some keep them whole all the same: what is cut inside of every special token spells none.
+        # Some keep them whole nevertheless: the text is cut inside each special token, so that none matches.
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
         parts = [text[begin:end] for begin, end in pairwise(cuts)]
         return [token for part in parts for token in self._tokenizer.tokenize(part, split_special_tokens=True)]

@@ -2,7 +2,7 @@
 
 A fast tokenizer encodes the two texts of a pair independently and puts fixed special tokens before, between and after
 them. So each text is encoded once, and rows are assembled from arrays. That this equals the tokenizer's own output is
-proved on probe texts before anything is built.
+verified on probe texts before anything is built.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _check_row(tokenizer: Any, template: Template, question: str, context: str, 
     )
     ids, types, at, places = next(_assemble(template, parts[0], parts[1], room, room))
     if row["input_ids"][0] != ids:
-        raise _unsupported(tokenizer, "encodes a pair otherwise than its two texts alone, with fixed tokens around")
+        raise _unsupported(tokenizer, "encodes a pair differently from its two texts with special tokens around")
     if row["token_type_ids"][0] != types:
         raise _unsupported(tokenizer, "gives type ids that depend on more than the text a token is of")
     if tokenizer.is_fast:

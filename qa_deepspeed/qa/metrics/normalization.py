@@ -1,4 +1,4 @@
-"""Normalisation of answers before they are compared: words without case, punctuation, articles and blanks.
+"""Normalization of answers before they are compared: words without case, punctuation, articles and blanks.
 
 English follows the official SQuAD scripts (https://rajpurkar.github.io/SQuAD-explorer/). The other languages follow
 MLQA (https://github.com/facebookresearch/MLQA, mlqa_evaluation_v1.py): all Unicode punctuation is removed, articles are
@@ -50,7 +50,7 @@ METRIC_LANGUAGES = tuple(_LANGUAGES)
 
 
 def normalized_tokens(text: str, language: str = "en") -> list[str]:
-    """The normalised words in order. Two answers match exactly if these lists are equal."""
+    """The normalized words in order. Two answers match exactly if these lists are equal."""
     rules = _LANGUAGES[language]
     text = text.lower()
     if rules.ascii_punctuation_only:

@@ -1,7 +1,7 @@
 """Exact match and F1 by the rules of the official SQuAD v1.1 and v2.0 scripts, equal to the last digit.
 
 v1.1: every question of the gold file counts; one without a prediction scores 0; an answer without a word has F1 0.
-v2.0: gold texts that normalise to nothing are dropped; the correct answer to a question without gold texts is "";
+v2.0: gold texts that normalize to nothing are dropped; the correct answer to a question without gold texts is "";
 questions without a prediction are excluded from the totals (and counted under `missing`).
 
 Source: evaluate-v1.1.py and evaluate-v2.0.py at https://rajpurkar.github.io/SQuAD-explorer/. Sums use the same order

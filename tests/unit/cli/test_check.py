@@ -156,7 +156,7 @@ def test_an_output_folder_in_use(run: RunOptions, capsys: pytest.CaptureFixture[
         os.read(reading, 4)
         monkeypatch.setattr("qa_deepspeed.runs.lock.RunLock.__init__.__defaults__", (0.0,))
         (fault,) = faults(capsys, run)
-        assert "another run is at work" in fault and f"process {holder}" in fault
+        assert "another run is using" in fault and f"process {holder}" in fault
     finally:
         os.kill(holder, 9)
         os.waitpid(holder, 0)

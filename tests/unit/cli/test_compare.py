@@ -50,7 +50,7 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert "options that differ  one     other\n" in shown and "learning_rate        0.0001  0.001\n" in shown
     assert "output_dir" not in shown and "torch" not in shown and "seconds.training" in shown
-    assert f"F1 33.33 against 83.33 on {QUESTIONS} questions, -50.00" in shown and ": more than chance" in shown
+    assert f"F1 33.33 against 83.33 on {QUESTIONS} questions, -50.00" in shown and ": significant" in shown
 
 
 def test_a_small_difference_is_called_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import yaml
 from qa_deepspeed.cli.main import COMMANDS, main
 from qa_deepspeed.config import options
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.utils.errors import LostRankError, UserError
 
 OPTIONS = {
     "train": (
@@ -261,3 +262,18 @@ def test_commands_that_look_at_a_run_take_its_whole_file(
     with pytest.raises(SystemExit):
         main([command, "--config", str(file)])
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(LostRankError("rank 1 waited"), 1), (UserError("no such file"), 2)])
+def test_launchers_restart_a_run_that_lost_a_rank_but_no_mistake(
+    error: UserError, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("qa_deepspeed.cli.main._run", fail)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"qa-deepspeed: error: {error}\n"

@@ -143,7 +143,7 @@ def test_every_word_of_unseen_articles_splits_into_known_pieces(corpora, tmp_pat
 def reference_pieces(words, merges):
     """Byte-pair merging by the book: join the best pair in every word's string of symbols, from the left."""
     vocabulary = {" ".join([word[0], *("##" + letter for letter in word[1:])]): n for word, n in words.items()}
-    learnt = []
+    learned = []
     for _ in range(merges):
         pairs = collections.Counter()
         for line, count in vocabulary.items():
@@ -154,9 +154,9 @@ def reference_pieces(words, merges):
             break
         first, second = sorted(pairs, key=lambda pair: (-pairs[pair], pair))[0]
         joined = first + second[2:]
-        learnt.append(joined)
+        learned.append(joined)
         vocabulary = {re.sub(rf"(?<!\S){first} {second}(?!\S)", joined, line): n for line, n in vocabulary.items()}
-    return learnt
+    return learned
 
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=7), st.integers(1, 9), max_size=8), st.integers(0, 12))

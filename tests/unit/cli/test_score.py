@@ -69,7 +69,7 @@ def test_missing_and_extra_ids_are_named(capsys, files):
     code, out, err = call(capsys, *files(gold=V2, predictions={"a": "The Rhine!", "x1": "", "x2": ""}))
     assert code == 0
     assert "1 questions have no prediction and are left out" in err and "exact 50.0000" in err
-    assert "2 predictions are of no question in the gold file: x1, x2" in err
+    assert "2 predictions have no matching question in the gold file: x1, x2" in err
     assert out.startswith("rules of SQuAD v2.0\n")
     assert [line.split() for line in out.splitlines() if line.startswith("exact")] == [["exact", "100.0000"]]
 

@@ -12,12 +12,12 @@ from qa_deepspeed.engine.checkpoint_files import (
     LoopState,
     checkpoint_name,
     checkpoints,
-    damage,
     newest_first,
     read_loop_state,
     remove_leftovers,
     remove_old,
     rename_by_rows,
+    verify_checkpoint,
     write_loop_state,
     write_manifest,
 )
@@ -51,9 +51,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_complete_checkpoint_is_valid(checkpoint: Path) -> None:
-    assert damage(checkpoint) is None
+    assert verify_checkpoint(checkpoint) is None
     (checkpoint / "notes.txt").write_text("someone's own file does no harm")
-    assert damage(checkpoint) is None
+    assert verify_checkpoint(checkpoint) is None
 
 
 def truncate(path: Path) -> None:
@@ -80,18 +80,18 @@ DAMAGES = {
 @pytest.mark.parametrize("name", ["shard.pt", "inner/config.json", MANIFEST_FILE])
 def test_damage_is_found_and_the_file_is_named(checkpoint: Path, kind: str, name: str) -> None:
     DAMAGES[kind](checkpoint / name)
-    found = damage(checkpoint)
+    found = verify_checkpoint(checkpoint)
     assert found is not None and (name in found or name == MANIFEST_FILE)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "\0"])
 def test_a_manifest_of_another_shape_is_damage(checkpoint: Path, content: str) -> None:
     (checkpoint / MANIFEST_FILE).write_text(content)
-    assert damage(checkpoint) == f"{MANIFEST_FILE} is missing or cannot be read"
+    assert verify_checkpoint(checkpoint) == f"{MANIFEST_FILE} is missing or cannot be read"
 
 
 def test_a_manifest_of_a_missing_folder_cannot_be_written(tmp_path: Path) -> None:
-    assert damage(tmp_path / "checkpoint-9") == "there is no such folder"
+    assert verify_checkpoint(tmp_path / "checkpoint-9") == "there is no such folder"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_another_optimizer_or_schedule_is_refused_by_name(
 def test_another_head_is_refused_by_name_and_cannot_be_allowed(held: Path) -> None:
     with pytest.raises(UserError, match="head was span, is beam"):
         begin(held, resolved(qa_head="beam"), "beam")
-    with pytest.raises(UserError, match="names 'head', which always may change, never may, or is no option"):
+    with pytest.raises(UserError, match="names 'head', which is unknown, can always change, or can never change"):
         begin(held, resolved(qa_head="beam", resume_with_changes="head"), "beam")
     assert begin(held, resolved(qa_head="span")) == "start"  # what it was without being said
 

@@ -24,7 +24,7 @@ def test_a_higher_f1_is_better_and_ties_keep_the_first() -> None:
         False,
         True,
     ]
-    assert (best.step, best.checkpoint(8), best.exhausted) == (4, "checkpoint-4", False)
+    assert (best.step, best.checkpoint(8), best.should_stop_early) == (4, "checkpoint-4", False)
 
 
 def test_a_lower_loss_is_better() -> None:
@@ -38,8 +38,11 @@ def test_early_stopping_patience_survives_a_resume() -> None:
         first.observe({"f1": value}, step, 8)
     again = tracker("f1", patience=2)
     again.restore(first.to_dict())
-    assert not again.exhausted and not again.observe({"f1": 45}, 15, 16)
-    assert again.exhausted and (again.checkpoint(8), again.checkpoint(16)) == ("checkpoint-10", "checkpoint-10.batch8")
+    assert not again.should_stop_early and not again.observe({"f1": 45}, 15, 16)
+    assert again.should_stop_early and (again.checkpoint(8), again.checkpoint(16)) == (
+        "checkpoint-10",
+        "checkpoint-10.batch8",
+    )
 
 
 def test_another_metric_starts_without_a_best_value() -> None:
@@ -52,7 +55,12 @@ def test_another_metric_starts_without_a_best_value() -> None:
 
 def test_without_a_metric_nothing_is_tracked() -> None:
     best = BestCheckpoint(RunOptions())
-    assert not best.watching and not best.observe({"f1": 1}, 1, 8) and not best.exhausted and best.checkpoint(8) is None
+    assert (
+        not best.watching
+        and not best.observe({"f1": 1}, 1, 8)
+        and not best.should_stop_early
+        and best.checkpoint(8) is None
+    )
 
 
 @pytest.mark.parametrize(

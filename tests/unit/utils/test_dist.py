@@ -3,7 +3,7 @@
 import pytest
 
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError
 
 MESSAGES = {
     "closed by peer": "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.1.1]:2541",
@@ -41,7 +41,7 @@ def test_a_lost_rank_is_explained_in_one_line(text: str, two_ranks: None, monkey
     said = dist.explain_lost_rank(RuntimeError(f"{MESSAGES[text]}\nException raised from run"))
     assert said is not None and said.startswith("rank 1 waited in step 7 for a rank that has ended or hangs")
     assert MESSAGES[text] in said and "\n" not in said
-    with pytest.raises(UserError, match="rank 1 waited in the evaluation for a rank"):  # noqa: SIM117
+    with pytest.raises(LostRankError, match="rank 1 waited in the evaluation for a rank"):  # noqa: SIM117
         with dist.explain_collective_errors("the evaluation"):
             raise RuntimeError(MESSAGES[text])
     assert dist.explain_lost_rank(RuntimeError(text)).startswith("rank 1 waited in step 7")  # type: ignore[union-attr]

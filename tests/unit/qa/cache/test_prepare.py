@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,23 +229,22 @@ def test_each_shard_is_built_exactly_once(tmp_path: Path, data: Path, monkeypatc
 
 def kill_at(step: str, number: int) -> None:
     """Make this process kill itself at the given write: before it, with the temporary file written, or after it."""
-    writes = 0
+    numbers, here = itertools.count(1), threading.local()  # files are written by two threads
     write, replace = arrow.write_bytes, os.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(path: Path, content: Any) -> None:
-        nonlocal writes
-        writes += 1
-        if step == "before" and writes == number:
+        here.number = next(numbers)
+        if step == "before" and here.number == number:
             die()
         write(path, content)
-        if step == "after" and writes == number:
+        if step == "after" and here.number == number:
             die()
 
     def replaced(source: Any, target: Any) -> None:
-        if step == "between" and writes == number:
+        if step == "between" and getattr(here, "number", 0) == number:
             die()
         replace(source, target)
 
