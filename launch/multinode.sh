@@ -35,14 +35,17 @@ trap 'rm -f "$live"' EXIT
 
 # keep_hosts_that_answer: writes the hosts of HOSTFILE that ssh reaches to the file `live` and names the others.
 keep_hosts_that_answer() {
-    local line
+    local line name
     : >"$live"
     while read -r line || [ -n "$line" ]; do
         case $line in '' | '#'*) continue ;; esac
-        if ssh -n "${ssh_options[@]}" "${line%%[[:space:]]*}" true 2>/dev/null; then
+        name=${line%%[[:space:]]*}
+        # the launchers pass names to ssh and pdsh, where one that begins with "-" would be an option
+        case $name in -* | *[!A-Za-z0-9._:@%-]*) fail "HOSTFILE $HOSTFILE: '$name' is not the name of a host" ;; esac
+        if ssh -n "${ssh_options[@]}" -- "$name" true 2>/dev/null; then
             printf '%s\n' "$line" >>"$live"
         else
-            printf 'multinode.sh: %s does not answer and is left out\n' "${line%%[[:space:]]*}" >&2
+            printf 'multinode.sh: %s does not answer and is left out\n' "$name" >&2
         fi
     done <"$HOSTFILE"
     [ -s "$live" ] || fail "no host of $HOSTFILE answers to ssh"
@@ -92,10 +95,10 @@ start_by_ssh() {
             --master_addr "${MASTER_ADDR:-$first}" --master_port "$PORT" -m qa_deepspeed train "$@")
         number=$((number + 1))
         part=(env "${sent[@]}" "${part[@]}")
-        ECHO_ONLY='' show ssh "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") &&" "${part[@]}"
+        ECHO_ONLY='' show ssh "${ssh_options[@]}" -- "$host" "cd $(printf '%q' "$PWD") &&" "${part[@]}"
         [ -z "${ECHO_ONLY:-}" ] || continue
         # -tt allocates a terminal: the remote processes end with the connection.
-        ssh -tt "${ssh_options[@]}" "$host" "cd $(printf '%q' "$PWD") && $(printf '%q ' "${part[@]}")" </dev/null &
+        ssh -tt "${ssh_options[@]}" -- "$host" "cd $(printf '%q' "$PWD") && $(printf '%q ' "${part[@]}")" </dev/null &
         pids+=($!)
     done <"$live"
     for _ in ${pids[@]+"${pids[@]}"}; do

@@ -89,7 +89,7 @@ def export(
         aside.mkdir(parents=True)
         model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
         saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER).save_pretrained(aside)
+        AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False).save_pretrained(aside)
         verified = verify_saved_model(
             aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge
         )
@@ -124,7 +124,8 @@ def _merged(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[st
 
 def _model(checkpoint: Path, loop: LoopState) -> tuple[Any, Any]:
     """The checkpoint's model with any weights, and the tuner of its adapters or None."""
-    model = model_from_config(AutoConfig.from_pretrained(checkpoint / MODEL_FOLDER), loop.options["qa_head"])
+    config = AutoConfig.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False)
+    model = model_from_config(config, loop.options["qa_head"])
     settings = LoraSettings.of(loop.options)
     if settings is None:
         return model, None

@@ -26,6 +26,10 @@ ALWAYS_SENT = ("MLFLOW", "PYTHON", "MV2", "UCX")
 """Prefixes of the variables that DeepSpeed's launcher passes to the hosts from its environment (its `EXPORT_ENVS`)."""
 
 
+HOST_NAME = re.compile(r"[A-Za-z0-9._:@%][A-Za-z0-9._:@%-]*")
+"""Names and addresses, with a user before `@`; a name that begins with `-` would be an option of ssh."""
+
+
 @dataclass(frozen=True)
 class Host:
     """One line of a hostfile: a name that ssh knows, and how many ranks run there."""
@@ -53,6 +57,8 @@ def read_hostfile(path: Path) -> list[Host]:
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?", text)
         if match is None or int(match[2]) == 0:
             raise UserError(f"hostfile {path}, line {number}: '{text}' is not like 'node1 slots=8'; correct it")
+        if not HOST_NAME.fullmatch(match[1]):
+            raise UserError(f"hostfile {path}, line {number}: '{match[1]}' is not the name of a host; correct it")
         if match[1] in hosts:
             raise UserError(f"hostfile {path}, line {number}: {match[1]} is listed twice; give each host one line")
         hosts[match[1]] = Host(match[1], int(match[2]))
@@ -73,7 +79,7 @@ def _faults_of(host: Host, ssh_port: int | None, here: dict[str, str]) -> list[s
     probe = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -m qa_deepspeed.engine.hosts"
     port = ["-p", str(ssh_port)] if ssh_port else []
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-    command = ["ssh", *options, *port, host.name, probe]
+    command = ["ssh", *options, *port, "--", host.name, probe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
     except FileNotFoundError:

@@ -27,6 +27,7 @@ from qa_deepspeed.models import null_threshold
 from qa_deepspeed.models.facts import ModelFacts, positions
 from qa_deepspeed.models.heads import head_of
 from qa_deepspeed.models.loading import (
+    check_vocabulary,
     load_config,
     load_model,
     load_tokenizer,
@@ -116,6 +117,7 @@ class QuestionAnswerer:
         options = RunOptions(model_name_or_path=str(name))
         config = load_config(options)
         tokenizer = as_tokenizer(str(name) if tokenizer is None else tokenizer)
+        check_vocabulary(str(name), config, tokenizer)
         model, fresh = load_model(options, config)
         require_trained_head(str(name), fresh)
         model = model.to(_dtype(dtype or config.dtype))

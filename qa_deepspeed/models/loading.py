@@ -50,11 +50,25 @@ def load_tokenizer(options: RunOptions) -> Any:
     """The model's tokenizer; `do_lower_case` overrides what was saved with it.
 
     Raises:
-        UserError: none found.
+        UserError: none found, or one without a vocabulary, which Transformers makes where a folder has no such files.
     """
     extra = {"do_lower_case": True} if options.do_lower_case else {}
     name = options.tokenizer_name or _name_with(options, "tokenizer_config.json")
-    return _from_pretrained(AutoTokenizer, name, options, **extra)
+    tokenizer = _from_pretrained(AutoTokenizer, name, options, **extra)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"'{name}' has no tokenizer files: copy them there, or pass --tokenizer_name")
+    return tokenizer
+
+
+def check_vocabulary(name: str | None, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Raises UserError if the tokenizer has ids that the model's embedding has not."""
+    size = getattr(config, "vocab_size", None)
+    ids = tokenizer.get_vocab().values()
+    if isinstance(size, int) and max(ids, default=0) >= size:
+        raise UserError(
+            f"the tokenizer has ids up to {max(ids)}, but the embedding of {name} has {size} rows: it is the tokenizer "
+            "of another model, see --tokenizer_name"
+        )
 
 
 def _name_with(options: RunOptions, file: str) -> str | None:
@@ -145,9 +159,15 @@ def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
 def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **extra: Any) -> Any:
     hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
-        return auto_class.from_pretrained(name, cache_dir=hub, **extra)
+        # without a value Transformers asks on the terminal whether to run the Python code that a model brings
+        return auto_class.from_pretrained(name, cache_dir=hub, trust_remote_code=False, **extra)
     except LOADING_ERRORS as error:
         what = "config" if auto_class is AutoConfig else "tokenizer" if auto_class is AutoTokenizer else "weights"
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the {what} of '{name}' needs Python code that comes with the model, which is never run: use a model "
+                "of an architecture that Transformers has"
+            ) from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         hint = "" if what == "weights" else "; is that the folder of a model, or its name on the hub?"

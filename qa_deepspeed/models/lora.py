@@ -181,7 +181,7 @@ def load_by_peft(folder: Path, kind: Any, dtype: torch.dtype) -> tuple[Any, dict
     """The adapter in `folder` on its base model of the Transformers class `kind`, loaded by peft alone: the model, and
     the adapter's tensors by their names in files."""
     peft = require_peft()
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     base = kind.from_pretrained(base_of(str(folder)), config=config, dtype=dtype)
     wrapped = peft.PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     return wrapped.eval(), peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -100,7 +100,7 @@ def verify_saved_model(
         UserError: tensors or logits differ.
     """
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    kind = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    kind = getattr(transformers, AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures[0])
     if (folder / CONFIG_FILE).is_file():
         model, loaded = load_by_peft(folder, kind, dtype)
     else:

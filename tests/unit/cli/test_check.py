@@ -205,6 +205,8 @@ def test_a_stale_lock_of_an_interrupted_build(
         ("# nothing\n\n", "names no host"),
         ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 is listed twice"),
         ("node1 slots=0\n", "line 1"),
+        ("node1 slots=1\n-oProxyCommand=id slots=1\n", "line 2: '-oProxyCommand=id' is not the name of a host"),
+        ("$(id) slots=1\n", "line 1: '$(id)' is not the name of a host"),
     ],
 )
 def test_wrong_hostfile_lines(

@@ -99,6 +99,18 @@ def hostfile(folder: Path) -> str:
     return str(folder / "hosts")
 
 
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "ssh"])
+@pytest.mark.parametrize("name", ["-oProxyCommand=touch", "a;b", "$(id)"])
+def test_a_name_that_is_no_host_reaches_no_launcher(tmp_path: Path, stand_ins: Path, launcher: str, name: str) -> None:
+    program(stand_ins, "ssh", f'case "$*" in *ProxyCommand*) touch {tmp_path}/called ;; esac')
+    program(stand_ins, "deepspeed", f"touch {tmp_path}/called")
+    (tmp_path / "hosts").write_text(f"node1 slots=1\n{name} slots=1\n")
+    settings = {"HOSTFILE": str(tmp_path / "hosts"), "LAUNCHER": launcher}
+    done = run("multinode.sh", cwd=tmp_path, stand_ins=stand_ins, **settings)
+    assert done.returncode == 2 and f"'{name}' is not the name of a host" in done.stderr
+    assert not (tmp_path / "called").exists()
+
+
 def test_multinode_leaves_out_hosts_that_do_not_answer_and_starts_again(tmp_path: Path, stand_ins: Path) -> None:
     """node2 is gone after the first launch; the second, on node1 alone, ends well."""
     program(stand_ins, "ssh", f'[ ! -e {tmp_path}/lost ] || case " $* " in *" node2 "*) exit 255 ;; esac')
