@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
@@ -287,3 +288,21 @@ def _late_start(settings: Any) -> list[str]:
     if settings is None or not settings["type"].startswith("Warmup") or settings["params"].get("warmup_min_lr"):
         return []
     return [f"DeepSpeed's {settings['type']} has a learning rate of 0 in the first updates"]
+
+
+REDACTED = "(redacted)"
+
+_SECRETS = re.compile(r"(^|.*[_-])(api[_-]?key|token|secret|password|passwd|credentials?)", re.IGNORECASE)
+
+
+def without_secrets(config: Any) -> Any:
+    """A copy of a config, for what a run writes, in which the text of every key that names a secret is replaced."""
+    if isinstance(config, list):
+        return [without_secrets(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {name: without_secrets(value) if not _is_secret(name, value) else REDACTED for name, value in config.items()}
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    return isinstance(value, str) and value != "" and _SECRETS.fullmatch(str(name)) is not None

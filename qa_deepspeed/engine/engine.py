@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops
 from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
@@ -110,6 +111,7 @@ class Engine(EvalModel):
     def __init__(self, deepspeed_engine: Any, resolved: ResolvedConfig, device: torch.device) -> None:
         super().__init__(deepspeed_engine.module, resolved, device)
         self._engine = deepspeed_engine
+        deepspeed_engine.config = without_secrets(deepspeed_engine.config)  # DeepSpeed saves it in every checkpoint
         self._writer = DeferringWriter(compat.checkpoint_writer(deepspeed_engine))
         compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
@@ -212,7 +214,7 @@ class Engine(EvalModel):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config that DeepSpeed was given."""
+        """The config that DeepSpeed was given, without secrets."""
         config: dict[str, Any] = self._engine.config
         return config
 

@@ -14,6 +14,7 @@ from qa_deepspeed.config.batch_plan import keep_global_batch_size, total_steps
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint, compiled_ops, ds_config, zero3_loading
 from qa_deepspeed.engine.checkpoint_files import read_loop_state, rename_by_rows, verify_checkpoint
+from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
@@ -171,7 +172,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         reporter.close()
     peak = peak_memory(engine.device)
     stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
-    config = ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config))
+    config = without_secrets(ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config)))
     costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
     dist.run_on_rank_zero(
         lambda: finish_run(

@@ -5,6 +5,7 @@ Adam's epsilon is large: with a small one, Adam makes rounding noise in paramete
 head shifts all logits alike) as large as the learning rate.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,10 @@ ONE_RANK = {
     "alone_bf16_zero0": {"deepspeed_config": "zero0", "bf16": True, "per_gpu_train_batch_size": 8},
     "alone_bf16_zero1": {"deepspeed_config": "zero1", "bf16": True, "per_gpu_train_batch_size": 8},
 }
+WITH_SECRETS = {
+    "zero_optimization": {"stage": 2},
+    "comet": {"enabled": False, "api_key": "s3cret-1", "workspace": "mine"},
+}
 HALF = ("alone_bf16_zero0", "alone_bf16_zero1")
 
 
@@ -48,6 +53,7 @@ HALF = ("alone_bf16_zero0", "alone_bf16_zero1")
 def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run in a folder of its name."""
     folder: Path = tmp_path_factory.mktemp("equivalence")
+    (folder / "ds.json").write_text(json.dumps(WITH_SECRETS))
     base_options = {**base_options, "max_steps": STEPS, "adam_epsilon": 1e-3}
     two = {name: {**base_options, "per_gpu_train_batch_size": 4, **extra} for name, extra in TWO_RANKS.items()}
     short = {
@@ -59,7 +65,9 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
     for name in SCHEDULES:
         two[name] = {**short, "max_steps": SCHEDULED_STEPS, "warmup_steps": 3, "lr_scheduler_type": name}
     run_many(2, two, folder)
-    run_many(1, {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}, folder)
+    one = {name: {**base_options, **extra} for name, extra in ONE_RANK.items()}
+    one["alone_8x1"] |= {"deepspeed_config": str(folder / "ds.json"), "save_steps": STEPS}
+    run_many(1, one, folder)
     return folder
 
 
@@ -100,6 +108,14 @@ def test_half_precision_trains_alike_at_zero0_and_zero1(loss_of: dict[str, np.nd
     zero0, zero1 = (loss_of[name] for name in HALF)
     np.testing.assert_allclose(zero0[:5], zero1[:5], rtol=1e-6)
     np.testing.assert_allclose(zero0, zero1, rtol=5e-3)
+
+
+def test_secrets_of_the_config_are_in_no_file_of_the_run(runs: Path) -> None:
+    files = [path for path in (runs / "alone_8x1").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"run.json", "loop.json", "mp_rank_00_model_states.pt"} <= names
+    assert not [path for path in files if b"s3cret" in path.read_bytes()]
+    assert "(redacted)" in (runs / "alone_8x1/run.json").read_text()
 
 
 def test_the_control_differs(loss_of: dict[str, np.ndarray]) -> None:
