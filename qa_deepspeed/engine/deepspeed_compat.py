@@ -11,6 +11,8 @@ import functools
 import glob
 import importlib
 import os
+import pickle
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.supported import names_used_in, require_names, unsupported
 
 NAMES = {
@@ -336,7 +339,11 @@ def optimizer_files(rank: int) -> str:
 
 @contextlib.contextmanager
 def plain_values_only() -> Iterator[None]:
-    """Inside, torch.load reads tensors, plain values and a few of DeepSpeed's classes, whatever it is passed."""
+    """Inside, torch.load reads tensors, plain values and a few of DeepSpeed's classes, whatever it is passed.
+
+    Raises:
+        UserError: a file holds anything else, which is not loaded (a pickle could run any program).
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -347,6 +354,12 @@ def plain_values_only() -> Iterator[None]:
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"a file of the checkpoint holds {named[1] if named else 'Python objects'}, which no checkpoint of this "
+            "trainer has: it is not loaded; take another checkpoint"
+        ) from None
     finally:
         if before is None:
             del os.environ[variable]

@@ -61,9 +61,14 @@ def load_tokenizer(options: RunOptions) -> Any:
 
 
 def check_vocabulary(name: str | None, config: PretrainedConfig, tokenizer: Any) -> None:
-    """Raises UserError if the tokenizer has ids that the model's embedding has not."""
+    """Raises UserError if text can get ids that the model's embedding has not.
+
+    Added tokens, which text does not give, do not count: some models have no row for them.
+    """
     size = getattr(config, "vocab_size", None)
-    ids = tokenizer.get_vocab().values()
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    ids = [number for token, number in tokenizer.get_vocab().items() if token not in added]
+    ids += [number for number in (tokenizer.pad_token_id, tokenizer.unk_token_id) if number is not None]
     if isinstance(size, int) and max(ids, default=0) >= size:
         raise UserError(
             f"the tokenizer has ids up to {max(ids)}, but the embedding of {name} has {size} rows: it is the tokenizer "
