@@ -45,3 +45,34 @@ def test_a_window_is_labelled_if_it_holds_the_whole_answer(
         found.add((example, begin))
     starts = sorted(set(begins.tolist()))
     assert found == {(at, begin) for at in range(20) for begin in starts if begin <= at and at + width <= begin + ROOM}
+
+
+def answer(at: int) -> Answer:
+    """The answer of one token at this token of CONTEXT."""
+    return Answer("a", 2 * at)
+
+
+@pytest.mark.parametrize("answers", ["first", "all"])
+def test_the_first_gold_answer_is_the_label_and_each_span_counts_once(tmp_path: Path, answers: str) -> None:
+    asked = [Example("q", "a", CONTEXT, (answer(5), answer(2), answer(5), answer(9)))]
+    settings = FeatureSettings(max_seq_length=28, doc_stride=1, max_query_length=1, answers=answers)
+    taken = store_of(tmp_path, asked, settings, "train").take(np.arange(1))
+    begin = int(taken.context_begin[0])
+    assert (int(taken.start[0]), int(taken.end[0])) == (begin + 5, begin + 5)
+    if answers == "all":
+        assert taken.gold_starts.tolist() == taken.gold_ends.tolist() == [begin + 5, begin + 2, begin + 9]
+        assert taken.gold_splits.tolist() == [0, 3]
+
+
+def test_a_question_is_cut_to_max_query_length(tmp_path: Path) -> None:
+    settings = FeatureSettings(max_seq_length=32, doc_stride=1, max_query_length=2)
+    store = store_of(tmp_path, [Example("q", "a a a", CONTEXT, (answer(0),))], settings, "train")
+    assert store.lengths.tolist() == [3 + 2 + 24] and store.counts["truncated_questions"] == 1
+
+
+@pytest.mark.parametrize(("meaning", "step"), [("step", STEP), ("overlap", ROOM - STEP)])
+def test_the_stride_is_a_step_or_an_overlap(tmp_path: Path, meaning: str, step: int) -> None:
+    settings = FeatureSettings(max_seq_length=ROOM + 4, doc_stride=STEP, doc_stride_is=meaning, max_query_length=1)
+    store = store_of(tmp_path, [Example("q", "a", CONTEXT, (answer(0),))], settings)
+    begins, _ = store.windows(np.arange(len(store)))
+    assert begins.tolist() == list(range(0, 24 - ROOM + step, step))
