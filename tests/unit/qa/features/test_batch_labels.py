@@ -35,6 +35,8 @@ def test_all_gold_spans_move_with_the_padding(side: str) -> None:
     ]
     assert golds == [[(103, 104), (102, 105)], [(100, 100)], [(105, 107)]]
     assert [int(ids[row, batch.start[row]]) for row in range(3)] == [103, 100, 105]
+    mask = batch.inputs["attention_mask"]
+    assert mask.sum(1).tolist() == [6, 11, 9] and (mask[:, -1] == 1).all() == (side == "left")
 
 
 def test_the_steps_of_an_epoch_are_not_sorted_by_length() -> None:
@@ -43,3 +45,11 @@ def test_the_steps_of_an_epoch_are_not_sorted_by_length() -> None:
     longest = [int(lengths[step].max()) for step in epoch_order(lengths, 8, seed=1, epoch=0)]
     assert len(longest) == 50 and longest != sorted(longest) and longest != sorted(longest, reverse=True)
     assert abs(np.corrcoef(longest, np.arange(50))[0, 1]) < 0.4
+
+
+def test_the_partial_batch_is_a_random_sample_of_all_lengths() -> None:
+    lengths = np.arange(10, 413)
+    lasts = [lengths[epoch_order(lengths, 8, seed=seed, epoch=0)[-1]] for seed in range(20)]
+    assert all(len(last) == 3 for last in lasts)
+    assert len({tuple(last) for last in lasts}) == 20
+    assert 150 < np.mean(lasts) < 270  # the mean of all is 211

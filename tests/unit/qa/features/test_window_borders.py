@@ -76,3 +76,13 @@ def test_the_stride_is_a_step_or_an_overlap(tmp_path: Path, meaning: str, step: 
     store = store_of(tmp_path, [Example("q", "a", CONTEXT, (answer(0),))], settings)
     begins, _ = store.windows(np.arange(len(store)))
     assert begins.tolist() == list(range(0, 24 - ROOM + step, step))
+
+
+def test_a_position_behind_the_window_has_no_characters(tmp_path: Path) -> None:
+    settings = FeatureSettings(max_seq_length=ROOM + 4, doc_stride=STEP, max_query_length=1)
+    store = store_of(tmp_path, [Example("q", "a", CONTEXT, (answer(0),))], settings)
+    taken = store.take(np.arange(1))
+    last = int(taken.context_end[0]) - 1
+    rows, starts = np.zeros(3, np.int64), np.array([last, last, last - ROOM])
+    begin, end = store.character_spans(rows, starts, np.array([last, last + 1, last]))
+    assert list(zip(begin.tolist(), end.tolist(), strict=True)) == [(2 * ROOM - 2, 2 * ROOM - 1), (0, 0), (0, 0)]
