@@ -1,4 +1,4 @@
-"""Reading goes on in a thread while features are built; its errors end the build."""
+"""The input is read in a thread while features are built; its errors end the build."""
 
 from __future__ import annotations
 
