@@ -42,9 +42,7 @@ MODEL_SIZE: dict[str, Any] = {
 }
 TRAIN_ARTICLES, DEV_ARTICLES = 4000, 90
 PARAGRAPHS = 3
-STATED_SHARE = (
-    0.7  # of the relations of a kind, give or take one, in an article; questions on the others have no answer
-)
+STATED_SHARE = 0.7  # of the relations of a kind, give or take one, are in an article; the others have no answer
 HELD_OUT_SHARE = 4  # one figure, or combination of words, in so many is kept for the held-out articles
 
 
