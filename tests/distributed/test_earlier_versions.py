@@ -163,8 +163,13 @@ def same_lists(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def same_entry(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Assert that two answers are equal, their floating-point numbers to rounding."""
+    """Assert that two answers are equal, their floating-point numbers to rounding.
+
+    Version 0.1 wrote the null score, the sum of both logits, as the null entry's start_logit, and 0 as its end_logit.
+    """
     assert ours.keys() == theirs.keys()
+    if theirs.get("text") == "" and theirs.get("end_logit") == 0.0:
+        ours = {**ours, "start_logit": ours["start_logit"] + ours["end_logit"], "end_logit": 0.0}
     for name, value in theirs.items():
         expected = pytest.approx(value, abs=LOGITS) if isinstance(value, float) else value
         assert ours[name] == expected, (name, theirs)
