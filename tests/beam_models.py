@@ -1,4 +1,4 @@
-"""Tiny XLNet and XLM models with beam heads, and questions that they can learn by heart."""
+"""Tiny XLNet and XLM models with beam heads, and questions that they can memorize."""
 
 from __future__ import annotations
 

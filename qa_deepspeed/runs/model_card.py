@@ -159,7 +159,7 @@ def _evaluated_on(options: RunOptions) -> str:
 
 
 def _base(path: str) -> str:
-    """A local base model in words: its name, its architecture and its size as far as config.json tells them."""
+    """A local base model in words: its name, and its architecture and size where config.json has them."""
     try:
         config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
         found = [config.get(name) for name in ("model_type", "num_hidden_layers", "hidden_size")]

@@ -1,4 +1,4 @@
-"""XLNet and XLM with beam heads, through the main job: 32 questions learned by heart, and the loss cut up right."""
+"""XLNet and XLM with beam heads, through the main job: 32 memorized questions, and equal losses on two ranks."""
 
 import json
 from pathlib import Path

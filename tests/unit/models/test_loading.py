@@ -36,7 +36,7 @@ def options(folder: Path, **changes: object) -> RunOptions:
 
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose code writes a file; whoever is asked says yes."""
+    """A folder whose code writes a file; every prompt is answered with yes."""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     folder = tmp_path / "stranger"
     folder.mkdir()
