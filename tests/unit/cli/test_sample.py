@@ -76,7 +76,7 @@ def test_held_out_articles_share_no_title_and_no_filler_with_training(corpora):
 
 
 def test_the_relation_asked_for_settles_the_answer(corpora):
-    """Read back by the wordings: each relation is stated at most once, and a question on one that is not stated has no answer."""
+    """Read back by the wordings: each relation is stated at most once; a question on one that is not has no answer."""
     kinds = sample.read_material().kinds
     for corpus in corpora:
         for number, article in enumerate(corpus["data"]):
