@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import time
 from pathlib import Path
 
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.locks import Holder
 
 LOCK_FILE = ".lock"
 
@@ -28,18 +28,17 @@ class RunLock:
 
     def __init__(self, output_dir: Path, patience: float = PATIENCE_SECONDS) -> None:
         self._handle = os.open(output_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        self._holder = Holder(output_dir / LOCK_FILE)
         deadline = time.monotonic() + patience
         while not self._take(output_dir):
             if time.monotonic() > deadline:
-                holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip()
                 os.close(self._handle)
                 raise UserError(
-                    f"another run is using {output_dir} ({holder or 'unknown process'}): wait until it ends, or "
-                    "pass another --output_dir"
+                    f"another run is using {output_dir} ({self._holder.read()}): wait until it ends, or pass another "
+                    "--output_dir"
                 )
             time.sleep(0.2)
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._holder.note()
 
     def _take(self, output_dir: Path) -> bool:
         try:
@@ -52,4 +51,5 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock."""
+        self._holder.clear()
         os.close(self._handle)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import filelock
 
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.locks import HOLDER_SUFFIX, Holder, file_times
 
 NOTICE_SECONDS = 15.0
 """A wait without any change in the folder is reported after this long."""
@@ -23,8 +22,6 @@ SCAN_SECONDS = 1.0
 
 POLL_SECONDS = 0.05
 """How often a lock is tried."""
-
-HOLDER_SUFFIX = ".holder"
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +48,12 @@ class Locks:
         except filelock.Timeout:
             yield False
             return
-        holder = self._holder(name)
+        holder = Holder(self._path(name))
         try:
-            with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            holder.note()
             yield True
         finally:
-            with contextlib.suppress(OSError):
-                holder.unlink(missing_ok=True)
+            holder.clear()
             lock.release()
 
     @contextlib.contextmanager
@@ -88,7 +83,7 @@ class Locks:
         """
         now = time.monotonic()
         if now - self._scanned >= SCAN_SECONDS:
-            self._scanned, seen = now, self._files()
+            self._scanned, seen = now, file_times(self._folder, leave_out=(".lock", HOLDER_SUFFIX))
             if seen != self._seen:
                 self._seen = seen
                 self.progress()
@@ -106,29 +101,12 @@ class Locks:
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.lock"
 
-    def _holder(self, name: str) -> Path:
-        """The file with who holds a lock, for the message of those that wait. filelock empties the lock's own file."""
-        return self._folder / f".{name}{HOLDER_SUFFIX}"
-
     def _held(self) -> str:
         """The locks that others hold, with their holders, in words."""
         held = []
         for path in sorted(self._folder.glob("*.lock")):
-            holder = "an unknown process"
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                holder = self._holder(path.stem).read_text(encoding="utf-8")
+            holder = Holder(path).read()
             with self.try_lock(path.stem) as free:
                 if not free:
                     held.append(f"{path.name} (held by {holder})")
         return ", ".join(held) or "another builder"
-
-    def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file but those of locks; a growing file is progress."""
-        found = {}
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if not entry.name.endswith((".lock", HOLDER_SUFFIX)):
-                        status = entry.stat()
-                        found[entry.name] = (status.st_size, status.st_mtime_ns)
-        return found
