@@ -1,22 +1,39 @@
-"""DeepSpeed's operators that a config needs compiled, and whether they can be compiled here."""
+"""DeepSpeed's operators that a config needs compiled: whether they can be compiled here, and the wait for it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.home import user_cache
+from qa_deepspeed.utils.locks import Holder, file_times
 
 STALE_SECONDS = 600
 """A build's lock older than this counts as left by an interrupted build: the longest build takes a third of it."""
+
+TOUCH_SECONDS = 5.0
+"""How often a builder renews the time of its lock, so that those that wait see that it lives."""
+
+POLL_SECONDS = 0.1
+"""How often the lock of another build is looked at."""
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that end a process at once outside the training loop; SIGINT is an exception already."""
 
 BUILT_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lion": "lion", "lamb": "lamb", "adagrad": "adagrad"}
 
@@ -62,9 +79,7 @@ def faults(operators: list[str]) -> list[str]:
         lock = root / name / "lock"
         age = time.time() - lock.stat().st_mtime if lock.exists() else 0
         if age > STALE_SECONDS:
-            found.append(
-                f"{lock} is {age / 60:.0f} minutes old: a build was interrupted, and every run waits for it; rm {lock}"
-            )
+            found.append(f"{lock} is {age / 60:.0f} minutes old: {_left_behind(lock)}")
         if (root / name / f"{name}.so").exists() or _came_with_deepspeed(name):
             continue
         compiler = "nvcc" if name == "quantizer" else os.environ.get("CXX", "g++")
@@ -81,6 +96,118 @@ def faults(operators: list[str]) -> list[str]:
         if not _has_ninja():
             found.append(f"the operator {name} is built by ninja, which is not installed; pip install ninja")
     return found
+
+
+@contextlib.contextmanager
+def builds_reported(timeout_seconds: float) -> Iterator[None]:
+    """Inside, DeepSpeed says which operator it compiles, and waits for another process's build for a bounded time only.
+
+    Raises:
+        UserError: the lock of another build does not go away, or that build failed.
+    """
+    try:
+        with compat.build_locks_by(lambda path: BuildLock(path, timeout_seconds)):
+            yield
+    except _SignalledInBuild as ended:
+        os.kill(os.getpid(), ended.number)  # the handlers are those from before the build again
+        raise SystemExit(128 + ended.number) from None
+    except RuntimeError as error:
+        if isinstance(error.__cause__, UserError):  # DeepSpeed wraps what it does not know
+            raise error.__cause__ from None
+        raise
+
+
+class _SignalledInBuild(BaseException):
+    """Raised by a signal during a build, so that torch ends the compiler and releases the lock."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class BuildLock:
+    """The lock of an operator's build folder, in torch's form: a file that exists while one process builds.
+
+    The builder renews the file's time; a signal ends the build and removes the file. Only a killed builder leaves it.
+
+    Args:
+        timeout_seconds: how long nothing may change in the folder while this process waits for another.
+    """
+
+    def __init__(self, path: Path, timeout_seconds: float) -> None:
+        self._path = path
+        self._holder = Holder(path)
+        self._patience = min(timeout_seconds, STALE_SECONDS)
+        self._released = threading.Event()
+        self._handlers: dict[int, Any] = {}
+
+    def try_acquire(self) -> bool:
+        """Whether this process has the lock now and builds."""
+        try:
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        self._holder.note()
+        if not _is_built(self._path.parent):
+            dist.log_rank(f"compiling {self._path.parent.name} (takes minutes, once)")
+        threading.Thread(target=self._renew, daemon=True).start()
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            before = {number: signal.getsignal(number) for number in END_SIGNALS}
+            self._handlers = {number: kept for number, kept in before.items() if kept not in (signal.SIG_IGN, None)}
+            for number in self._handlers:
+                signal.signal(number, self._end)
+        return True
+
+    def wait(self) -> None:
+        """Wait until the process that builds releases the lock. The first rank of a node says so.
+
+        Raises:
+            UserError: nothing changes in the folder for the timeout, or there is no operator afterwards.
+        """
+        folder = self._path.parent
+        if dist.local_rank() == 0:
+            dist.log_rank(f"waiting for {self._path}, another build's lock ({self._holder.read()})")
+        seen, changed = file_times(folder), time.monotonic()
+        while self._path.exists():
+            time.sleep(POLL_SECONDS)
+            if (found := file_times(folder)) != seen:
+                seen, changed = found, time.monotonic()
+            unchanged = time.monotonic() - changed
+            if unchanged > self._patience:
+                raise UserError(
+                    f"{self._path}: no progress for {unchanged:.0f} s (held by {self._holder.read()}); "
+                    f"{_left_behind(self._path)}"
+                )
+        if not _is_built(folder):
+            raise UserError(f"{folder}: the other build ended without {folder.name}; start again to build it here")
+
+    def release(self) -> None:
+        """Remove the lock; once, since it may be another process's afterwards."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        self._holder.clear()
+        self._path.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._released.wait(TOUCH_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.release()  # torch releases it too, except between taking it and building
+        raise _SignalledInBuild(number)
+
+
+def _left_behind(lock: Path) -> str:
+    return f"a build that was interrupted leaves it, and every run waits for it; if no build is in progress, rm {lock}"
+
+
+def _is_built(folder: Path) -> bool:
+    return any(folder.glob("*.so"))
 
 
 def _came_with_deepspeed(name: str) -> bool:

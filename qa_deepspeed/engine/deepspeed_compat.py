@@ -51,8 +51,11 @@ NAMES = {
 }
 """Module or "module:class" -> names in it."""
 
-TORCH_NAMES = {"torch.optim.lr_scheduler:LambdaLR": "_last_lr"}
-"""The same of torch, for the schedule that DeepSpeed drives."""
+TORCH_NAMES = {
+    "torch.optim.lr_scheduler:LambdaLR": "_last_lr",
+    "torch.utils.file_baton:FileBaton": "lock_file_path",
+}
+"""The same of torch, for the schedule that DeepSpeed drives and the locks of the operators that it compiles."""
 
 CHECKPOINT_KEYS = {
     "OPTIMIZER_STATE_DICT": "optimizer_state_dict",
@@ -104,6 +107,35 @@ def skip_shared_memory_operator(deepspeed: Any) -> None:
 def gather_by(deepspeed: Any, function: Callable[..., Any]) -> None:
     """Make DeepSpeed gather parameters by `function` instead of torch.distributed.all_gather_into_tensor."""
     deepspeed.comm.comm.cdb.all_gather_function = function
+
+
+@contextlib.contextmanager
+def build_locks_by(make: Callable[[Path], Any]) -> Iterator[None]:
+    """Inside, torch locks the folder of an extension that it builds or loads by `make(path of its lock file)`.
+
+    The result has the methods of torch's own lock: `try_acquire` (whether this process builds), `wait` (until the
+    other one has built), `release`. They are replaced on the class: the module that uses it is imported at a build.
+    """
+    from torch.utils.file_baton import FileBaton
+
+    locks: dict[Any, Any] = {}
+
+    def method(name: str) -> Callable[[Any], Any]:
+        def call(baton: Any) -> Any:
+            if baton not in locks:
+                locks[baton] = make(Path(baton.lock_file_path))
+            return getattr(locks[baton], name)()
+
+        return call
+
+    own: dict[str, Any] = {name: getattr(FileBaton, name) for name in ("try_acquire", "wait", "release")}
+    for name in own:
+        setattr(FileBaton, name, method(name))
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(FileBaton, name, value)
 
 
 def checkpoint_writer(engine: Any) -> Any:

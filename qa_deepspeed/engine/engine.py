@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops
@@ -278,13 +279,14 @@ def training_engine(
     schedule = None
     if "scheduler" not in config:
         schedule = functools.partial(default_schedule, options=options, total_steps=total_steps)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=parameter_groups(model, options.weight_decay) if optimizer is None else None,
-        lr_scheduler=schedule,
-        config=config,
-    )
+    with builds_reported(options.timeout):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=parameter_groups(model, options.weight_decay) if optimizer is None else None,
+            lr_scheduler=schedule,
+            config=config,
+        )
     compat.forget_initial_step(engine.optimizer)
     return Engine(engine, resolved, device)
 
@@ -296,6 +298,7 @@ def evaluation_model(
     choose_attention(model, resolved, device)
     if resolved.zero_stage == 3:
         deepspeed = import_deepspeed(resolved.options.verbose_logging)
-        engine, *_ = deepspeed.initialize(model=model, config=config)
+        with builds_reported(resolved.options.timeout):
+            engine, *_ = deepspeed.initialize(model=model, config=config)
         return Engine(engine, resolved, device)
     return EvalModel(model.to(device=device, dtype=weight_dtype(resolved.precision)), resolved, device)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.deepspeed_compat import full_shape, is_plain_partition, partition_of
 from qa_deepspeed.engine.engine import import_deepspeed
 from qa_deepspeed.models import transformers_compat
@@ -35,7 +36,10 @@ def load(
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     partitioning = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # Transformers looks for it, by a weak reference
-    with transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned):
+    with (
+        builds_reported(options.timeout),
+        transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned),
+    ):
         model, fresh = load_model(options, model_config, fill=fill)
     del partitioning
     return model, fresh
