@@ -12,6 +12,7 @@ from typing import Any
 from qa_deepspeed.qa.metrics.compare import explain
 from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_predictions
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
 
 CHANCE = 0.05
 """A difference with a smaller p value is called more than chance."""
@@ -20,6 +21,9 @@ ABSENT = "-"
 
 SHOWN_DIGITS = 12
 """Of a checksum: enough to tell two apart."""
+
+RECORD = {"identity": {str: ANYTHING}, "options?": {str: ANYTHING}, "metrics?": {str: ANYTHING}}
+"""What is compared of run.json, by `json_files.fault_of`."""
 
 IGNORED_OPTIONS = {"output_dir", "overwrite_output_dir", "overwrite_cache", "cache_dir"}
 """Places of files, which do not change the outcome."""
@@ -67,12 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} holds no training run: {path} cannot be read ({reason})") from None
-    if not isinstance(record, dict) or "identity" not in record:
-        raise UserError(f"{path} is not the record of a training run")
+        record: dict[str, Any] | None = read_json(path, RECORD)
+    except DamagedFile as error:
+        raise UserError(f"{error}: it is not the record of a training run, or damaged") from None
+    if record is None:
+        raise UserError(f"{folder} holds no training run: there is no {path}")
     return record
 
 

@@ -7,6 +7,7 @@ The same arguments give the same bytes.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -22,6 +23,7 @@ import yaml
 
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import os_errors_as_user_errors
+from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
 
 RECIPE = "sample.json"  # written into DIR: what made its contents
 RECIPE_VERSION = 1  # raise it whenever the same arguments give other files
@@ -326,9 +328,9 @@ def write_sample(directory: Path, seed: int, train_articles: int, dev_articles: 
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: name a folder for the sample")
     if directory.is_dir() and any(directory.iterdir()):
-        made = directory / RECIPE
-        if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == recipe:
-            return False
+        with contextlib.suppress(DamagedFile):
+            if read_json(directory / RECIPE, ANYTHING) == recipe:
+                return False
         raise UserError(f"{directory} holds something other than this sample: delete it or name another folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as building:

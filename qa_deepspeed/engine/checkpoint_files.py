@@ -18,12 +18,15 @@ from typing import Any
 
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, parse_json, read_json
 from qa_deepspeed.utils.progress import ProgressBar, hash_progress, sha256_of
 
 LOOP_FILE = "loop.json"
 MANIFEST_FILE = "manifest.json"
 MODEL_FOLDER = "model"
 """Config and tokenizer of the model, inside a checkpoint."""
+
+MANIFEST = {"files": {str: {"bytes": int, "sha256": str}}}
 
 HASH_THREADS = 8
 """Files hashed or flushed at the same time; hashing releases the interpreter lock."""
@@ -55,6 +58,17 @@ class LoopState:
     show it: a run that resumes an earlier checkpoint with changed settings leaves higher steps behind."""
 
 
+LOOP_STATE = {
+    **{name: int for name in ("step", "world_size", "zero_stage", "rows", "place?")},
+    **{name: str for name in ("precision", "device")},
+    "identity": {str: ANYTHING, "global_batch_size": int},
+    "optimized": [str],
+    "versions": {str: str},
+    **{name: {str: ANYTHING} for name in ("options", "config", "best")},
+}
+"""The shape of loop.json, by `json_files.fault_of`."""
+
+
 def write_loop_state(folder: Path, state: LoopState) -> None:
     """Write the state into a new checkpoint folder beside the others of the run."""
     place = 1 + max((_place(other) for other in checkpoints(folder.parent)), default=0)
@@ -72,22 +86,20 @@ def read_loop_state(checkpoint: Path) -> LoopState:
         content = (checkpoint / LOOP_FILE).read_bytes()
         listed = _listed_digest(checkpoint)
         if listed is not None and hashlib.sha256(content).hexdigest() != listed:
-            raise ValueError(f"{LOOP_FILE} does not hold what was written")
-        state = LoopState(**json.loads(content))
-        if not isinstance(state.step, int) or not isinstance(state.identity["global_batch_size"], int):
-            raise ValueError(f"{LOOP_FILE} has no step or batch size")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DamagedFile(f"{LOOP_FILE} does not hold what was written")
+        return LoopState(**parse_json(content, LOOP_STATE, LOOP_FILE))
+    except (OSError, DamagedFile, TypeError) as error:  # TypeError for keys of another version
         raise UserError(f"{checkpoint} is not a complete checkpoint of this trainer ({error})") from None
-    return state
 
 
 def _listed_digest(checkpoint: Path) -> str | None:
     """SHA-256 of the loop's state in the manifest; None before there is a manifest, or where it is damaged."""
     try:
-        entry = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"][LOOP_FILE]
-        return str(entry["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(checkpoint / MANIFEST_FILE, MANIFEST)
+    except DamagedFile:
         return None
+    entry = manifest["files"].get(LOOP_FILE) if manifest is not None else None
+    return None if entry is None else str(entry["sha256"])
 
 
 def checkpoint_name(step: int, rows: int, rows_now: int) -> str:
@@ -172,10 +184,12 @@ def verify_checkpoint(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        entries = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_json(folder / MANIFEST_FILE, MANIFEST)
+    except DamagedFile:
+        manifest = None
+    if manifest is None:
         return f"{MANIFEST_FILE} is missing or cannot be read"
+    listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     for name, (size, _) in listed.items():  # sizes first, which cost nothing
         if not (folder / name).is_file():
             return f"{name} is missing"

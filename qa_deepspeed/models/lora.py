@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from qa_deepspeed.models.transformers_compat import (
 )
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import apply_umask
+from qa_deepspeed.utils.json_files import DamagedFile, read_json
 from qa_deepspeed.utils.progress import write_progress
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -204,10 +204,10 @@ def base_of(name: str | None) -> str | None:
     if not name or not (Path(name) / CONFIG_FILE).is_file():
         return None
     try:
-        config = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
-        kind, base = config["peft_type"], str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(name) / CONFIG_FILE} cannot be read ({error!r})") from None
+        config = read_json(Path(name) / CONFIG_FILE, {"peft_type": str, "base_model_name_or_path": str})
+    except DamagedFile as error:
+        raise UserError(f"{error}: the adapter cannot be read") from None
+    kind, base = config["peft_type"], str(config["base_model_name_or_path"])
     if kind != "LORA":
         raise UserError(f"{name} holds an adapter of the kind {kind}: only LORA is supported")
     if Path(base).is_absolute() and not Path(base).is_dir():

@@ -18,6 +18,7 @@ from qa_deepspeed.runs.requeue import REQUEUE_FILE
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import move_files, write_json
+from qa_deepspeed.utils.json_files import sealed
 
 RUN_FILE = "run.json"
 
@@ -121,7 +122,7 @@ def holds_files(output_dir: Path, options: RunOptions) -> bool:
 def write_run(output_dir: Path, status: str, identity: dict[str, Any], **details: Any) -> None:
     """Write run.json: `status` is "running" or "finished"."""
     record = {"status": status, "identity": identity, "world_size": dist.world_size(), **details}
-    write_json(output_dir / RUN_FILE, record)
+    write_json(output_dir / RUN_FILE, sealed(record))
 
 
 def save_model(

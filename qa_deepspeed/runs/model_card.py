@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.utils.files import write_text
+from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
 
 CARD_FILE = "README.md"
 TASK = "question-answering"
@@ -161,11 +161,10 @@ def _evaluated_on(options: RunOptions) -> str:
 def _base(path: str) -> str:
     """A local base model in words: its name, and its architecture and size where config.json has them."""
     try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-        found = [config.get(name) for name in ("model_type", "num_hidden_layers", "hidden_size")]
-    except (OSError, ValueError, AttributeError):
-        found = [None] * 3
-    kind, layers, width = found
+        config = read_json(Path(path).expanduser() / "config.json", {str: ANYTHING}) or {}
+    except DamagedFile:
+        config = {}
+    kind, layers, width = (config.get(name) for name in ("model_type", "num_hidden_layers", "hidden_size"))
     details = [str(kind)] * bool(kind) + [f"{layers} layers of width {width}"] * bool(layers and width)
     return f"the local checkpoint `{local_name(path)}`" + (f" ({', '.join(details)})" if details else "")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qa_deepspeed.runs.identity import may_change, refuse_changes
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
 
 START, RESUME, FINISHED = "start", "resume", "finished"
 
@@ -25,6 +25,9 @@ NEVER = ("never", "false")
 
 MICRO_BATCH_OPTIONS = ("per_gpu_train_batch_size", "gradient_accumulation_steps")
 """Where these are unchanged, a resumed run keeps its global batch size on any number of ranks."""
+
+RECORD = {"status?": str, "identity": {str: ANYTHING}, "options?": {str: ANYTHING}}
+"""What resuming needs of run.json, by `json_files.fault_of`."""
 
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "train_file", "predict_file", "deepspeed_config")
 """Options that name what a run reads."""
@@ -60,7 +63,7 @@ def resume_decision(output_dir: Path, options: RunOptions, fingerprint: dict[str
     resume = ResumeDecision(RESUME, asked if named and not requeued else "auto")
     if not holds_files(output_dir, options):
         return resume if named else ResumeDecision(START)
-    run = read_run(output_dir)
+    run = read_run(output_dir, report=dist.log0)
     if run is None or asked in NEVER:
         raise UserError(
             f"output_dir {output_dir} is not empty: pass another one, or --overwrite_output_dir to start again"
@@ -172,17 +175,21 @@ def resumed_batch_size(output_dir: Path, options: RunOptions) -> int | None:
     return size if same and not may_change("global_batch_size", options) else None
 
 
-def read_run(output_dir: Path) -> dict[str, Any] | None:
+def read_run(output_dir: Path, report: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
     """The record of the run in `output_dir`; None where there is none.
 
     A damaged run.json costs nothing that a checkpoint knows as well: fingerprint and options come from its loop state.
+
+    Args:
+        report: called with one line about a damaged run.json.
     """
     try:
-        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and isinstance(record.get("identity"), dict):
-            return record
-    except (OSError, ValueError):
-        pass  # missing or damaged: the checkpoints may know
+        record: dict[str, Any] | None = read_json(output_dir / RUN_FILE, RECORD)
+    except DamagedFile as error:
+        report(f"{error}; taking what the checkpoints know")
+        record = None
+    if record is not None:
+        return record
     for checkpoint in reversed(checkpoints(output_dir)):
         try:
             state = read_loop_state(checkpoint)

@@ -41,7 +41,7 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
             facts.family,
             settings,
             folder,
-            overwrite=options.overwrite_cache,
+            overwrite=dist.run_token(options.timeout) if options.overwrite_cache else None,
             progress=bar.reach,
             timeout_seconds=options.timeout,
         )
@@ -102,7 +102,7 @@ def notes(store: FeatureStore) -> list[str]:
         ("answers_in_no_window", "questions whose answers are in no window"),
         ("examples_without_tokens", "questions whose context has no tokens"),
     )
-    return [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts[name]]
+    return [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts.get(name)]
 
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:

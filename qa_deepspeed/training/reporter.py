@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any, TextIO
 
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.files import write_text
+from qa_deepspeed.utils.files import write_bytes
+from qa_deepspeed.utils.json_files import NUMBER, DamagedFile, parse_json
 from qa_deepspeed.utils.progress import ProgressBar
+from qa_deepspeed.utils.units import plural
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -77,14 +78,22 @@ class MetricsLogger(NullMetricsLogger):
 
 
 def _open_metrics(path: Path, done_steps: int) -> TextIO:
-    """metrics.jsonl for appending, without incomplete lines and lines of steps that the resumed run repeats."""
-    lines = []
+    """metrics.jsonl for appending, without damaged lines and lines of steps that the resumed run repeats.
+
+    A last line without its end is what a killed run leaves, and is left out without a word.
+    """
+    kept, damaged = [], []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= done_steps:
-                    lines.append(line + "\n")
-        write_text(path, "".join(lines))
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                if line and parse_json(line, {"step": NUMBER}, f"line {number}")["step"] <= done_steps:
+                    kept.append(line + b"\n")
+            except DamagedFile as error:
+                damaged += [str(error)] * (number < len(lines))
+        write_bytes(path, b"".join(kept))
+    if damaged:
+        dist.log0(f"{path}: {plural(len(damaged), 'line')} left out as damaged ({damaged[0]})")
     return path.open("a", encoding="utf-8")
 
 

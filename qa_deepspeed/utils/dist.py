@@ -14,6 +14,8 @@ import os
 import secrets
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -53,8 +55,13 @@ LOST_RANK_TEXTS = (
 )
 """Parts of the messages, in lower case, by which gloo and NCCL report a rank that has ended or does not answer."""
 
+BEAT_SECONDS = 0.5
+"""How often rank 0 gives a sign of life in work for which the others wait without a timeout."""
+
 _host_group: Any = None
+_timeout_seconds = 0
 _stage = "the start"
+_run_token: str | None = None
 _store_broadcasts = 0
 """Number of broadcasts through the store so far; the same on all ranks."""
 
@@ -146,9 +153,10 @@ def check_supported() -> None:
 
 def init(device: torch.device, timeout_seconds: int) -> None:
     """Join the process group; returns when all ranks have joined. Called after the features are built, never before."""
-    global _host_group
+    global _host_group, _timeout_seconds
     if torch_distributed.is_initialized():
         return
+    _timeout_seconds = timeout_seconds
     atexit.register(wait_until_threads_are_idle)  # at any end: threads of the groups may outlive `destroy`
     timeout = timedelta(seconds=timeout_seconds)
     # ZeRO makes its own groups without a timeout: they take these defaults.
@@ -161,6 +169,38 @@ def init(device: torch.device, timeout_seconds: int) -> None:
     else:
         torch_distributed.init_process_group("gloo", timeout=timeout)
         _host_group = torch_distributed.group.WORLD
+
+
+def run_token(timeout_seconds: int) -> str:
+    """A random text, the same on all ranks of this start of a run, which need not have joined the process group.
+
+    Rank 0 chooses it; the others read it from the store in which the ranks meet.
+
+    Raises:
+        LostRankError: a rank did not come within the timeout.
+    """
+    global _run_token
+    if _run_token is None:
+        _run_token = secrets.token_hex(8)
+        if world_size() > 1:
+            with explain_collective_errors("the start of the run"):
+                _run_token = _share_by_store(_run_token, timedelta(seconds=timeout_seconds))
+    return _run_token
+
+
+def _share_by_store(text: str, timeout: timedelta) -> str:
+    """Rank 0's text on every rank. The store is closed again: `init` opens its own."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store = next(rendezvous("env://", timeout=timeout))[0]
+    name = f"qa_deepspeed/token/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if is_rank_zero():
+        store.set(name, text)
+    text = store.get(name).decode()
+    if store.add(f"{name}/readers", 1) == world_size():
+        store.set(f"{name}/done", "")
+    store.wait([f"{name}/done"])  # the store may be rank 0's, which must not close it before the others have read
+    return text
 
 
 def set_stage(stage: str) -> None:
@@ -256,32 +296,60 @@ def broadcast_json(value: Any) -> Any:
 def run_on_rank_zero(act: Callable[[], Any], no_timeout: bool = False) -> Any:
     """Call `act` on rank 0 and return its result (JSON-able) on every rank. Collective.
 
-    The others wait for it until the timeout; with `no_timeout`, as long as rank 0 lives.
+    The others wait for it until the timeout; with `no_timeout`, as long as rank 0 works.
 
     Raises:
         UserError: on every rank, if `act` raises it on rank 0.
+        LostRankError: with `no_timeout`, rank 0 gave no sign of life for the timeout.
     """
-    answer: dict[str, Any] = {}
-    if is_rank_zero():
+
+    def acted() -> dict[str, Any]:
         try:
-            answer = {"value": act()}
+            return {"value": act()}
         except UserError as error:
-            answer = {"error": str(error)}
-    answer = _broadcast_by_store(answer) if no_timeout and not _alone() else broadcast_json(answer)
+            return {"error": str(error)}
+
+    if no_timeout and not _alone():
+        answer = _broadcast_by_store(acted)
+    else:
+        answer = broadcast_json(acted() if is_rank_zero() else {})
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
 
 
-def _broadcast_by_store(value: Any) -> Any:
-    """`broadcast_json` through the store in which the ranks met: no collective is open that could time out."""
+def _broadcast_by_store(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, through the store in which the ranks met: no collective is open that could time
+    out. A thread of rank 0 counts in the store while it works, so that the others notice when it is stopped."""
     global _store_broadcasts
     _store_broadcasts += 1
     store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/{_store_broadcasts}"
     if is_rank_zero():
-        store.set(key, json.dumps(value))
+        done = threading.Event()
+
+        def count() -> None:
+            while not done.wait(BEAT_SECONDS):
+                store.add(f"{key}/beats", 1)
+
+        beating = threading.Thread(target=count, daemon=True)
+        beating.start()
+        try:
+            store.set(key, json.dumps(make()))
+        finally:
+            done.set()
+            beating.join()
     else:
-        store.wait([key], timedelta(days=365))
+        beats, changed = -1, time.monotonic()
+        while not store.check([key]):
+            if (now := store.add(f"{key}/beats", 0)) != beats:
+                beats, changed = now, time.monotonic()
+            unchanged = time.monotonic() - changed
+            if unchanged > _timeout_seconds:
+                raise LostRankError(
+                    f"rank {rank()} waited in {_stage} for rank 0, which gave no sign of life for {unchanged:.0f} s; "
+                    "it is the one to look at"
+                )
+            time.sleep(BEAT_SECONDS / 2)
     value = json.loads(store.get(key))
     barrier()  # the store may be rank 0's, which must not end before the others have read
     return value

@@ -99,7 +99,9 @@ def unfinished_copy(name: str, new: str) -> None:
     def copy() -> None:
         shutil.copytree(FOLDER / name, FOLDER / new)
         run_file = FOLDER / new / "run.json"
-        run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "status": "running"}))
+        record = json.loads(run_file.read_text())
+        del record["json_checksum"]  # else the change would be damage
+        run_file.write_text(json.dumps({**record, "status": "running"}))
         (FOLDER / new / "model.safetensors").unlink()
 
     on_first(copy)

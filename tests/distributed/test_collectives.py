@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError, UserError
 from tests.distributed.launching import free_port, run
 from tests.paths import REPOSITORY
 
@@ -54,6 +55,71 @@ def test_what_takes_rank_0_long_is_waited_for() -> None:
     assert [answers.get(timeout=60) for _ in ranks] == [["uploaded", "no login"]] * 2
     for process in ranks:
         process.join()
+
+
+def stop_while_the_other_waits(rank: int, port: str, answers: Any) -> None:
+    """One of two ranks: rank 0 stops itself (SIGSTOP) in work without a timeout."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    dist.init(torch.device("cpu"), 2)
+    try:
+        dist.run_on_rank_zero(lambda: os.kill(os.getpid(), signal.SIGSTOP), no_timeout=True)
+    except LostRankError as error:
+        answers.put(str(error))
+        os._exit(0)  # the group cannot be left in good order
+
+
+@pytest.mark.distributed
+def test_a_rank_0_that_is_stopped_is_given_up() -> None:
+    forks = multiprocessing.get_context("fork")
+    answers = forks.SimpleQueue()
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        forks.Process(target=stop_while_the_other_waits, args=(rank, str(store.port), answers)) for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        assert "rank 1 waited in the start for rank 0, which gave no sign of life for " in answers.get()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def share_a_token(rank: int, port: str, answers: Any) -> None:
+    """One of three ranks: agrees on the token before it joins the group; the last one comes late."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    time.sleep(0.5 * (rank == 2))
+    token = dist.run_token(60)
+    assert dist.run_token(60) == token
+    dist.init(torch.device("cpu"), 60)
+    answers.put((token, dist.all_reduce_sum([1.0])))
+    dist.destroy()
+
+
+@pytest.mark.distributed
+def test_ranks_share_a_token_before_they_meet() -> None:
+    forks = multiprocessing.get_context("fork")
+    answers: Any = forks.Queue()
+    port = free_port()
+    ranks = [forks.Process(target=share_a_token, args=(rank, port, answers)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    found = [answers.get(timeout=60) for _ in ranks]
+    for process in ranks:
+        process.join(60)
+    assert len({token for token, _ in found}) == 1 and all(total == [3.0] for _, total in found)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+
+
+def test_a_process_alone_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = set()
+    for _ in range(2):
+        monkeypatch.setattr(dist, "_run_token", None)
+        tokens.add(dist.run_token(1))
+        assert dist.run_token(1) in tokens
+    assert len(tokens) == 2
 
 
 ENDS_AT_ONCE = """if True:

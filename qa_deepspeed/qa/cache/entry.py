@@ -1,8 +1,8 @@
 """One entry of the feature cache: a folder of shards that any number of processes may build at once.
 
 Files: examples-N.arrow, features-N.arrow, index.arrow, rejected.json, and manifest.json, which is written last and
-holds size and checksum of all others. While the entry is being built, each complete shard has a status file of the same
-name (.json) and each shard in work a lock (.lock), which the kernel releases when its holder dies.
+holds the checksums of all others and of itself. While the entry is being built, each complete shard has a status file
+of the same name (.json) and each shard in work a lock (.lock), which the kernel releases when its holder dies.
 """
 
 from __future__ import annotations
@@ -19,17 +19,53 @@ from typing import Any, Protocol
 import numpy as np
 
 from qa_deepspeed.qa.cache.background import BackgroundCall
-from qa_deepspeed.qa.cache.waiting import HOLDER_SUFFIX, POLL_SECONDS, Locks
+from qa_deepspeed.qa.cache.waiting import POLL_SECONDS, Locks
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_bytes
+from qa_deepspeed.utils.json_files import CHECKSUM, DamagedFile, read_json, sealed
+from qa_deepspeed.utils.locks import HOLDER_SUFFIX
 
 ProgressCallback = Callable[[int, "int | None"], None]
 
 Status = dict[str, Any]
 """Status of a complete shard: `size` and `checksum` of its file; `examples` or `counts` of what it holds."""
 
+Shape = dict[Any, Any]
+
+FILE: Shape = {"size": int, "checksum": str}
+EXAMPLES: Shape = {**FILE, "examples": int}
+COUNTS: Shape = {str: int, "examples": int, "features": int}
+REPORT: Shape = {
+    **{name: int for name in ("usable", "mended", "unanswerable")},
+    **{name: {str: int} for name in ("rejected_by_reason", "answer_faults")},
+}
+READING: Shape = {"shards": int, "examples": int, "report": REPORT, "rejected?": str}
+"""What is known when the input was read to its end; `rejected` is the checksum of rejected.json, if there is one."""
+
+MANIFEST: Shape = {
+    "fingerprint": str,
+    "counts": COUNTS,
+    "shards": [{"examples": EXAMPLES, "features": {**FILE, "features": int}}],
+    "index": FILE,
+    "report": REPORT,
+    "rejected?": str,
+}
+REJECTED: Shape = {"rejected": [{"example_id": (str, type(None)), "file": int, "where": str, "reason": str}]}
+
+OVERWRITTEN = ".overwritten"
+"""The file with the token of the run for which an entry was last discarded."""
+
 log = logging.getLogger(__name__)
+
+
+def _shape_of(name: str) -> Shape:
+    """The shape of NAME.json, by `json_files.fault_of`."""
+    if name.startswith("features-"):
+        return {**FILE, "counts": COUNTS}
+    if name.startswith("examples-"):
+        return EXAMPLES
+    return {"manifest": MANIFEST, "reading": READING, "rejected": REJECTED}[name]
 
 
 class EntryContent(Protocol):
@@ -56,7 +92,8 @@ class CacheEntry:
         self._locks = Locks(folder, timeout_seconds)
         self._fingerprint = fingerprint
         self._content = content
-        self._built: dict[str, int] = {}
+        self._complete: dict[str, Status] = {}
+        self._named: set[str] = set()
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the entry is not complete."""
@@ -69,16 +106,20 @@ class CacheEntry:
             with contextlib.suppress(OSError):
                 self._delete_status_files()
 
-    def discard(self, older_than: float) -> None:
-        """Delete files written before this time (seconds since the epoch), so that they are built again."""
-        if not self.folder.is_dir():
-            return
-        with self._locks.lock("discard"):
-            files = [self.folder / "manifest.json", *self.folder.glob("*.arrow"), *self.folder.glob("*.json")]
-            for path in files:
+    def discard(self, token: str) -> None:
+        """Delete all files, once for a `token`, which the ranks of one run have in common: they are built again."""
+        marker = self.folder / OVERWRITTEN
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locks.lock("discard"):
                 with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < older_than:
-                        path.unlink()
+                    if marker.read_bytes() == token.encode():
+                        return
+                for path in (self.folder / "manifest.json", *self.folder.glob("*.arrow"), *self.folder.glob("*.json")):
+                    path.unlink(missing_ok=True)
+                write_bytes(marker, token.encode())
+        except OSError as error:
+            raise _storage_error(self.folder, error) from error
 
     def build(self, progress: ProgressCallback | None) -> dict[str, Any]:
         """Complete the entry, together with any other process that builds it; returns the manifest.
@@ -142,10 +183,21 @@ class CacheEntry:
                     else:
                         self.features(number, shard["examples"], shard["features"])
 
-    def rejected(self) -> list[dict[str, Any]]:
-        """The rejected questions that the report in the manifest counts."""
+    def rejected(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rejected questions that the report in the manifest counts; the input is read again for damaged ones."""
+        count = sum(manifest["report"]["rejected_by_reason"].values())
+        if not count:
+            return []
         found = self._read_json("rejected")
-        return [] if found is None else list(found["rejected"])
+        if found is None or len(found["rejected"]) != count or manifest.get("rejected") not in (None, _sum_of(found)):
+            if "rejected" not in self._named:
+                log.warning("%s: missing or altered; reading the input again", self.folder / "rejected.json")
+            for _ in self._content.example_shards():
+                pass
+            found = {"rejected": self._content.report()["rejected"]}
+            with contextlib.suppress(OSError):  # a read-only cache
+                self._write_json("rejected", found)
+        return list(found["rejected"])
 
     # ---- building ----
 
@@ -153,7 +205,7 @@ class CacheEntry:
         reading = BackgroundCall(self._build_examples)
         try:
             while (manifest := self.manifest()) is None:
-                if not reading.running() and self._read_json("reading") is None:
+                if not reading.running() and self._reading() is None:
                     reading.start()
                 if self._build_one_features_shard(progress) or self._build_manifest() or reading.wait(POLL_SECONDS):
                     self._locks.progress()
@@ -169,15 +221,16 @@ class CacheEntry:
         check: called at each shard.
         """
         with self._locks.try_lock("reading") as locked:
-            if not locked or self._read_json("reading") is not None or self.manifest() is not None:
+            if not locked or self._reading() is not None or self.manifest() is not None:
                 return False
             statuses = self._write_examples(check=check)
             report = self._content.report()
-            rejected = report.pop("rejected", [])
-            if rejected:
-                self._write_json("rejected", {"rejected": rejected})
+            rejected = {"rejected": report.pop("rejected", [])}
+            if rejected["rejected"]:
+                self._write_json("rejected", rejected)
             examples = sum(status["examples"] for status in statuses.values())
-            self._write_json("reading", {"shards": len(statuses), "examples": examples, "report": report})
+            reading = {"shards": len(statuses), "examples": examples, "report": report, "rejected": _sum_of(rejected)}
+            self._write_json("reading", sealed(reading))
             return True
 
     def _write_examples(self, only: int | None = None, check: Callable[[], None] = lambda: None) -> dict[int, Status]:
@@ -186,34 +239,35 @@ class CacheEntry:
         for number, columns in enumerate(self._content.example_shards()):
             check()
             name = f"examples-{number:05d}"
-            status = self._read_json(name) if only is None else None
+            status = self._status(name) if only is None else None
             if status is None and only in (None, number):
                 status = {
                     **write_columns(self.folder / f"{name}.arrow", columns),
                     "examples": len(columns["example_ids"]),
                 }
                 if only is None:
-                    self._write_json(name, status)
+                    self._write_json(name, sealed(status))
             if status is not None:
                 statuses[number] = status
         return statuses
 
     def _build_one_features_shard(self, progress: ProgressCallback | None) -> bool:
         """Build the features of one shard that is neither complete nor in work; False if there is none."""
-        names = {path.name for path in self.folder.iterdir()}
+        names = self._names()
         for number in range(len(names)):
             name = f"features-{number:05d}"
             if f"examples-{number:05d}.json" not in names:
                 break
-            if f"{name}.json" in names:
+            if f"{name}.json" in names and self._status(name) is not None:
                 continue
             with self._locks.try_lock(name) as locked:
-                if not locked or self._read_json(name) is not None or self.manifest() is not None:
+                if not locked or self._status(name) is not None or self.manifest() is not None:
                     continue
-                examples_status = self._read_json(f"examples-{number:05d}")
+                examples_status = self._status(f"examples-{number:05d}")
                 if examples_status is None:
                     continue
-                self._write_json(name, self._write_features(number, self.examples(number, examples_status)))
+                status = self._write_features(number, self.examples(number, examples_status))
+                self._write_json(name, sealed(status))
             if progress is not None:
                 progress(*self._examples_done())
             return True
@@ -225,15 +279,14 @@ class CacheEntry:
 
     def _examples_done(self) -> tuple[int, int | None]:
         """Examples whose features are built, and the number of all; None before the input is read to its end."""
-        for path in self.folder.glob("features-*.json"):
-            if path.stem not in self._built and (status := self._read_json(path.stem)) is not None:
-                self._built[path.stem] = status["counts"]["examples"]
+        found = (self._status(path.stem) for path in self.folder.glob("features-*.json"))
         reading = self._read_json("reading")
-        return sum(self._built.values()), None if reading is None else reading["examples"]
+        done = sum(status["counts"]["examples"] for status in found if status is not None)
+        return done, None if reading is None else reading["examples"]
 
     def _build_manifest(self) -> bool:
         """Write index and manifest once all shards are complete, and delete the status files."""
-        reading = self._read_json("reading")
+        reading = self._reading()
         if reading is None:
             return False
         with self._locks.try_lock("manifest") as locked:
@@ -241,26 +294,25 @@ class CacheEntry:
                 return False
             shards = [
                 {
-                    kind: status
+                    kind: dict(status)
                     for kind in ("examples", "features")
-                    if (status := self._read_json(f"{kind}-{number:05d}"))
+                    if (status := self._status(f"{kind}-{number:05d}"))
                 }
                 for number in range(reading["shards"])
             ]
             if any(len(shard) < 2 for shard in shards):
                 return False
             counts = _total_counts(shards)
-            index = self._write_index(shards)
-            self._write_json(
-                "manifest",
-                {
-                    "fingerprint": self._fingerprint,
-                    "counts": counts,
-                    "shards": shards,
-                    "index": index,
-                    "report": reading["report"],
-                },
-            )
+            manifest = {
+                "fingerprint": self._fingerprint,
+                "counts": counts,
+                "shards": shards,
+                "index": self._write_index(shards),
+                "report": reading["report"],
+            }
+            if "rejected" in reading:  # not where an earlier version read the input
+                manifest["rejected"] = reading["rejected"]
+            self._write_json("manifest", sealed(manifest))
         self._delete_status_files()
         return True
 
@@ -285,15 +337,47 @@ class CacheEntry:
 
     # ---- small files ----
 
+    def _reading(self) -> dict[str, Any] | None:
+        """What is known of the input; None until it was read to its end and all shards of examples are there."""
+        reading = self._read_json("reading")
+        complete = reading is not None and all(
+            self._status(f"examples-{number:05d}") is not None for number in range(reading["shards"])
+        )
+        return reading if complete else None
+
+    def _status(self, name: str) -> Status | None:
+        """The status of a shard, which does not change once it is complete; None before."""
+        if name not in self._complete and (status := self._read_json(name)) is not None:
+            self._complete[name] = status
+        return self._complete.get(name)
+
+    def _names(self) -> set[str]:
+        """Names in the folder. Statuses that another run has discarded are forgotten."""
+        names = {path.name for path in self.folder.iterdir()}
+        for name in list(self._complete):  # another thread may add to it
+            if f"{name}.json" not in names:
+                self._complete.pop(name, None)
+        return names
+
     def _read_json(self, name: str) -> dict[str, Any] | None:
+        """A file of the entry; None where it is missing or damaged, which is named once."""
+        path = self.folder / f"{name}.json"
         try:
-            content: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_bytes())
-        except (OSError, ValueError):
+            content: dict[str, Any] | None = read_json(path, _shape_of(name))
+        except DamagedFile as error:
+            if name not in self._named:
+                log.warning("%s; building it again", error)
+            self._named.add(name)
             return None
         return content
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_bytes(self.folder / f"{name}.json", json.dumps(content).encode())
+
+
+def _sum_of(rejected: dict[str, Any]) -> str:
+    """The checksum of the content of rejected.json."""
+    return str(sealed(rejected)[CHECKSUM])
 
 
 def _total_counts(shards: list[dict[str, Status]]) -> dict[str, int]:

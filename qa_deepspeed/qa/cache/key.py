@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,9 @@ from qa_deepspeed.qa.features.families import Family
 from qa_deepspeed.qa.features.template import Template
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_bytes
+from qa_deepspeed.utils.json_files import DamagedFile, read_json, sealed
+
+log = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"
 SETTLED_SECONDS = 2.0
@@ -75,14 +79,18 @@ class InputDigests:
 
     def of(self, files: tuple[str, ...]) -> list[str]:
         """The digest of each file. Raises: UserError if one cannot be read."""
-        known = self._read()
+        try:
+            known = self._read()
+        except DamagedFile as error:
+            log.warning("%s; hashing the input files again", error)
+            known = {}
         fresh: dict[str, Any] = {}
         digests = []
         for name in files:
             path = Path(name).absolute()
             identity = file_identity(path)
             entry = known.get(str(path))
-            if entry is None or entry[:-1] != identity:
+            if entry is None or entry[:-1] != identity or not isinstance(entry[-1], str):
                 entry = [*identity, _sha256(path)]
                 if time.time() - max(identity[1:3]) / 1e9 > SETTLED_SECONDS:
                     fresh[str(path)] = entry
@@ -91,15 +99,13 @@ class InputDigests:
             # Where the folder cannot be written, digests are computed again next time.
             with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(self._path, json.dumps({**self._read(), **fresh}).encode())
+                with contextlib.suppress(DamagedFile):
+                    known = self._read()  # other processes may have added theirs
+                write_bytes(self._path, json.dumps(sealed({**known, **fresh})).encode())
         return digests
 
     def _read(self) -> dict[str, Any]:
-        try:
-            stored: dict[str, Any] = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return stored
+        return read_json(self._path, {str: [(int, str)]}) or {}
 
 
 def file_identity(path: Path) -> list[int]:

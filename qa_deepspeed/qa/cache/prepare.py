@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,6 @@ from qa_deepspeed.utils.errors import UserError
 
 __all__ = ["FeatureSettings", "FeatureStore", "look_up", "prepare_features"]
 
-STARTED = time.time()
-"""Start of this process. `overwrite` keeps newer entries: another rank of this run built them."""
-
 
 def prepare_features(
     source: DataSource,
@@ -38,7 +34,7 @@ def prepare_features(
     settings: FeatureSettings,
     cache_dir: Path,
     *,
-    overwrite: bool = False,
+    overwrite: str | None = None,
     progress: ProgressCallback | None = None,
     timeout_seconds: float = math.inf,
 ) -> FeatureStore:
@@ -48,7 +44,7 @@ def prepare_features(
     and need no other communication.
 
     Args:
-        overwrite: rebuild entries that are older than this process.
+        overwrite: a token that the ranks of one run have in common: what the cache has is built again, once for it.
         timeout_seconds: how long another builder may leave the entry as it is while this process waits for it.
         progress: called with the number of examples done and of all examples (None while that is unknown).
     Raises:
@@ -56,8 +52,8 @@ def prepare_features(
     """
     lookup = _find_entry(source, tokenizer, family, settings, cache_dir, timeout_seconds)
     entry = lookup.entry
-    if overwrite:
-        entry.discard(older_than=STARTED)
+    if overwrite is not None:
+        entry.discard(overwrite)
     manifest = entry.manifest()
     built = manifest is None
     if manifest is None:
@@ -193,9 +189,10 @@ def _open(
         return entry.features(number, shards[number]["examples"], shards[number]["features"])
 
     def report() -> ReadReport:
-        rejected = entry.rejected()
+        rejected = entry.rejected(manifest)
+        files = dict(enumerate(source.files))
         for row in rejected:
-            row["where"] = source.files[row.pop("file")] + row["where"]
+            row["where"] = files.get(row.pop("file"), "?") + row["where"]
         return ReadReport.from_dict({**manifest["report"], "rejected": rejected})
 
     return FeatureStore(

@@ -76,5 +76,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     one = make_run(tmp_path / "one", 50)
     assert compare(one) == 2 and "two runs or more" in capsys.readouterr().err
     assert compare(one, tmp_path) == 2 and "holds no training run" in capsys.readouterr().err
+    for content in ("[]", "5", "null", "", '{"identity": []}', '{"identity": {}, "options": 5}'):
+        (tmp_path / "run.json").write_text(content)
+        assert compare(one, tmp_path) == 2 and capsys.readouterr().err.count("\n") == 1
     (tmp_path / "run.json").write_text("[]")
     assert compare(one, tmp_path) == 2 and "not the record" in capsys.readouterr().err

@@ -1,16 +1,23 @@
 """What a run does in a folder is decided without changing it; an overwritten run comes back when the new one fails."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoint_files import LoopState, read_loop_state, write_loop_state, write_manifest
 from qa_deepspeed.runs.folder import files_of_run, write_run
 from qa_deepspeed.runs.previous import PREFIX, PreviousRun, recover
-from qa_deepspeed.runs.resume import ResumeDecision, read_run, resume_decision
+from qa_deepspeed.runs.resume import ResumeDecision, read_run, resume_decision, select_checkpoint
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.json_files import CHECKSUM
+from tests.unit.damage import DAMAGE
 
 FINGERPRINT: dict[str, Any] = {"learning_rate": 5e-5, "global_batch_size": 8, "steps": 10}
 
@@ -137,6 +144,51 @@ def test_a_damaged_record_is_replaced_by_what_the_checkpoints_know(old_run: Path
     record = read_run(old_run)
     assert record is not None and record["identity"] == FINGERPRINT
     assert resume_decision(old_run, options_for(old_run), FINGERPRINT) == ResumeDecision("resume", "auto")
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=DAMAGE)
+def test_no_damage_of_the_record_refuses_the_same_run(old_run: Path, damage: Callable[[bytes], bytes]) -> None:
+    """A flipped digit of the fingerprint would look like a run of other settings."""
+    write_run(old_run, "finished", FINGERPRINT, options={})
+    path = old_run / "run.json"
+    path.write_bytes(damage(path.read_bytes()))
+    assert resume_decision(old_run, options_for(old_run), FINGERPRINT).action in ("resume", "finished")
+
+
+def test_a_damaged_record_is_named_in_one_line(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = old_run / "run.json"
+    path.write_text(path.read_text().replace('"steps": 10', '"steps": 11'))
+    assert resume_decision(old_run, options_for(old_run), FINGERPRINT) == ResumeDecision("resume", "auto")
+    assert capsys.readouterr().out == (
+        f"{path}: does not hold what was written (its checksum differs); taking what the checkpoints know\n"
+    )
+
+
+def test_a_record_of_an_earlier_version_has_no_checksum(old_run: Path) -> None:
+    path = old_run / "run.json"
+    record = json.loads(path.read_text())
+    assert record.pop(CHECKSUM)
+    path.write_text(json.dumps(record))
+    assert resume_decision(old_run, options_for(old_run), FINGERPRINT) == ResumeDecision("finished")
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=DAMAGE, name=st.sampled_from(["loop.json", "manifest.json"]))
+def test_a_damaged_checkpoint_is_passed_over(
+    old_run: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes], name: str
+) -> None:
+    for step in (7, 5):
+        shutil.rmtree(old_run / f"checkpoint-{step}", ignore_errors=True)
+    older, newer = checkpoint(old_run, 5), checkpoint(old_run, 7)
+    content = (newer / name).read_bytes()
+    (newer / name).write_bytes(damage(content))
+    chosen = select_checkpoint(old_run, "auto", FINGERPRINT)
+    printed = capsys.readouterr().out
+    if chosen == older:
+        assert printed.startswith(f"{newer} is damaged and not used: ") and printed.count("\n") == 1
+    else:
+        assert json.loads((newer / name).read_bytes()) == json.loads(content), "only white space changed"
 
 
 def test_another_folder_without_checkpoints_has_no_record(tmp_path: Path) -> None:

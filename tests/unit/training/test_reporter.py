@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from qa_deepspeed.training.reporter import MetricsLogger
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from qa_deepspeed.training.reporter import MetricsLogger, _open_metrics
+from tests.unit.damage import DAMAGE
 from tests.unit.training.events import events
 
 
@@ -23,6 +28,27 @@ def test_resumed_run_continues_its_curves_without_overlap(tmp_path: Path) -> Non
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
+
+
+def test_damaged_lines_are_named_once_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [b'{"step": %d, "train/loss": 1.0}' % step for step in range(1, 5)]
+    bad = [b"5", b"[]", b"null", b'{"step": "2"}', b'{"step": 3, "train/loss": \xff}', b"{}", b"{"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*good[:2], *bad, b"", *good[2:], b'{"step": 5, "tr']))
+    MetricsLogger(tmp_path, 10, 4).close()
+    assert path.read_bytes().splitlines() == good
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl" in line)
+    assert line.startswith(f"{path}: 7 lines left out as damaged (line 3: ")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=DAMAGE)
+def test_no_damage_ends_a_resume(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_bytes(damage("\n".join([*lines, ""]).encode()))
+    _open_metrics(tmp_path / "metrics.jsonl", 3).close()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"] <= 3
 
 
 def test_restart_without_checkpoint_purges_the_first_run(tmp_path: Path) -> None:

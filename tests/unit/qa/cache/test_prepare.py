@@ -61,11 +61,10 @@ def corpus(count: int = 60, seed: int = 0) -> list[Example]:
 def prepare(path: Path, cache: Path, **changes: Any) -> FeatureStore:
     settings = changes.pop("settings", SETTINGS)
     tokenizer = changes.pop("tokenizer", small_tokenizers.tokenizer("bert"))
-    overwrite = changes.pop("overwrite", False)
     source = DataSource(
         (str(path),), changes.pop("purpose", "evaluate"), changes.pop("version_2_with_negative", False), **changes
     )
-    return prepare_features(source, tokenizer, small_tokenizers.family("bert"), settings, cache, overwrite=overwrite)
+    return prepare_features(source, tokenizer, small_tokenizers.family("bert"), settings, cache)
 
 
 @pytest.fixture
@@ -174,17 +173,6 @@ def test_the_report_survives_a_hit(tmp_path: Path) -> None:
     renamed = path.rename(tmp_path / "renamed.json")
     (row,) = prepare(renamed, tmp_path / "cache", purpose="train").report.rejected
     assert row.where == built.rejected[0].where.replace(str(path), str(renamed)) != built.rejected[0].where
-
-
-def test_overwrite_builds_again_what_is_older_than_the_process(tmp_path: Path, data: Path, monkeypatch) -> None:
-    first = prepare(data, tmp_path / "cache")
-    before = files_of(only_entry(tmp_path / "cache"))
-    monkeypatch.setattr(prepare_module, "STARTED", time.time() + 1)
-    assert prepare(data, tmp_path / "cache", overwrite=True).built
-    assert files_of(only_entry(tmp_path / "cache")) == before
-    monkeypatch.setattr(prepare_module, "STARTED", time.time() - 60)
-    again = prepare(data, tmp_path / "cache", overwrite=True)
-    assert not again.built and rows(again) == rows(first)
 
 
 # ---- many processes ----
