@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gold is None or arguments.predictions is None:
         raise UserError("score takes a gold file and a predictions file: qa-deepspeed score GOLD PREDICTIONS")
     gold = read_gold(arguments.gold)
-    predictions = read_predictions(arguments.predictions)
+    predictions = _without(gold, read_predictions(arguments.predictions))
     null_odds = read_null_odds(arguments.null_odds) if arguments.null_odds else None
     if null_odds is not None and not gold.version_2:
         raise UserError(f"{arguments.gold} is SQuAD v1.1 data, where every question has an answer: drop --null_odds")
@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = {
         "missing_ids": list(dict.fromkeys(q.example_id for q in gold.questions if q.example_id not in predictions)),
         "extra_ids": [example_id for example_id in predictions if example_id not in ids],
+        "ids_without_gold": gold.without_gold,
     }
     if null_odds is not None and arguments.null_odds_threshold is not None:
         blanked = [
@@ -111,6 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(_table(metrics, gold.version_2)))
     return 0
+
+
+def _without(gold: GoldFile, predictions: dict[str, str]) -> dict[str, str]:
+    """The predictions but those of questions without gold answers, which a remark counts."""
+    ids = set(gold.without_gold).difference(question.example_id for question in gold.questions)
+    if ids:
+        print(f"{len(ids)} questions without gold answers, not scored: {_listed(gold.without_gold)}", file=sys.stderr)
+    return {example_id: text for example_id, text in predictions.items() if example_id not in ids}
 
 
 def _explain(arguments: argparse.Namespace) -> int:

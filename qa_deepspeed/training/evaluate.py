@@ -29,7 +29,7 @@ from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.runs.folder import writable_folder
 from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
-from qa_deepspeed.training.features import load_features, notes
+from qa_deepspeed.training.features import load_features, notes, require_gold
 from qa_deepspeed.training.scoring import answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.training.tensorboard import write_evaluation
 from qa_deepspeed.utils import dist
@@ -63,7 +63,8 @@ def evaluation_head(model: torch.nn.Module, options: RunOptions) -> Head:
 class Evaluation:
     """The outcome of an evaluation.
 
-    metrics: by name, the same on every rank. result: what TensorBoard and the model card show beside them, on rank 0.
+    metrics: by name, the same on every rank. result: what TensorBoard and the model card show beside them, on rank 0;
+    None if no question has gold answers.
     """
 
     metrics: dict[str, Any]
@@ -90,17 +91,18 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
         )
+    metrics: dict[str, Any] = {}
     result: EvaluationResult | None = None
     if gathered is not None:
         if gathered.logits is not None:
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
         further = {} if gathered.loss is None else {LOSS: gathered.loss}
-        result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
+        metrics, result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
-            save_null_threshold(output_dir, result.metrics["null_score_diff_threshold"])
+            save_null_threshold(output_dir, metrics["null_score_diff_threshold"])
     with dist.explain_collective_errors("the evaluation"):
-        return Evaluation(dist.broadcast_json(result.metrics if result is not None else {}), result)
+        return Evaluation(dist.broadcast_json(metrics), result)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
@@ -120,7 +122,8 @@ def describe(metrics: Mapping[str, Any]) -> str:
     )
     line = "  ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
     threshold = f"  (at null odds {metrics['best_f1_thresh']:.3f})" if "best_f1_thresh" in metrics else ""
-    return f"{line}{threshold}  questions {metrics['total']}"
+    unscored = f"  not scored for want of gold answers: {metrics['not_scored']}" if "not_scored" in metrics else ""
+    return f"{line}{threshold}  questions {metrics['total']}{unscored}".strip()
 
 
 def evaluate_checkpoints(
@@ -179,6 +182,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
         options = dataclasses.replace(options, null_score_diff_threshold=saved_null_threshold(facts.config))
     store = load_features(options, "evaluate", facts)
     log_features(store, "evaluate", output_dir)
+    require_gold(store, options)
     dist.init(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
     model, fresh = zero3_loading.load(options, facts.config, config)
@@ -192,6 +196,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     if evaluation.result is not None:
         write_evaluation(output_dir, evaluation.result)
         dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
+    else:
+        dist.log0(f"answers are in {output_dir}")
     return evaluation.metrics
 
 

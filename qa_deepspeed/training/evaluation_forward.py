@@ -91,6 +91,7 @@ class _ColumnExtractor:
         self._count, self._max_length = options.n_best_size, options.max_answer_length
         self._whole = options.gather == "full"
         self._loss = options.metric_for_best_model == LOSS
+        self._store = store
         self._length = int(store.lengths.max(initial=0))
         self._best_window: tuple[np.ndarray, np.ndarray] | None = None
         if options.best_window_only:
@@ -141,10 +142,16 @@ class _ColumnExtractor:
         unpadded = logits.float().gather(1, place).masked_fill(token >= real, float("-inf"))
         return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))
 
+    def _labelled(self) -> slice | np.ndarray:
+        """The rows whose gold answers are known, by feature id."""
+        if not self._store.without_gold:
+            return slice(None)
+        return self._store.examples.has_gold()[np.asarray(self._store.example_index)]
+
     def gathered(self, table: RowTable) -> GatheredOutputs:
         """The gathered columns of all rows."""
         columns = table.columns()
         whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
         logits = FullLogits(columns["feature_id"], **whole) if whole else None
-        loss = float(columns.pop(LOSS).mean(dtype=np.float64)) if self._loss else None
+        loss = float(columns.pop(LOSS)[self._labelled()].mean(dtype=np.float64)) if self._loss else None
         return GatheredOutputs(Candidates(**columns), logits, loss)

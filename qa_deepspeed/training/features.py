@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qa_deepspeed.config.batch_plan import BatchPlan
+from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts
 from qa_deepspeed.qa.cache.prepare import look_up, prepare_features
@@ -102,7 +103,29 @@ def notes(store: FeatureStore) -> list[str]:
         ("answers_in_no_window", "questions whose answers are in no window"),
         ("examples_without_tokens", "questions whose context has no tokens"),
     )
-    return [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts.get(name)]
+    found = [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts.get(name)]
+    if store.without_gold:
+        found.append(f"{store.without_gold:,} questions without gold answers: they are answered and not scored")
+    return found
+
+
+def require_gold(store: FeatureStore, options: RunOptions) -> None:
+    """Refuse evaluation data without any gold answer where the options need scores.
+
+    Raises:
+        UserError: names the options, the file and the column that was looked for.
+    """
+    if store.without_gold < len(store.examples):
+        return
+    asked = [f"metric_for_best_model {options.metric_for_best_model}"] if options.metric_for_best_model else []
+    if options.null_score_diff_threshold == AUTO:
+        asked.append("null_score_diff_threshold auto")
+    if asked:
+        raise UserError(
+            f"{', '.join(asked)} needs scores, but none of the {len(store.examples):,} questions of "
+            f"{options.data_file('evaluate') or options.dataset_name} has gold answers (looked for "
+            f"'{options.answers_column}'; --answers_column names another column)"
+        )
 
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:

@@ -55,9 +55,9 @@ class MetricsLogger(NullMetricsLogger):
         dist.log0(line)
 
     def evaluation(self, step: int, result: EvaluationResult | None) -> None:
-        """Show charts, tables and samples of an evaluation after optimizer step `step`."""
-        assert result is not None, "rank 0 has the result"
-        self._board.evaluation(step, result)
+        """Show charts, tables and samples of an evaluation after optimizer step `step`, if anything was scored."""
+        if result is not None:
+            self._board.evaluation(step, result)
 
     def advance(self) -> None:
         """Count one optimizer step. The bar closes after the last one, since the evaluation has a bar of its own."""

@@ -73,8 +73,10 @@ def answer_and_score(
     null_score_is_odds: bool,
     output_dir: Path,
     further: Mapping[str, Any],
-) -> EvaluationResult:
+) -> tuple[dict[str, Any], EvaluationResult | None]:
     """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html.
+
+    Returns the metrics and the result; without any gold answer there is no result, and there are no reports.
 
     With null_score_diff_threshold auto the questions are decoded twice: to find the threshold of the best F1, and to
     apply it. The scores at threshold 0 are then among the metrics as untuned_exact and untuned_f1.
@@ -97,9 +99,11 @@ def answer_and_score(
     metrics = builder.metrics() | untuned | dict(further)
     if options.version_2_with_negative:
         metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
+    write_json(output_dir / "metrics.json", metrics)
     result = builder.result(metrics)
-    _write_report(result, output_dir, f"Evaluation on {options.data_file('evaluate') or options.dataset_name}")
-    return result
+    if result is not None:
+        _write_report(result, output_dir, f"Evaluation on {options.data_file('evaluate') or options.dataset_name}")
+    return metrics, result
 
 
 def _decode_settings(options: RunOptions, null_score_is_odds: bool) -> DecodeSettings:
@@ -132,7 +136,6 @@ def _counted(predictions: Iterator[Prediction], bar: ProgressBar) -> Iterator[Pr
 
 
 def _write_report(result: EvaluationResult, output_dir: Path, title: str) -> None:
-    write_json(output_dir / "metrics.json", result.metrics)
     write_json(output_dir / REPORT_FILE, result.report)
     write_text(output_dir / PAGE_FILE, page(result.report, title), errors="xmlcharrefreplace")
 

@@ -44,7 +44,7 @@ LAYOUT = {
 No two curves in a chart of evaluations: where each has one point, TensorBoard 2.21 draws neither.
 """
 
-NOT_CURVES = re.compile(r"(epoch|total|thresh|threshold)$")
+NOT_CURVES = re.compile(r"(epoch|total|not_scored|thresh|threshold)$")
 """Values without a curve: counts and thresholds, which would hide the scores among them. metrics.jsonl has them all,
 the text `report/scores` those of the evaluation."""
 

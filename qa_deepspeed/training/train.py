@@ -54,7 +54,7 @@ from qa_deepspeed.training.evaluate import (
     log_features,
     model_of_checkpoint,
 )
-from qa_deepspeed.training.features import load_features
+from qa_deepspeed.training.features import load_features, require_gold
 from qa_deepspeed.training.loop import Run, evaluate_and_report, fit, reference_outputs_of
 from qa_deepspeed.training.reporter import make_metrics_logger
 from qa_deepspeed.training.stopping import StopController
@@ -211,6 +211,8 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
     for purpose, built in (("train", store), ("evaluate", evaluation)):
         if built is not None:
             log_features(built, purpose, output_dir)
+    if evaluation is not None:
+        require_gold(evaluation, options)
     return store, evaluation
 
 

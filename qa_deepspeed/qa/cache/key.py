@@ -25,11 +25,12 @@ DIGESTS = "digests.json"
 SETTLED_SECONDS = 2.0
 """Digests of files that changed less than this ago are not stored: a second change might leave the times equal."""
 
-FORMAT_VERSION = 1
-"""The version of what a cache entry holds. Raise it by hand with every change of the features or of the files.
+FORMAT_VERSION = {"train": 1, "evaluate": 2}
+"""The version of what a cache entry holds, by purpose. Raise it by hand with every change of the features or files.
 
 A golden test fails when features of a fixed input change while this number does not. Version 1 has entries built before
-text that spells special tokens (`</s>`, `[SEP]`) was encoded as text: such data needs --overwrite_cache once.
+text that spells special tokens (`</s>`, `[SEP]`) was encoded as text: such data needs --overwrite_cache once. Since
+version 2, questions without gold answers are distinguished from unanswerable ones (`examples.NO_GOLD`).
 """
 
 _KEYED_AS = {1: "a6ccc69e252a31f27080610309dd3859fb54873acaa37f6befbf785db6217882"}
@@ -59,8 +60,9 @@ def cache_key(
     shape = asdict(settings)
     if source.purpose == "evaluate":
         del shape["windows_without_answer"]
+    version = FORMAT_VERSION[source.purpose]
     content = {
-        "code": _KEYED_AS.get(FORMAT_VERSION, f"format {FORMAT_VERSION}"),
+        "code": _KEYED_AS.get(version, f"format {version}"),
         "files": digests,
         "read": read,
         "settings": shape,

@@ -52,8 +52,8 @@ def read_passages(
     read where `ids_required` is false; its questions have None.
 
     Raises:
-        UserError: the file is missing, truncated, not of its format, lacks a column, or calls itself SQuAD v2.0
-            without `version_2_with_negative`.
+        UserError: the file is missing, truncated, not of its format, lacks a column, or is SQuAD v2.0 data with
+            unanswerable questions without `version_2_with_negative`.
     """
     name = path.lower().removesuffix(".gz")
     with _one_clear_error(path):
@@ -190,7 +190,7 @@ def _document_passages(
 ) -> Iterator[Passage]:
     if isinstance(document, dict) and "data" in document:
         version = str(document.get("version", "")).strip().lower().removeprefix("v")
-        if version.split(".")[0] == "2" and not version_2_with_negative:
+        if version.split(".")[0] == "2" and not version_2_with_negative and _has_empty_answers(document["data"]):
             raise version_2_error(path)
         entries, prefix = document["data"], "data"
     elif isinstance(document, dict):
@@ -201,6 +201,15 @@ def _document_passages(
         raise UserError(f"{path}: not question-answering data: SQuAD JSON has a list of articles under 'data'")
     for index, entry in enumerate(entries):
         yield from _entry_passages(entry, f"{path}: {prefix}[{index}]", columns)
+
+
+def _has_empty_answers(articles: Any) -> bool:
+    """Whether a question of SQuAD JSON has an empty list of answers. (The validator finds is_impossible.)"""
+    entries = [one for one in articles if isinstance(one, dict)] if isinstance(articles, list) else []
+    for level in ("paragraphs", "qas"):
+        lists = [one.get(level) for one in entries]
+        entries = [inner for found in lists if isinstance(found, list) for inner in found if isinstance(inner, dict)]
+    return any(question.get("answers") == [] for question in entries)
 
 
 def _entry_passages(entry: Any, where: str, columns: ColumnNames) -> Iterator[Passage]:

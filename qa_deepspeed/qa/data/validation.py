@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.utils.errors import UserError
@@ -172,7 +172,11 @@ class Validator:
         return context
 
     def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, list[str]]:
-        """The answers to use, whether one was repaired, and the faults of answers that do not reject the question."""
+        """The answers to use, whether one was repaired, and the faults of answers that do not reject the question.
+
+        Only an empty list of answers or is_impossible makes a question unanswerable. One without answers, or with none
+        that can be read, has `NO_GOLD` in an evaluation.
+        """
         faults: list[str] = []
         impossible = None
         pairs: list[tuple[Any, Any]] = []
@@ -184,13 +188,19 @@ class Validator:
             raise _Version2Marker
         if not impossible and (answers := _faultless_answers(context, fields.get("answers"))):
             return answers, False, faults
+        none_given = False
         try:
             pairs = answer_pairs(fields.get("answers"))
+            none_given = not pairs and _is_given(fields.get("answers"))
             if self._training:
                 pairs = self._consistent(fields, impossible, pairs)
         except Fault as fault:
             self._note(fault, faults)
-        return self._located_answers(context, pairs, faults)
+        answers, repaired, faults = self._located_answers(context, pairs, faults)
+        unanswerable = impossible or (self._version_2 and impossible is None and none_given)
+        if not (answers or unanswerable or self._training):
+            answers = NO_GOLD
+        return answers, repaired, faults
 
     def _note(self, fault: Fault, faults: list[str]) -> None:
         """Faults of the answers reject a question for training only."""
@@ -278,6 +288,11 @@ def answer_pairs(answers: Any) -> list[tuple[Any, Any]]:
     if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
         return [(answer.get("text"), answer.get("answer_start")) for answer in answers]
     raise Fault(Reason.BAD_ANSWER_LIST)
+
+
+def _is_given(answers: Any) -> bool:
+    """Whether the row says anything of its answers; a blank cell of a CSV file does not."""
+    return answers is not None and not (isinstance(answers, str) and answers.strip() in ("", "null", "None"))
 
 
 def _parsed_answers(cell: str) -> Any:

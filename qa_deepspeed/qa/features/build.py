@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from qa_deepspeed.qa.features.arrow import ColumnTable
 from qa_deepspeed.qa.features.encoding import Encoder, Tokens
+from qa_deepspeed.qa.features.example_store import WITHOUT_GOLD, has_gold
 from qa_deepspeed.qa.features.windows import covering_tokens, cut_windows, ranges, splits_of
 from qa_deepspeed.utils.errors import UserError
 
@@ -75,7 +76,8 @@ def build_features(
     steps = np.full_like(rooms, stride) if settings.doc_stride_is == "step" else rooms - stride
     example, begin, length = cut_windows(contexts.lengths[context], rooms, steps)
     holds = _holds_gold(example, begin, length, first, last, splits)
-    asked = np.diff(examples.array("answer_splits")) > 0
+    known = has_gold(examples)
+    asked = (np.diff(examples.array("answer_splits")) > 0) & known
     without = asked[example] & ~holds
     keep = np.ones(len(example), dtype=bool)
     if drop_windows and settings.windows_without_answer != "keep":
@@ -93,6 +95,8 @@ def build_features(
         "windows_dropped": int((~keep).sum()),
         "answers_in_no_window": int((asked & ~held).sum()),
     }
+    if not known.all():
+        counts[WITHOUT_GOLD] = int((~known).sum())
     words = {} if contexts.word is None else {"context_word": contexts.word}
     return {
         **words,

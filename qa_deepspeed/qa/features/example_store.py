@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.features.arrow import Column, ColumnTable, numbers
 
 FIRST_SHARDS, SMALL_SHARD, LARGE_SHARD = 32, 2048, 8192
@@ -62,6 +62,19 @@ def _columns(shard: list[Example], contexts: dict[str, int]) -> dict[str, Column
     }
 
 
+def has_gold(columns: ColumnTable) -> np.ndarray:
+    """Whether the gold answers of each example of a shard are known (`Example.has_gold`), bool `[examples]`."""
+    splits = columns.array("answer_splits")
+    known = np.ones(len(splits) - 1, dtype=bool)
+    unknown = np.flatnonzero(columns.array("answer_starts") == NO_GOLD[0].start)
+    known[np.searchsorted(splits, unknown, side="right") - 1] = False
+    return known
+
+
+WITHOUT_GOLD = "without_gold"
+"""Name of the count of examples whose gold answers are not known; features that have none lack it."""
+
+
 class ExampleStore:
     """The examples of a cache entry, in order, read from its files as they are asked for."""
 
@@ -100,6 +113,11 @@ class ExampleStore:
                 texts = columns.strings("contexts").take(numbers(distinct)).to_pylist()
                 contexts += [texts[i] for i in place.tolist()]
         return ids, contexts
+
+    def has_gold(self) -> np.ndarray:
+        """Whether the gold answers of each example are known, bool `[examples]`."""
+        parts = [has_gold(self._open_shard(shard)) for shard in range(len(self._splits) - 1)]
+        return np.concatenate([np.zeros(0, dtype=bool), *parts])
 
     @property
     def ids(self) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qa_deepspeed.qa.data.reading import ReadReport
 from qa_deepspeed.qa.features.arrow import ColumnTable
-from qa_deepspeed.qa.features.example_store import ExampleStore
+from qa_deepspeed.qa.features.example_store import WITHOUT_GOLD, ExampleStore
 from qa_deepspeed.qa.features.template import Special, Template
 from qa_deepspeed.qa.features.windows import ranges, splits_of
 
@@ -140,6 +140,11 @@ class FeatureStore:
         self._shard_splits = shard_splits
         self._open_shard = open_shard
         self._shards: dict[int, FeatureShard] = {}
+
+    @property
+    def without_gold(self) -> int:
+        """Number of examples whose gold answers are not known."""
+        return self.counts.get(WITHOUT_GOLD, 0)
 
     def __len__(self) -> int:
         return len(self.lengths)

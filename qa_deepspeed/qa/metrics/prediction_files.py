@@ -16,31 +16,47 @@ class GoldFile(NamedTuple):
     version_2: bool
     contexts: dict[str, str]  # by question id
     wording: dict[str, str]  # the question's text by question id
+    without_gold: list[str]  # ids of questions whose gold answers are not known; they are not among the others
 
 
 def read_gold(path: str) -> GoldFile:
     """All questions of nested SQuAD JSON, in file order, including those that training would reject.
 
-    The rules of v2.0 apply if `version` is 2 or a question has `is_impossible`.
+    The rules of v2.0 apply if `version` is 2 or a question has `is_impossible`. Unanswerable is what has an empty list
+    of answers or is_impossible; no question of v1.1 is.
 
     Raises:
-        UserError: the file cannot be read or is not SQuAD JSON; the message names the place.
+        UserError: the file cannot be read, is not SQuAD JSON, or has questions but no gold answers; the message names
+            the place.
     """
     document = _read_json(path)
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         raise UserError(f"{path}: not SQuAD JSON: an object with a list of articles under 'data' is expected")
-    gold = GoldFile([], _says_version_2(document.get("version")), {}, {})
+    gold = GoldFile([], _says_version_2(document.get("version")), {}, {}, [])
     impossible_seen = False
     for i, article in enumerate(document["data"]):
         for j, paragraph in enumerate(_list(article, "paragraphs", f"{path}: data[{i}]")):
             where = f"{path}: data[{i}].paragraphs[{j}]"
             for k, question in enumerate(_list(paragraph, "qas", where)):
                 one = _gold(question, f"{where}.qas[{k}]")
-                gold.questions.append(one)
+                if one.texts or question.get("answers") is not None or question.get("is_impossible"):
+                    gold.questions.append(one)
+                else:
+                    gold.without_gold.append(one.example_id)
                 gold.contexts[one.example_id] = str(paragraph.get("context", ""))
                 gold.wording[one.example_id] = str(question.get("question", ""))
                 impossible_seen = impossible_seen or "is_impossible" in question
-    return gold._replace(version_2=gold.version_2 or impossible_seen)
+    if gold.version_2 or impossible_seen:
+        gold = gold._replace(version_2=True)
+    else:
+        without = gold.without_gold + [one.example_id for one in gold.questions if not one.texts]
+        gold = gold._replace(questions=[one for one in gold.questions if one.texts], without_gold=without)
+    if gold.without_gold and not gold.questions:
+        raise UserError(
+            f"{path}: none of its {len(gold.without_gold)} questions has gold answers (a list under 'answers'): there "
+            "is nothing to score against"
+        )
+    return gold
 
 
 def read_predictions(path: str) -> dict[str, str]:

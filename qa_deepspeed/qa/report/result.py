@@ -49,26 +49,37 @@ class ResultBuilder:
         self._analysis = Analysis(version_2_with_negative, language, folder)
         self._sampled = sample_numbers(questions)
         self._samples: list[Sample] = []
+        self._scored = self._not_scored = 0
 
     def observe(
         self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int]
     ) -> Iterator[Prediction]:
-        """Pass the predictions through, adding each with its example and its number of windows."""
+        """Pass the predictions through, adding each with its example and its number of windows.
+
+        Questions whose gold answers are not known are counted only.
+        """
         triples = zip(examples, predictions, windows, strict=True)
         for number, (example, prediction, window_count) in enumerate(triples):
-            exact, f1 = score_prediction(self._scorer, example, prediction)
-            self._analysis.add(example, prediction, window_count, exact, f1)
-            if number in self._sampled:
-                golds = tuple(answer.text for answer in example.answers)
-                self._samples.append(Sample(example.question, golds, prediction.text, f1))
+            scores = score_prediction(self._scorer, example, prediction)
+            if scores is None:
+                self._not_scored += 1
+            else:
+                self._scored += 1
+                self._analysis.add(example, prediction, window_count, *scores)
+                if number in self._sampled:
+                    golds = tuple(answer.text for answer in example.answers)
+                    self._samples.append(Sample(example.question, golds, prediction.text, scores[1]))
             yield prediction
 
     def metrics(self) -> dict[str, Any]:
-        """The metrics of the questions so far (`Scorer.result`)."""
-        return self._scorer.result()
+        """The metrics of the questions so far (`Scorer.result`), and the number of those `not_scored`, if any."""
+        scores = self._scorer.result() if self._scored else {"total": 0}
+        return scores | ({"not_scored": self._not_scored} if self._not_scored else {})
 
-    def result(self, metrics: dict[str, Any]) -> EvaluationResult:
-        """The result, with these metrics in its report."""
+    def result(self, metrics: dict[str, Any]) -> EvaluationResult | None:
+        """The result, with these metrics in its report; None where no question was scored."""
+        if not self._scored:
+            return None
         records = self._scorer.records()
         return EvaluationResult(
             report={"metrics": metrics, **self._analysis.report(records)},
@@ -80,8 +91,10 @@ class ResultBuilder:
         )
 
 
-def score_prediction(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float]:
-    """Exact match and F1 of one prediction, added to the scorer."""
+def score_prediction(scorer: Scorer, example: Example, prediction: Prediction) -> tuple[int, float] | None:
+    """Exact match and F1 of one prediction, added to the scorer; None where the gold answers are not known."""
     assert prediction.example_id == example.example_id, "predictions and examples are in different orders"
+    if not example.has_gold:
+        return None
     gold = Gold(example.example_id, tuple(answer.text for answer in example.answers))
     return scorer.add(gold, prediction.text, prediction.null_odds, prediction.best_span_text)

@@ -190,3 +190,19 @@ def test_starts_and_scores_real_gold_in_about_a_second(tmp_path):
     runs = [process(DATA / "en-v2-dev.json", predictions, "--json") for _ in range(3)]
     assert all(json.loads(done.stdout)["exact"] == 100.0 for done, _ in runs)
     assert min(seconds for _, seconds in runs) < 2  # 0.5 s when nothing else runs
+
+
+@pytest.mark.parametrize("version", ["1.1", "v2.0"])
+def test_questions_without_gold_are_not_scored(capsys, files, version):
+    unknown = {"id": "u", "question": "?"}
+    gold, answers = files(
+        gold=article(question("a", "Rhine"), unknown, version=version), answers={"a": "Rhine", "u": "long"}
+    )
+    code, out, err = call(capsys, gold, answers, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["exact"], found["total"], found["extra"]) == (100, 1, 0)
+    assert "1 questions without gold answers, not scored: u" in err
+    assert found["ids_without_gold"] == ["u"]
+    (none,) = files(none=article(unknown, version=version))
+    code, _, err = call(capsys, none, answers)
+    assert code == 2 and "none of its 1 questions has gold answers" in err

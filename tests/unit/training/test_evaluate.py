@@ -22,7 +22,7 @@ from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, read_predictions
 from qa_deepspeed.qa.metrics.squad import score
 from qa_deepspeed.training.evaluate import EvaluationData, evaluate
-from qa_deepspeed.training.features import load_features
+from qa_deepspeed.training.features import load_features, require_gold
 from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.utils.errors import UserError
 
@@ -279,3 +279,70 @@ def test_metric_language(setup, tmp_path):
 def test_contradicting_options_are_a_one_line_error(changes, message):
     with pytest.raises(UserError, match=message):
         evaluation_options(RunOptions(**{"version_2_with_negative": True, **changes}, given=frozenset(changes)))
+
+
+# ---- questions without gold answers ----
+
+
+def without_gold(sample, folder: Path, every: int) -> tuple[Path, list[str]]:
+    """dev.json with no answers in every n-th question, and the ids of the others."""
+    document, kept, number = json.loads((sample / "dev.json").read_text()), [], 0
+    for article in document["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                number += 1
+                if number % every == 0:
+                    del question["answers"], question["is_impossible"]
+                else:
+                    kept.append(question["id"])
+    path = folder / "partly.json"
+    path.write_text(json.dumps(document))
+    return path, kept
+
+
+@pytest.mark.parametrize("metric", ["f1", "loss"])
+def test_questions_without_gold_are_answered_and_not_scored(setup, sample, tmp_path, metric):
+    """Scores are those of a file without these questions; the answers are those of the whole file."""
+    reader, data, options = setup
+    path, kept = without_gold(sample, tmp_path, 3)
+    partly = replace(options, predict_file=str(path))
+    store = load_features(partly, "evaluate", model_facts(partly))
+    found = run((reader, replace(data, store=store), partly), tmp_path / "partly", metric_for_best_model=metric)
+    run(setup, tmp_path / "all")
+    answers = (tmp_path / "partly/predictions.json").read_bytes()
+    assert answers == (tmp_path / "all/predictions.json").read_bytes()
+
+    document = json.loads(path.read_text())
+    for article in document["data"]:
+        for paragraph in article["paragraphs"]:
+            paragraph["qas"] = [one for one in paragraph["qas"] if one["id"] in kept]
+    (tmp_path / "rest.json").write_text(json.dumps(document))
+    rest = replace(options, predict_file=str(tmp_path / "rest.json"))
+    of_rest = replace(data, store=load_features(rest, "evaluate", model_facts(rest)))
+    expected = run((reader, of_rest, rest), tmp_path / "rest", metric_for_best_model=metric)
+    assert found.pop("not_scored") == store.without_gold == len(store.examples) - len(kept) > 5
+    assert found == pytest.approx(expected, abs=1e-5) and found["total"] == len(kept)
+    reports = [json.loads((tmp_path / one / "report.json").read_text()) for one in ("partly", "rest")]
+    assert reports[0]["slices"] == reports[1]["slices"] and reports[0]["questions"] == len(kept)
+
+
+def test_without_any_gold_answers_are_written_and_nothing_is_scored(setup, sample, tmp_path):
+    reader, data, options = setup
+    path, _ = without_gold(sample, tmp_path, 1)
+    options = replace(options, predict_file=str(path))
+    store = load_features(options, "evaluate", model_facts(options))
+    found = run((reader, replace(data, store=store), options), tmp_path / "none")
+    run(setup, tmp_path / "all")
+    names = ("predictions.json", "nbest_predictions.json", "null_odds.json")
+    for name in names:
+        assert (tmp_path / "none" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+    assert found.items() >= {"total": 0, "not_scored": len(store.examples)}.items() and "f1" not in found
+    assert {file.name for file in (tmp_path / "none").iterdir()} == {*names, "metrics.json"}
+    require_gold(store, options)
+    for change, name in (
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model f1"),
+        ({"null_score_diff_threshold": "auto"}, "null_score_diff_threshold auto"),
+    ):
+        with pytest.raises(UserError, match=f"{name} needs scores.*partly.json.*looked for 'answers'"):
+            require_gold(store, replace(options, **change))
+

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qa_deepspeed.cli.sample import make_corpora
-from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import DataSource, read_examples
 from qa_deepspeed.utils.errors import UserError
@@ -114,6 +114,9 @@ def test_evaluation_answers_whatever_has_an_id_a_question_and_a_context(name):
     asked = [one for part in content["data"][0]["paragraphs"] for one in part["qas"]][1]
     layout_known = isinstance(asked.get("answers"), list) and all(isinstance(one, dict) for one in asked["answers"])
     given = [one["text"] for one in asked["answers"] if isinstance(one["text"], str)] if layout_known else []
+    if not given:
+        assert examples[1].answers == NO_GOLD and not examples[1].has_gold
+        return
     assert [answer.text for answer in examples[1].answers] == given
     for answer in examples[1].answers:
         assert answer.start == -1 or examples[1].context[answer.start :].startswith(answer.text)
@@ -167,13 +170,64 @@ def test_unanswerable_questions(tmp_path):
     assert (report.usable, report.unanswerable, report.rejected) == (5, 4, [])
 
 
+UNANSWERABLE: tuple[Answer, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, NO_GOLD),
+        ({"answers": None}, NO_GOLD),
+        ({"gold": [{"text": "text", "answer_start": 0}]}, NO_GOLD),
+        ({"answers": ""}, NO_GOLD),
+        ({"answers": " null"}, NO_GOLD),
+        ({"answers": 7}, NO_GOLD),
+        ({"answers": [{"text": None, "answer_start": None}]}, NO_GOLD),
+        ({"answers": {"text": None, "answer_start": None}}, NO_GOLD),
+        ({"is_impossible": False}, NO_GOLD),
+        ({"is_impossible": False, "answers": []}, NO_GOLD),
+        ({"answers": []}, UNANSWERABLE),
+        ({"answers": "[]"}, UNANSWERABLE),
+        ({"answers": {"text": [], "answer_start": []}}, UNANSWERABLE),
+        ({"is_impossible": True}, UNANSWERABLE),
+        ({"is_impossible": "1", "answers": None}, UNANSWERABLE),
+        ({"is_impossible": True, "answers": []}, UNANSWERABLE),
+        ({"answers": [{"text": "", "answer_start": -1}]}, (Answer("", -1),)),
+    ],
+)
+def test_only_an_empty_list_or_is_impossible_makes_a_question_unanswerable(tmp_path, fields, found):
+    """What says nothing of its answers has no gold answers, and is no unanswerable question."""
+    row = {"id": "a", "question": "?", **fields}
+    path = write_squad(tmp_path / "d.json", [{"context": "text", "qas": [row]}])
+    (example,), report = read(path, "evaluate", version_2=True)
+    assert example.answers == found and example.has_gold == (found != NO_GOLD)
+    assert report.unanswerable == (found == UNANSWERABLE)
+
+
+@pytest.mark.parametrize("fields", [{}, {"answers": []}, {"answers": [{"text": 7, "answer_start": 0}]}])
+def test_in_version_1_a_question_without_answers_has_no_gold(tmp_path, fields):
+    path = write_squad(tmp_path / "d.json", [{"context": "text", "qas": [{"id": "a", "question": "?", **fields}]}])
+    (example,), report = read(path, "evaluate")
+    assert example.answers == NO_GOLD and report.unanswerable == 0
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_a_file_named_version_2_without_unanswerable_questions_is_read_as_version_1(tmp_path, purpose):
+    possible = {**question("a"), "is_impossible": False}
+    path = write_squad(tmp_path / "d.json", [{"context": "1867", "qas": [possible, question("b")]}], version="v2.0")
+    examples, report = read(path, purpose)
+    assert [one.example_id for one in examples] == ["a", "b"] and report.rejected == []
+
+
 @pytest.mark.parametrize("purpose", ["train", "evaluate"])
 @pytest.mark.parametrize("version", ["v2.0", "2.0", "2", 2.0])
 def test_version_2_by_its_name_needs_the_flag(tmp_path, purpose, version):
-    path = write_squad(tmp_path / "d.json", [{"context": "1867", "qas": [question("a")]}], version=version)
+    unanswerable = {**question("b"), "answers": []}
+    qas = [question("a"), unanswerable]
+    path = write_squad(tmp_path / "d.json", [{"context": "1867", "qas": qas}], version=version)
     with pytest.raises(UserError, match="pass --version_2_with_negative"):
         read(path, purpose)
-    assert len(read(path, purpose, version_2=True)[0]) == 1
+    assert len(read(path, purpose, version_2=True)[0]) == 2
 
 
 @pytest.mark.parametrize("purpose", ["train", "evaluate"])
