@@ -32,7 +32,7 @@ from qa_deepspeed.models.loading import (
     load_model,
     load_tokenizer,
     quiet_transformers,
-    require_trained_head,
+    require_trained_weights,
 )
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.candidates import candidate_columns, normalizers
@@ -119,7 +119,7 @@ class QuestionAnswerer:
         tokenizer = as_tokenizer(str(name) if tokenizer is None else tokenizer)
         check_vocabulary(str(name), config, tokenizer)
         model, fresh = load_model(options, config)
-        require_trained_head(str(name), fresh)
+        require_trained_weights(str(name), model, fresh)
         model = model.to(_dtype(dtype or config.dtype))
         return cls(cast(PreTrainedModel, model), tokenizer, device=device, batch_size=batch_size)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PretrainedConfig
 
 from qa_deepspeed.config.run_options import RunOptions
@@ -17,8 +19,20 @@ from qa_deepspeed.models.lora import base_of, load_adapters
 from qa_deepspeed.models.transformers_compat import check_supported, keep_used_renamings, model_of_class
 from qa_deepspeed.utils.errors import UserError
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError)
-"""Errors of Transformers: ImportError for a package that a model needs, the last one for values of a config."""
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+)
+"""Errors of Transformers: ImportError for a package that a model needs, the next for values of a config, the last four
+for weights that are truncated or have other shapes."""
 
 
 def quiet_transformers(verbose: bool) -> None:
@@ -120,8 +134,19 @@ def load_model(
     return model, sorted(fresh)
 
 
-def require_trained_head(name: str | None, fresh: list[str]) -> None:
+def missing_in_backbone(model: torch.nn.Module, fresh: list[str]) -> list[str]:
+    """Of the weights that were missing in a checkpoint, those of the pretrained model itself, not of a head on it.
+
+    A whole checkpoint has them all: one that lacks some is incomplete, or of another architecture.
+    """
+    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    return [name for name in fresh if name.startswith(backbone)]
+
+
+def require_trained_weights(name: str | None, model: torch.nn.Module, fresh: list[str]) -> None:
     """Raises UserError if weights (`fresh`) were missing in the checkpoint `name`: its answers would be random."""
+    if missing_in_backbone(model, fresh):
+        raise UserError(f"{name} is incomplete, or of another architecture: {', '.join(fresh)} missing")
     if fresh:
         raise UserError(f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)")
 

@@ -19,7 +19,7 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
-from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_head
+from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_weights
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import save_null_threshold, saved_null_threshold
 from qa_deepspeed.qa.features.batching import Layout
@@ -186,7 +186,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     dist.init(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
     model, fresh = zero3_loading.load(options, facts.config, config)
-    require_trained_head(options.model_name_or_path, fresh)
+    require_trained_weights(options.model_name_or_path, model, fresh)
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)
     if options.eval_all_checkpoints:

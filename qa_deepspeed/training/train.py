@@ -19,7 +19,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
 from qa_deepspeed.models.facts import ModelFacts, model_facts
-from qa_deepspeed.models.loading import head_kind, quiet_transformers
+from qa_deepspeed.models.loading import head_kind, missing_in_backbone, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import drop_null_threshold
 from qa_deepspeed.qa.features.families import model_columns
@@ -259,6 +259,12 @@ def _make_engine(resolved: ResolvedConfig, facts: ModelFacts, steps: int, device
     model, fresh = zero3_loading.load(options, facts.config, config)
     if fresh:
         dist.log0(f"fresh weights, not in {options.model_name_or_path}: {', '.join(fresh)}")
+    lost = missing_in_backbone(model, fresh)
+    if lost:
+        dist.log0(
+            f"WARNING: {len(lost)} weights of the pretrained model itself are missing in {options.model_name_or_path} "
+            f"and drawn at random ({lost[0]}, ...): is the checkpoint complete, and of this architecture?"
+        )
     adapters = LoraSettings.of(options.to_dict())
     if adapters is not None:
         add_adapters(model, adapters, str(options.model_name_or_path), options.seed)

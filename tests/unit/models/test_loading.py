@@ -8,12 +8,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForQuestionAnswering
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.inference.answerer import QuestionAnswerer
 from qa_deepspeed.models.facts import model_facts
-from qa_deepspeed.models.loading import load_config, load_tokenizer
+from qa_deepspeed.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    missing_in_backbone,
+    require_trained_weights,
+)
 from qa_deepspeed.utils.errors import UserError
 from tests.unit import small_tokenizers
 
@@ -87,3 +95,46 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(model: Path) -> None:
         model_facts(options(model))
     with pytest.raises(UserError, match=message):
         QuestionAnswerer.from_pretrained(str(model))
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "truncated pickle", "other shape"])
+def test_damaged_weights_are_one_line(model: Path, damage: str) -> None:
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    if damage == "truncated pickle":
+        weights.unlink()
+        weights = model / "pytorch_model.bin"
+        torch.save(tensors, weights)
+    if damage == "other shape":
+        tensors["bert.encoder.layer.0.output.dense.bias"] = torch.zeros(9)
+        save_file(tensors, weights, {"format": "pt"})
+    elif damage == "garbage":
+        weights.write_bytes(bytes(range(256)) * 10)
+    else:
+        weights.write_bytes(weights.read_bytes()[: 0 if damage == "empty" else weights.stat().st_size // 2])
+    with pytest.raises(UserError, match="cannot load the weights of") as raised:
+        load_model(options(model), load_config(options(model)))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError) as raised:
+        QuestionAnswerer.from_pretrained(str(model))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_layers_are_distinguished_from_a_fresh_head(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith("qa_outputs")}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    loaded, fresh = load_model(options(model), load_config(options(model)))
+    assert fresh == ["qa_outputs.bias", "qa_outputs.weight"] and missing_in_backbone(loaded, fresh) == []
+    with pytest.raises(UserError, match="no trained question-answering head"):
+        require_trained_weights(str(model), loaded, fresh)
+    layer = {name for name in tensors if name.startswith("bert.encoder.layer.0.output")}
+    kept = {name: value for name, value in tensors.items() if name not in layer}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    loaded, fresh = load_model(options(model), load_config(options(model)))
+    assert set(missing_in_backbone(loaded, fresh)) == set(fresh) == layer and len(layer) == 4
+    with pytest.raises(UserError, match="is incomplete"):
+        require_trained_weights(str(model), loaded, fresh)
