@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qa_deepspeed.qa.decoding.predictions import (
+    NBEST_FILE,
     NO_SPAN_NULL_ODDS,
+    NULL_ODDS_FILE,
+    PREDICTIONS_FILE,
     DecodeSettings,
     NBestEntry,
     Prediction,
@@ -17,6 +20,7 @@ from qa_deepspeed.qa.decoding.predictions import (
 )
 from qa_deepspeed.qa.metrics.prediction_files import read_nbest
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import refuse_same_file
 
 LEAST_PROBABILITY = 1e-30  # stands for "not listed" under the logarithm
 
@@ -44,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("an ensemble takes the n-best files of two runs or more")
     if arguments.n_best_size < 1:
         raise UserError(f"--n_best_size is {arguments.n_best_size}; it must be 1 or more")
+    for name in (PREDICTIONS_FILE, NBEST_FILE, NULL_ODDS_FILE):
+        refuse_same_file(Path(arguments.output_dir) / name, arguments.nbest)
     runs = [read_nbest(path) for path in arguments.nbest]
     for path, one in zip(arguments.nbest[1:], runs[1:], strict=True):
         different = runs[0].keys() ^ one.keys()

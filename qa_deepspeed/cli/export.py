@@ -80,7 +80,7 @@ def export(
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
         raise UserError(f"max_shard_size '{max_shard_size}' is not a size like 5GB or 500MB")
     there = out.exists()
-    if there and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+    if there and (not out.is_dir() or any(path.name != PARTIAL or path.is_symlink() for path in out.iterdir())):
         raise UserError(f"{out} is not empty: name a new folder")
     loop = read_loop_state(checkpoint)
     aside = out / PARTIAL

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, tee
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
@@ -19,7 +19,7 @@ from qa_deepspeed.qa.data.read_report import ReadReport
 from qa_deepspeed.qa.data.reading import resolve_files
 from qa_deepspeed.qa.data.validation import Passage, Validator
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import os_errors_as_user_errors, write_json
+from qa_deepspeed.utils.files import as_json, output_file, refuse_same_file
 
 STANDARD_INPUT = "-"
 COLUMNS = ("id", "question", "context")
@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     one = arguments.question is not None or arguments.context is not None
     if one == (arguments.input is not None) or (one and None in (arguments.question, arguments.context)):
         raise UserError("pass a file of questions (or -), or --question and --context together")
+    if arguments.output and not one and arguments.input != STANDARD_INPUT:
+        refuse_same_file(Path(arguments.output), resolve_files([arguments.input]))
     report = ReadReport()
     passages = (
         nullcontext(iter([Passage("--question", arguments.context, [{"question": arguments.question}], False)]))
@@ -93,15 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
         if first is None:
             raise UserError(f"{arguments.input or '--question'}: nothing to answer ({report.summary()})")
         answered = _answered(chain([first], examples), arguments)
-        if (arguments.output or "").endswith(".json"):
-            target = _writable(Path(arguments.output))
-            answers = {row["id"]: _best(row)["answer"] for row in answered}
-            with os_errors_as_user_errors(target):
-                write_json(target, answers)
-        else:
-            with _lines(arguments.output) as lines:
+        with nullcontext(sys.stdout) if arguments.output is None else output_file(Path(arguments.output)) as out:
+            if (arguments.output or "").endswith(".json"):
+                answers = {row["id"]: _best(row)["answer"] for row in answered}
+                out.write(as_json(answers))
+            else:
                 for row in answered:
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
     if report.rejected:
         print(f"{report.summary()}", file=sys.stderr)
     return 0
@@ -163,21 +163,3 @@ def _passages(arguments: argparse.Namespace) -> Iterator[Iterator[Passage]]:
             yield read_passages(copy.name, columns, True, ids_required=False)
         except UserError as error:
             raise UserError(str(error).replace(copy.name, "standard input")) from None
-
-
-@contextmanager
-def _lines(output: str | None) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
-        return
-    target = _writable(Path(output))
-    with os_errors_as_user_errors(target), open(target, "w", encoding="utf-8") as file:
-        yield file
-
-
-def _writable(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    return path

@@ -203,7 +203,9 @@ class CheckpointOptions:
     GROUP: ClassVar[str] = "checkpoints"
 
     output_dir: str | None = option(None, RUN, "folder for the model, checkpoints, predictions and TensorBoard")
-    overwrite_output_dir: bool = option(False, TRAIN, "start again in an output_dir that holds another run")
+    overwrite_output_dir: bool = option(
+        False, RUN, "start again in an output_dir that holds another run; evaluate: replace another model's answers"
+    )
     resume_from_checkpoint: str = option(
         "auto", TRAIN, "auto: the newest checkpoint of this run in output_dir, if any; never; or a checkpoint folder"
     )

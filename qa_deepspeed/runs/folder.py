@@ -13,6 +13,7 @@ import torch
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoint_files import LOOP_FILE
 from qa_deepspeed.models.lora import CONFIG_FILE, WEIGHTS_FILE, save_weights
+from qa_deepspeed.runs.evaluation_folder import ANSWER_FILES, EVALUATION_FILE
 from qa_deepspeed.runs.lock import LOCK_FILE, RunLock
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
 from qa_deepspeed.utils import dist
@@ -83,13 +84,8 @@ def require_whole_checkpoints(output_dir: Path, options: RunOptions, stage: int)
 FILES = (
     RUN_FILE,
     "metrics.jsonl",
-    "metrics.json",
-    "predictions.json",
-    "nbest_predictions.json",
-    "null_odds.json",
-    "logits.npz",
-    "report.json",
-    "report.html",
+    *ANSWER_FILES,
+    EVALUATION_FILE,
     "model.safetensors",
     CONFIG_FILE,
     WEIGHTS_FILE,

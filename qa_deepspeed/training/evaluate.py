@@ -27,6 +27,7 @@ from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
 from qa_deepspeed.qa.report.result import EvaluationResult
+from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
 from qa_deepspeed.runs.folder import writable_folder
 from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
 from qa_deepspeed.training.features import load_features, notes, require_gold
@@ -177,6 +178,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     check_counts(options)
     quiet_transformers(options.verbose_logging)
     output_dir = writable_folder(options.output_dir)
+    refuse_foreign_answers(output_dir, options)
     facts = model_facts(options)
     if "null_score_diff_threshold" not in options.given:
         options = dataclasses.replace(options, null_score_diff_threshold=saved_null_threshold(facts.config))
@@ -189,6 +191,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     require_trained_weights(options.model_name_or_path, model, fresh)
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)
+    if dist.is_rank_zero():
+        write_evaluation_record(output_dir, options)
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
     evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)

@@ -20,6 +20,7 @@ from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.metrics.squad import Scorer
 from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
+from qa_deepspeed.runs.evaluation_folder import METRICS_FILE
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json, write_text
 from qa_deepspeed.utils.progress import ProgressBar
@@ -99,7 +100,7 @@ def answer_and_score(
     metrics = builder.metrics() | untuned | dict(further)
     if options.version_2_with_negative:
         metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
-    write_json(output_dir / "metrics.json", metrics)
+    write_json(output_dir / METRICS_FILE, metrics)
     result = builder.result(metrics)
     if result is not None:
         _write_report(result, output_dir, f"Evaluation on {options.data_file('evaluate') or options.dataset_name}")

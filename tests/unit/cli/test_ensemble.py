@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import pytest
 
@@ -86,3 +87,19 @@ def test_wrong_files(tmp_path, second, message):
     (tmp_path / "1.json").write_text(json.dumps(second))
     with pytest.raises(UserError, match=message):
         call(tmp_path / "0.json", tmp_path / "1.json", "--output_dir", tmp_path / "o")
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_the_runs_own_files_are_not_overwritten(tmp_path, through_a_link):
+    for name, run in zip("ab", RUNS, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "nbest_predictions.json").write_text(as_file(run))
+    out = tmp_path / "a"
+    if through_a_link:
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "a")
+    paths = [str(tmp_path / name / "nbest_predictions.json") for name in "ab"]
+    with pytest.raises(UserError, match="is the file that is read"):
+        ensemble.run(Namespace(nbest=paths, output_dir=str(out), n_best_size=20))
+    assert (tmp_path / "a/nbest_predictions.json").read_text() == as_file(RUNS[0])
+    assert not (tmp_path / "a/predictions.json").exists()

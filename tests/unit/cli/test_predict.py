@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from qa_deepspeed.cli.main import main
+from qa_deepspeed.inference import inputs
 from tests.unit.inference.test_answerer import CONTEXT, QUESTION, answerer
 
 
@@ -121,3 +122,40 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, model: str, caps
     assert predict("--model_name_or_path", model, *arguments) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+@pytest.mark.parametrize("kind", ["same", "symbolic link", "hard link"])
+def test_the_input_is_not_overwritten(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source, output = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    source.write_text(json.dumps(ROWS[0]))
+    if kind == "same":
+        output = source
+    elif kind == "symbolic link":
+        output.symlink_to(source)
+    else:
+        output.hardlink_to(source)
+    assert predict(str(source), "--model_name_or_path", model, "--output", str(output)) == 2
+    assert "is the file that is read" in capsys.readouterr().err
+    assert json.loads(source.read_text()) == ROWS[0]
+
+
+def test_an_earlier_output_stays_until_the_new_one_is_complete(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that were made before the input turned out to be damaged are kept beside it."""
+    monkeypatch.setattr(inputs, "QUESTIONS_AT_ONCE", 8)
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([*(json.dumps({**ROWS[0], "id": number}) for number in range(40)), "{"]))
+    output.write_text("earlier")
+    assert predict(str(source), "--model_name_or_path", model, "--batch_size", "1", "--output", str(output)) == 2
+    assert output.read_text() == "earlier"
+    partial = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in partial] == [str(number) for number in range(len(partial))]
+    assert partial and f"kept in {output}.partial" in capsys.readouterr().err
+    source.write_text(json.dumps(ROWS[0]))
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(output)
+    assert predict(str(source), "--model_name_or_path", model, "--output", str(link)) == 0
+    assert link.is_symlink() and json.loads(output.read_text())["id"] == "first"

@@ -21,6 +21,7 @@ from qa_deepspeed.qa.features.batching import make_batch
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, read_predictions
 from qa_deepspeed.qa.metrics.squad import score
+from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
 from qa_deepspeed.training.evaluate import EvaluationData, evaluate
 from qa_deepspeed.training.features import load_features, require_gold
 from qa_deepspeed.training.scoring import evaluation_options
@@ -346,3 +347,23 @@ def test_without_any_gold_answers_are_written_and_nothing_is_scored(setup, sampl
         with pytest.raises(UserError, match=f"{name} needs scores.*partly.json.*looked for 'answers'"):
             require_gold(store, replace(options, **change))
 
+
+# ---- whose answers lie in the output folder ----
+
+
+def test_answers_of_another_model_or_program_are_not_overwritten(setup, tmp_path):
+    _, _, options = setup
+    refuse_foreign_answers(tmp_path, options)
+    write_evaluation_record(tmp_path, options)
+    (tmp_path / "predictions.json").write_text("{}")
+    refuse_foreign_answers(tmp_path, options)
+    other = replace(options, model_name_or_path=str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="predictions.json of another model .*--overwrite_output_dir"):
+        refuse_foreign_answers(tmp_path, other)
+    refuse_foreign_answers(tmp_path, replace(other, overwrite_output_dir=True))
+    for damaged in ("", "[]", '{"model": 7}'):
+        (tmp_path / "evaluation.json").write_text(damaged)
+        with pytest.raises(UserError, match="no record says whose"):
+            refuse_foreign_answers(tmp_path, options)
+    refuse_foreign_answers(tmp_path, replace(options, model_name_or_path=str(tmp_path)))
