@@ -242,6 +242,9 @@ class EngineOptions:
     gradient_checkpointing: bool = option(
         False, SIZE, "recompute activations in the backward pass: less memory, a third more work"
     )
+    flat_parameters: bool = option(
+        True, TRAIN, "hold each layer's weights in one parameter per weight-decay group: less work on the host"
+    )
     bf16: bool = option(False, DEVICE, "train and evaluate in bfloat16")
     fp16: bool = option(False, DEVICE, "train and evaluate in float16 with loss scaling (GPU only)")
     no_cuda: bool = option(False, DEVICE, "run on the CPU even if there is a GPU")

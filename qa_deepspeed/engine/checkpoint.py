@@ -134,14 +134,16 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     ours = (dist.world_size(), engine.zero_stage, engine.precision)
     theirs = (state.world_size, state.zero_stage, state.precision)
     same_order = state.optimized == engine.optimized_names  # of the optimizer's groups
+    same_order = same_order and state.flat == engine.flat_names
     same_layout = same_order and (ours == theirs or (ours[1:] == theirs[1:] and engine.zero_stage == 0))
     _require_shards_everywhere(checkpoint, state, [dist.rank()] if same_layout else range(state.world_size))
     if same_layout:
         with plain_values_only():
             engine.load_shards(checkpoint.parent, checkpoint.name)
         return
-    words = "{} ranks at ZeRO stage {} in {}"
-    dist.log0(f"converting {checkpoint} from {words.format(*theirs)} to {words.format(*ours)}")
+    if ours != theirs:
+        words = "{} ranks at ZeRO stage {} in {}"
+        dist.log0(f"converting {checkpoint} from {words.format(*theirs)} to {words.format(*ours)}")
     engine.load_resharded(_shards(checkpoint, state))
 
 
@@ -169,4 +171,4 @@ def full_weights(checkpoint: Path, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def _shards(checkpoint: Path, state: LoopState) -> Shards:
-    return Shards(checkpoint, state.zero_stage, state.world_size, state.optimized)
+    return Shards(checkpoint, state.zero_stage, state.world_size, state.optimized, state.flat)

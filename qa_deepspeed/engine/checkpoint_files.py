@@ -12,10 +12,11 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.models.flat_parameters import FlatNames
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, parse_json, read_json
@@ -53,6 +54,8 @@ class LoopState:
     versions: dict[str, str]
     best: dict[str, Any]
     """State of training.best_checkpoint.BestCheckpoint."""
+    flat: FlatNames = field(default_factory=dict)
+    """Flat parameters, with names and shapes of the tensors in them."""
     place: int = 0
     """Its position in the order in which the folder's checkpoints were written, set by `write_loop_state`. Steps do not
     show it: a run that resumes an earlier checkpoint with changed settings leaves higher steps behind."""

@@ -20,10 +20,11 @@ from qa_deepspeed.engine import deepspeed_compat as compat
 from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
-from qa_deepspeed.engine.flops import measured_peak_flops
-from qa_deepspeed.engine.optim import default_optimizer, default_schedule, parameter_groups
+from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
+from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups
 from qa_deepspeed.engine.shards import Shards, fill_engine
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
+from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
 from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import dtype_named, weight_dtype
@@ -109,8 +110,16 @@ class DeferringWriter:
 class Engine(EvalModel):
     """A model in training under DeepSpeed."""
 
-    def __init__(self, deepspeed_engine: Any, resolved: ResolvedConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        resolved: ResolvedConfig,
+        device: torch.device,
+        flops: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """flops: as `flops.training_flops` of the model."""
         super().__init__(deepspeed_engine.module, resolved, device)
+        self.training_flops = flops
         self._engine = deepspeed_engine
         deepspeed_engine.config = without_secrets(deepspeed_engine.config)  # DeepSpeed saves it in every checkpoint
         self._writer = DeferringWriter(compat.checkpoint_writer(deepspeed_engine))
@@ -190,7 +199,10 @@ class Engine(EvalModel):
             return compat.consolidated_state_dict(self._engine)
         if not dist.is_rank_zero():
             return None
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        state = {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        # safetensors refuses tensors that share memory, as those of a flat parameter do
+        flats = {name for tensors in self.flat_names.values() for name in tensors}
+        return {name: tensor.clone() if name in flats else tensor for name, tensor in state.items()}
 
     def save_shards(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's checkpoint files to folder/tag. Collective; all ranks return, also if one's write fails.
@@ -225,6 +237,11 @@ class Engine(EvalModel):
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         groups = parameter_groups(self.module, weight_decay=0.0)
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+    @property
+    def flat_names(self) -> FlatNames:
+        """The flat parameters and the tensors in them."""
+        return flat_names(self.module)
 
     def load_resharded(self, shards: Shards) -> None:
         """Load weights and optimizer state from a checkpoint of another world size or ZeRO stage. Collective.
@@ -275,6 +292,9 @@ def training_engine(
     choose_attention(model, resolved, device)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    flops = training_flops(model, model.config)
+    if options.flat_parameters and resolved.zero_stage < 3 and options.lora_rank is None:
+        flatten(model, decays)
     optimizer = None if "optimizer" in config else default_optimizer(model, options)
     schedule = None
     if "scheduler" not in config:
@@ -288,7 +308,7 @@ def training_engine(
             config=config,
         )
     compat.forget_initial_step(engine.optimizer)
-    return Engine(engine, resolved, device)
+    return Engine(engine, resolved, device, flops)
 
 
 def evaluation_model(

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.deepspeed_compat import full_shape
+from qa_deepspeed.models.flat_parameters import DECAYED, NOT_DECAYED
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,13 +24,20 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = len(full_shape(parameter)) > 1 and "bias" not in name.lower()
-            (decayed if decays else others).append(parameter)
+            (decayed if decays(name, parameter) else others).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter, or all tensors of a flat one, have weight decay."""
+    short = name.rpartition(".")[2]
+    if short in (DECAYED, NOT_DECAYED):
+        return short == DECAYED
+    return len(full_shape(parameter)) > 1 and "bias" not in name.lower()
 
 
 def default_optimizer(model: torch.nn.Module, options: RunOptions) -> AdamW:

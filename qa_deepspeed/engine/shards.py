@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.models.flat_parameters import FlatNames, flat_names
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.progress import ProgressBar
@@ -36,13 +38,16 @@ class _Piece:
 class Shards:
     """The parameters of the checkpoint folder `checkpoint`, which was written at ZeRO stage `stage` by `ranks` ranks.
 
-    `optimized` lists the parameters in the order of the optimizer's groups, which stage 0 does not save.
+    `optimized` lists the parameters in the order of the optimizer's groups, which stage 0 does not save. `flat` has the
+    tensors of flat parameters, each of which is then a parameter here.
 
     Raises:
         UserError: shards are missing on this disk.
     """
 
-    def __init__(self, checkpoint: Path, stage: int, ranks: int, optimized: list[str]) -> None:
+    def __init__(
+        self, checkpoint: Path, stage: int, ranks: int, optimized: list[str], flat: FlatNames | None = None
+    ) -> None:
         require_shards(checkpoint, stage, range(ranks))
         self.common = compat.read_common_state(checkpoint, stage)
         self._ranks = ranks
@@ -52,12 +57,13 @@ class Shards:
         self.optimizer_step = 0.0
         """Number of updates that the optimizer has made."""
         if stage == 0:
-            self._index_whole(optimized)
-            return
-        for rank in range(ranks):
+            self._index_whole(optimized, flat or {})
+        for rank in range(ranks if stage else 0):
             (path,) = checkpoint.glob(compat.optimizer_files(rank))
             saved = compat.read_checkpoint_file(path)
             self._index_partitions(saved) if stage == 3 else self._index_slices(saved)
+        for name, tensors in (flat or {}).items():
+            self._cut(name, tensors)
 
     @property
     def names(self) -> list[str]:
@@ -92,15 +98,35 @@ class Shards:
                 bar.advance()
         return result
 
-    def _index_whole(self, optimized: list[str]) -> None:
+    def _cut(self, flat: str, tensors: dict[str, list[int]]) -> None:
+        """Replace the pieces of a flat parameter by those of the tensors in it."""
+        pieces = self._pieces.pop(flat)
+        begins = [0, *accumulate(piece.count for piece in pieces)]
+        begin = 0
+        for name, shape in tensors.items():
+            end = begin + prod(shape)
+            parts = []
+            for piece, first in zip(pieces, begins, strict=False):
+                low, high = max(begin, first), min(end, first + piece.count)
+                if low < high:
+                    parts.append(_Piece(piece.tensors, piece.start + low - first, high - low))
+            self._pieces[name], begin = parts, end
+
+    def _index_whole(self, optimized: list[str], flat: FlatNames) -> None:
         masters = self.common.masters
+        module = self.common.module
         for place, name in enumerate(optimized):
-            weight = masters[place] if masters else self.common.module[name]
+            if masters:
+                weight = masters[place]
+            elif name in flat:
+                weight = torch.cat([module[one].reshape(-1) for one in flat[name]])
+            else:
+                weight = module[name]
             state = self.common.optimizer.get(place, {})
             self.optimizer_step = float(state.get("step", 0))
             tensors = {WEIGHT: weight, **{key: value for key, value in state.items() if _like(value, weight)}}
-            flat = {key: value.reshape(-1) for key, value in tensors.items()}
-            self._pieces[name] = [_Piece(flat, 0, weight.numel())]
+            lines = {key: value.reshape(-1) for key, value in tensors.items()}
+            self._pieces[name] = [_Piece(lines, 0, weight.numel())]
 
     def _index_slices(self, saved: dict[str, Any]) -> None:
         """Stages 1 and 2: each group is one flat tensor, split evenly over the ranks wherever that falls."""
@@ -167,7 +193,13 @@ def fill_engine(engine: Any, shards: Shards) -> None:
     Raises:
         UserError: the checkpoint is of another model, or DeepSpeed's optimizer wrapper is not supported.
     """
-    names = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    flat = flat_names(engine.module)
+    names = {
+        one
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+        for one in flat.get(name, [name])
+    }
     if names != set(shards.names):
         raise UserError(
             f"the checkpoint trains {len(shards.names)} parameters, this run {len(names)}, and not the "
@@ -191,10 +223,11 @@ def _fill_full(engine: Any, shards: Shards) -> None:
             f"a checkpoint of another kind cannot be loaded into DeepSpeed's {type(outer).__name__}: "
             "resume with --deepspeed_config zero1"
         )
+    flat = flat_names(engine.module)
     for parameter, name in compat.parameter_names(engine).items():
         if not parameter.requires_grad:
             continue
-        found = {key: value.view(parameter.shape) for key, value in shards.read(name).items()}
+        found = {key: value.view(parameter.shape) for key, value in _read(shards, name, flat).items()}
         master = masters.get(parameter, parameter)
         weight = found.pop(WEIGHT)
         master.data.copy_(weight)
@@ -224,14 +257,20 @@ def _fill_partitions(engine: Any, shards: Shards) -> None:
 
 def _fill_flats(engine: Any, shards: Shards, flats: list[tuple[torch.Tensor, list[compat.Slice]]]) -> None:
     """Copy weights and optimizer state into flat tensors, by the places of the parameters in them."""
-    names = compat.parameter_names(engine)
+    names, tensors = compat.parameter_names(engine), flat_names(engine.module)
     for flat, parts in flats:
         moments: dict[str, torch.Tensor] = {}
         for part in parts:
-            for key, value in shards.read(names[part.parameter]).items():
+            for key, value in _read(shards, names[part.parameter], tensors).items():
                 target = flat.data if key == WEIGHT else moments.setdefault(key, torch.zeros_like(flat.data))
                 target.narrow(0, part.target, part.count).copy_(value.narrow(0, part.source, part.count))
         engine.optimizer.optimizer.state[flat] = _state_of(shards, flat.device, moments)
+
+
+def _read(shards: Shards, name: str, flat: FlatNames) -> dict[str, torch.Tensor]:
+    """`Shards.read` of a parameter of the engine, which may be a flat one."""
+    found = [shards.read(one) for one in flat.get(name, [name])]
+    return {key: torch.cat([one[key] for one in found]) for key in found[0]}
 
 
 def _state_of(shards: Shards, device: torch.device, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ from qa_deepspeed.engine import checkpoint
 from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
-from qa_deepspeed.engine.flops import training_flops
 from qa_deepspeed.models.heads import Objective, head_of
 from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
 from qa_deepspeed.qa.features.store import FeatureStore
@@ -80,9 +79,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
     """
     options, plan = run.options, run.resolved.plan
     rank = dist.rank()
-    meter = ThroughputMeter(
-        engine.device, training_flops(engine.module, run.model_config), engine.measured_peak_flops()
-    )
+    meter = ThroughputMeter(engine.device, engine.training_flops, engine.measured_peak_flops())
     guard = NonfiniteLossGuard(engine.device)
     writer = checkpoint.CheckpointWriter(engine, run.output_dir, options.save_total_limit)
     objective = Objective(options.objective == "marginal", options.label_smoothing)
@@ -232,6 +229,7 @@ def _loop_state(engine: Engine, run: Run, number: int) -> LoopState:
         identity=run.fingerprint,
         rows=len(run.store),
         optimized=engine.optimized_names,
+        flat=engine.flat_names,
         options=run.options.to_dict(),
         config=engine.config,
         versions=software()["versions"],
