@@ -218,6 +218,9 @@ def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict
     config["train_batch_size"] = plan.global_batch_size
     config.setdefault("gradient_clipping", options.max_grad_norm)
     config.setdefault("steps_per_print", sys.maxsize)
+    if resolved.precision == "bf16":
+        # thousands of small operators and a synchronization in every step; training/nonfinite_loss.py checks instead
+        config["bf16"].setdefault("check_grad_overflow", False)
     if "optimizer" not in config and "offload_optimizer" in config.get("zero_optimization", {}):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     filled = {

@@ -193,6 +193,25 @@ class Engine(EvalModel):
             norm = norm if norm is not None else self._engine.get_global_grad_norm()
             self.grad_norm = float(norm) if norm is not None else None
 
+    @property
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """The norm of the last step's gradient if DeepSpeed computed one, on the device where that needs no wait.
+
+        None in float16, where an infinite gradient is usual: it lowers the loss scale.
+        """
+        norm: torch.Tensor | float | None = self._engine.get_global_grad_norm()
+        return None if self.precision == "fp16" else norm
+
+    def weights_norm(self) -> torch.Tensor:
+        """The norm of this rank's trained weights, under ZeRO-3 of its partitions: finite if they are.
+
+        A scalar on the device, read without a synchronization.
+        """
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        held = (compat.partition_of(parameter) for parameter in trained)
+        parts = [one.detach() if part is None else part.detach() for one, part in zip(trained, held, strict=True)]
+        return torch.nn.utils.get_total_norm(parts)
+
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The full state dict of the model on the CPU of rank 0, None elsewhere. Collective."""
         if self.zero_stage == 3:

@@ -75,7 +75,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
 
     Raises:
         Preempted: a signal or the time limit ended the run after a step; a checkpoint is saved.
-        UserError: a loss is not finite.
+        UserError: a loss or a gradient is not finite.
     """
     options, plan = run.options, run.resolved.plan
     rank = dist.rank()
@@ -110,10 +110,12 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             guard.note(step, loss.detach(), rate)
             with meter.clock.phase("update"):
                 engine.step(want_norm=logs)
+        if engine.gradient_norm is not None:
+            guard.note_gradient(step, engine.gradient_norm)
         meter.end_step()
         reporter.advance()
         if logs:  # every rank takes part in the all-reduce, rank 0 writes
-            guard.check(run.ids_of_step, run.output_dir)
+            guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
             _log(engine, meter, reporter, run, number, rate)
             run.throughput = meter.throughput()
         with meter.paused():
@@ -125,7 +127,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
                 is_best = run.best.observe(metrics, number, plan.global_batch_size)
             decision = run.stops.after_step(number, run.steps)
             if decision.save or is_best:  # every rank writes its shards
-                guard.check(run.ids_of_step, run.output_dir)
+                guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
                 best = run.best.checkpoint(plan.global_batch_size)
                 add_files, keep = _files_for_export(engine, run), [best] if best else []
                 saved = writer.save(_loop_state(engine, run, number), add_files, keep)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
-from tests.distributed.launching import alone, by_torchrun, flags, run
+from tests.distributed.launching import alone, by_torchrun, flags, run, run_many
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
@@ -136,8 +136,40 @@ def test_a_loss_that_is_no_number_is_reported_with_its_step_and_questions(
     printed = done.stdout + done.stderr
     assert done.returncode != 0 and printed.count("qa-deepspeed: error:") == 1
     line = next(line for line in printed.splitlines() if "qa-deepspeed: error:" in line)
-    step = int(re.search(r"became (?:nan|inf|-inf|infinite or nan) at step (\d+)", line).group(1))
+    step = int(re.search(r"became (?:nan|inf|-inf|infinite or NaN)[a-z, ]* at step (\d+)", line).group(1))
     batch = json.loads((tmp_path / "run/bad_batch.json").read_text())
     assert batch["step"] == step and batch["questions"][0] in line and "1.000e+25" in line
     numbers = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert numbers == list(range(1, step))
+
+
+INFINITE_GRADIENTS = {
+    f"{stage}_{precision}": {"deepspeed_config": stage, "bf16": precision == "bf16"}
+    for stage in ("zero0", "zero1", "zero2", "zero3")
+    for precision in ("fp32", "bf16")
+}
+
+
+@pytest.fixture(scope="module")
+def infinite_gradients(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each of `INFINITE_GRADIENTS`."""
+    folder: Path = tmp_path_factory.mktemp("gradients")
+    both = {**base_options, "max_steps": 5, "logging_steps": 100, "save_steps": 1, "gradient_accumulation_steps": 1}
+    run_many(
+        2,
+        {name: {**both, **changes} for name, changes in INFINITE_GRADIENTS.items()},
+        folder,
+        worker="infinite_gradient_worker",
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", INFINITE_GRADIENTS)
+def test_an_infinite_gradient_of_a_finite_loss_ends_the_run_before_anything_is_saved(
+    infinite_gradients: Path, name: str
+) -> None:
+    error = (infinite_gradients / f"{name}.error-0").read_text()
+    assert "became infinite or NaN" in error and "at step 3" in error
+    assert json.loads((infinite_gradients / name / "bad_batch.json").read_text())["step"] == 3
+    numbers = sorted(int(path.name.split("-")[1]) for path in (infinite_gradients / name).glob("checkpoint-*"))
+    assert numbers == [1, 2] and not (infinite_gradients / name / "model.safetensors").exists()
