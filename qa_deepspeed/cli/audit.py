@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.qa.cache.prepare import prepare_features
+from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.qa.features.batching import LENGTH_MULTIPLE, epoch_order
 from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_ratio, quantiles, suggest
 from qa_deepspeed.training.features import data_source, feature_settings
+from qa_deepspeed.utils.errors import UserError
 
 REJECTED_SHOWN = 10
 BAR = 40
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `audit`: the data, and what shapes its features."""
     parser.add_argument("data", metavar="DATA", nargs="+", help="files, or patterns of files, to train on")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N questions as they were read, answers in [brackets]"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a question was rejected")
     add_run_arguments(parser)
 
@@ -40,31 +46,58 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
     run_options = read_run_options(arguments)
+    if arguments.show < 0:
+        raise UserError(f"--show is {arguments.show}; it must be 0 or more")
     found = audit(data_source(run_options, "train", DataSource.resolve(arguments.data)), run_options)
-    print(json.dumps(found) if arguments.json else "\n".join(table(found)))
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join([*table(found), *_shown(found["examples"][: arguments.show])]))
     return 1 if arguments.strict and found["questions"]["rejected"] else 0
 
 
 def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
-    """All findings about a source, as plain values: questions, answers, windows, lengths, padding, suggestion.
+    """All findings about a source, as plain values: questions, answers, windows, lengths, padding, suggestion, and the
+    usable questions as `examples`.
 
     The features are built as training would build them, in a temporary folder.
 
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    repeated = _repeated_questions(source)
+    examples = [_as_dict(example) for example in read_examples(source, ReadReport())]
     facts = model_facts(run_options)
     with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
         findings = _findings(source, run_options, facts, Path(folder))
-    findings["questions"]["repeated"] = repeated
-    return findings
+    findings["questions"]["repeated"] = _repeated_questions(examples)
+    return findings | {"examples": examples}
 
 
-def _repeated_questions(source: DataSource) -> int:
+def _as_dict(example: Example) -> dict[str, Any]:
+    return {
+        "id": example.example_id,
+        "question": example.question,
+        "context": example.context,
+        "answers": [{"text": answer.text, "answer_start": answer.start} for answer in example.answers],
+    }
+
+
+def _repeated_questions(examples: list[dict[str, Any]]) -> int:
     """Questions that stand before with the same words and context under another id."""
     seen = SeenIds()
-    return sum(not seen.add(f"{one.question}\0{one.context}") for one in read_examples(source, ReadReport()))
+    return sum(not seen.add(f"{one['question']}\0{one['context']}") for one in examples)
+
+
+def _shown(examples: list[dict[str, Any]]) -> Iterator[str]:
+    """Each question, and its context with the answers in brackets."""
+    for example in examples:
+        context = example["context"]
+        spans = {(one["answer_start"], one["answer_start"] + len(one["text"])) for one in example["answers"]}
+        for begin, end in sorted(spans, reverse=True):
+            context = f"{context[:begin]}[{context[begin:end]}]{context[end:]}"
+        yield from ("", f"{example['id']}: {example['question']}", f"  {context}")
+        if not spans:
+            yield "  (no answer)"
 
 
 def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
@@ -112,6 +145,8 @@ def _questions(report: ReadReport) -> dict[str, Any]:
         "rejected": len(report.rejected),
         "rejected_by_reason": report.rejected_by_reason,
         "answer_faults": report.answer_faults,
+        "ids_made": report.ids_made,
+        "notes": report.notes,
     }
 
 
@@ -127,7 +162,7 @@ def table(found: dict[str, Any]) -> list[str]:
     """The findings as lines for people."""
     questions, answers, windows, padding = (found[name] for name in ("questions", "answers", "windows", "padding"))
     settings, suggestion = found["settings"], found["suggestion"]
-    lines = [f"{', '.join(found['files'])} for {found['model']}", ""]
+    lines = [f"{', '.join(found['files'])} for {found['model']}", *questions["notes"], ""]
     lines += _rows(
         "questions",
         [
@@ -136,6 +171,7 @@ def table(found: dict[str, Any]) -> list[str]:
             ("  unanswerable", questions["unanswerable"], f"{questions['unanswerable'] / questions['usable']:.1%}"),
             ("  repeated", questions["repeated"], "same question and context under another id"),
             ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),
+            ("  without an id", questions["ids_made"], "got one: a digest of question and context"),
             ("rejected", questions["rejected"], ""),
             *((f"  {reason}", count, "") for reason, count in _commonest(questions["rejected_by_reason"])),
             *((f"answers: {reason}", count, "") for reason, count in _commonest(questions["answer_faults"])),

@@ -23,6 +23,7 @@ from qa_deepspeed.utils.files import as_json, output_file, refuse_same_file
 
 STANDARD_INPUT = "-"
 COLUMNS = ("id", "question", "context")
+SHOWN_REJECTED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", help="the text that answers it")
     for name in COLUMNS:
         add(f"--{name}_column", default=name, help=f"column of rows that holds the {name} (default {name})")
+    add("--encoding", help="encoding of the text (default: UTF-8, or what a byte order mark says)")
     add(
         "--output",
         metavar="FILE",
@@ -104,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
     if report.rejected:
         print(f"{report.summary()}", file=sys.stderr)
+        for one in report.rejected[:SHOWN_REJECTED]:
+            print(f"left out: {one.where}: {one.reason}", file=sys.stderr)
     return 0
 
 
@@ -154,12 +158,12 @@ def _passages(arguments: argparse.Namespace) -> Iterator[Iterator[Passage]]:
     columns = ColumnNames(**{name: getattr(arguments, f"{name}_column") for name in COLUMNS})
     if arguments.input != STANDARD_INPUT:
         files = resolve_files([arguments.input])
-        yield (passage for file in files for passage in read_passages(file, columns, True, ids_required=False))
+        yield (passage for file in files for passage in read_passages(file, columns, True, arguments.encoding))
         return
     with tempfile.NamedTemporaryFile(suffix=".json") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.flush()
         try:
-            yield read_passages(copy.name, columns, True, ids_required=False)
+            yield read_passages(copy.name, columns, True, arguments.encoding)
         except UserError as error:
             raise UserError(str(error).replace(copy.name, "standard input")) from None

@@ -53,6 +53,11 @@ class DataOptions:
     is_impossible_column: str = option(
         "is_impossible", FEATURES, "column of rows that says whether a question is unanswerable"
     )
+    answer_text_column: str | None = option(
+        None, FEATURES, "column of an answer's text, in tables with one answer a row; left out, its usual names"
+    )
+    answer_start_column: str | None = option(None, FEATURES, "column of the answer's start, the same")
+    encoding: str | None = option(None, FEATURES, "encoding of the data files; left out, UTF-8 or their mark")
     version_2_with_negative: bool = option(False, FEATURES, "some questions are unanswerable (SQuAD v2.0)")
     max_seq_length: int = option(384, EVERY, "longest row (question and window of the context), in tokens")
     doc_stride: int = option(128, FEATURES, "tokens from one window of a long context to the next")

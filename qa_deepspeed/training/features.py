@@ -77,6 +77,7 @@ def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -
         version_2_with_negative=options.version_2_with_negative,
         max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
         seed=options.seed,
+        encoding=options.encoding,
         columns=ColumnNames(
             **{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(ColumnNames)}
         ),

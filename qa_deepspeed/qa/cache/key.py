@@ -57,6 +57,12 @@ def cache_key(
     del read["files"]
     if source.max_examples is None or source.purpose == "evaluate":
         del read["seed"]
+    # Settings that earlier versions lack are part of the key only if they are used.
+    if source.encoding is None:
+        del read["encoding"]
+    for name in ("answer_text", "answer_start"):
+        if read["columns"][name] is None:
+            del read["columns"][name]
     shape = asdict(settings)
     if source.purpose == "evaluate":
         del shape["windows_without_answer"]

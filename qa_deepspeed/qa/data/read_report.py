@@ -13,7 +13,6 @@ class Reason:
     """Why a question, or one answer of it, cannot be used."""
 
     NOT_SQUAD = "not an object of the SQuAD layout"
-    NO_ID = "id missing"
     BAD_ID = "id neither text nor a whole number"
     DUPLICATE_ID = "duplicate id"
     NO_QUESTION = "question missing or not text"
@@ -29,8 +28,8 @@ class Reason:
     BAD_IS_IMPOSSIBLE = "is_impossible neither true nor false"
     BAD_ANSWER_TEXT = "answer text missing or not text"
     EMPTY_ANSWER = "empty answer text"
-    BAD_START = "answer_start missing or not a whole number"
-    NEGATIVE_START = "negative answer_start"
+    BAD_START = "answer_start not a whole number"
+    START_UNKNOWN = "answer_start missing or negative, and the text not exactly once in the context"
     START_PAST_END = "answer_start past the end of the context"
     TEXT_ABSENT = "answer text not in the context"
     AMBIGUOUS = "answer not at answer_start and more than once nearby"
@@ -49,6 +48,9 @@ class Rejected:
 _KEYS = {"repaired": "mended"}
 """Field -> key on disk where they differ: cache entries keep the key that earlier versions write and read."""
 
+_OPTIONAL = ("ids_made", "notes")
+"""Fields that reports of earlier versions lack."""
+
 _FIELDS = {key: name for name, key in _KEYS.items()}
 
 
@@ -66,6 +68,10 @@ class ReadReport:
     rejected_by_reason: dict[str, int] = field(default_factory=dict)
     answer_faults: dict[str, int] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
+    ids_made: int = 0
+    """Questions without an id, which got one (`validation.made_id`)."""
+    notes: list[str] = field(default_factory=list)
+    """Lines on how files were read that cannot be taken literally (`offsets.recount`)."""
 
     def reject(self, example_id: str | None, where: str, reason: str) -> None:
         """Count and list one question that cannot be used."""
@@ -84,7 +90,9 @@ class ReadReport:
             text += f" ({list_counts(self.rejected_by_reason)})"
         if self.answer_faults:
             text += f"; faulty answers of usable questions: {list_counts(self.answer_faults)}"
-        return text
+        if self.ids_made:
+            text += f"; {self.ids_made:,} without an id got one"
+        return "; ".join([text, *self.notes])
 
     def write_rejected(self, path: Path) -> None:
         """Write the rejected questions as JSON lines with the keys id, where and reason."""
@@ -94,8 +102,9 @@ class ReadReport:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON, under the keys of `_KEYS`."""
-        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        """Values for JSON, under the keys of `_KEYS`; without those of `_OPTIONAL` that are empty."""
+        values = {name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL}
+        return {_KEYS.get(name, name): value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:

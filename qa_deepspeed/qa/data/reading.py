@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
+from qa_deepspeed.qa.data.offsets import recount
 from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
 from qa_deepspeed.qa.data.validation import Purpose, Validator
 from qa_deepspeed.utils.errors import UserError
@@ -32,6 +33,7 @@ class DataSource:
     max_examples: int | None = None
     seed: int = 42
     columns: ColumnNames = ColumnNames()
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:
@@ -108,8 +110,12 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
     for path in source.files:
         usable_before = report.usable
         rejected_before = dict(report.rejected_by_reason)
-        for passage in read_passages(path, source.columns, source.version_2_with_negative):
+        notes: list[str] = []
+        for passage in recount(
+            read_passages(path, source.columns, source.version_2_with_negative, source.encoding), notes
+        ):
             yield from validator.examples(passage)
+        report.notes += [f"{os.path.basename(path)}: {note}" for note in notes]
         if report.usable == usable_before:
             rejected = {
                 reason: count - rejected_before.get(reason, 0)

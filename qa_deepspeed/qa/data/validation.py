@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds
+from qa_deepspeed.qa.data.unicode_forms import find_other_form
 from qa_deepspeed.utils.errors import UserError
 
 REPAIR_DISTANCE = 10
@@ -19,6 +21,7 @@ REPAIR_DISTANCE = 10
 Purpose = Literal["train", "evaluate"]
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+_WHOLE_NUMBER = re.compile(r"[-+]?\d{1,15}(\.0*)?")
 
 
 class Passage(NamedTuple):
@@ -66,7 +69,8 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     What is safe: the text without the blanks around it stands at answer_start (where it would stand with or without
     its leading blanks); or it stands, counting overlaps, exactly once among the places at most `REPAIR_DISTANCE`
     characters from there, and not as a part of a longer word or number. So a repaired answer is right whenever its true
-    place is that near. A negative answer_start usually means "unknown" and is never repaired.
+    place is that near. A negative answer_start means "unknown": then the text must stand once in the whole context. A
+    text in another Unicode form than the context's is found through a map of positions, and becomes a slice of it.
 
     Raises:
         Fault: the answer is not there and cannot be repaired.
@@ -77,7 +81,10 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     if not stripped:
         raise Fault(Reason.EMPTY_ANSWER)
     if start < 0:
-        raise Fault(Reason.NEGATIVE_START)
+        everywhere = _places(context, stripped, 0, len(context))
+        if len(everywhere) == 1 and not _cuts_a_word(context, everywhere[0], everywhere[0] + len(stripped)):
+            return stripped, everywhere[0]
+        raise Fault(Reason.START_UNKNOWN)
     leading_blanks = len(text) - len(text.lstrip())
     claimed = {place for place in (start, start + leading_blanks) if context.startswith(stripped, place)}
     if len(claimed) == 1:
@@ -85,6 +92,9 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     nearby = _places(context, stripped, max(0, start - REPAIR_DISTANCE), start + leading_blanks + REPAIR_DISTANCE)
     if len(nearby) == 1 and not _cuts_a_word(context, nearby[0], nearby[0] + len(stripped)):
         return stripped, nearby[0]
+    if stripped not in context and (found := find_other_form(context, stripped, start, REPAIR_DISTANCE)) is not None:
+        begin, end = found
+        return context[begin:end], begin
     if start >= len(context):
         raise Fault(Reason.START_PAST_END)
     if stripped not in context:
@@ -144,16 +154,20 @@ class Validator:
                 raise version_2_error(passage.where_is(index)) from None
 
     def _example(self, context: str, fields: dict[str, Any]) -> Example:
-        example_id = _checked_id(fields.get("id"))
         question = _checked_text(fields.get("question"), Reason.NO_QUESTION)
         if not question or question.isspace():
             raise Fault(Reason.EMPTY_QUESTION)
+        example_id = _checked_id(fields.get("id"))
+        made = example_id is None
+        if example_id is None:
+            example_id = made_id(question, context)
         answers, repaired, faults = self._answers(context, fields)
         if not self._seen.add(example_id):
             raise Fault(Reason.DUPLICATE_ID)
         report = self._report
         report.usable += 1
         report.repaired += repaired
+        report.ids_made += made
         report.unanswerable += not answers
         for reason in faults:
             report.count_answer_fault(reason)
@@ -221,7 +235,7 @@ class Validator:
                 if not self._training and isinstance(text, str):
                     answers.append(Answer(_HALF_SURROGATE.sub("\ufffd", text), -1))
                 continue
-            repaired = repaired or place != start or found != text
+            repaired = repaired or place != _checked_start(start) or found != text
             # Scores are taken on the text as it was given.
             answers.append(Answer(found, place) if self._training or found == text else Answer(text, -1))
         if self._training and pairs and not answers:
@@ -296,10 +310,10 @@ def _is_given(answers: Any) -> bool:
 
 
 def _parsed_answers(cell: str) -> Any:
-    """The answers in a cell of a CSV file: JSON, or a Python literal as pandas writes it."""
+    """The answers in a cell of a CSV file: JSON, a Python literal as pandas writes it, or one with numpy's arrays."""
     if not cell or cell.isspace():
         return []
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval, _numpy_literal):
         try:
             return parse(cell)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -307,26 +321,57 @@ def _parsed_answers(cell: str) -> Any:
     raise Fault(Reason.BAD_ANSWER_LIST)
 
 
+def _numpy_literal(cell: str) -> Any:
+    """A Python literal in which `array([...], dtype=...)` stands for a list, as `Dataset.to_csv` writes it."""
+    tree = _ArraysAsLists().visit(ast.parse(cell.strip(), mode="eval"))
+    return ast.literal_eval(tree)
+
+
+class _ArraysAsLists(ast.NodeTransformer):
+    """Replaces calls of `array` by their first argument; nothing is ever called."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name != "array" or not node.args:
+            raise ValueError(f"a call of {name or 'something'}")
+        return self.visit(node.args[0])  # type: ignore[no-any-return]
+
+
 def _located_pair(context: str, text: Any, start: Any) -> tuple[str, int]:
     if not isinstance(text, str):
         raise Fault(Reason.BAD_ANSWER_TEXT)
+    return locate(context, text, _checked_start(start))
+
+
+def _checked_start(start: Any) -> int:
+    """The start as a number, -1 where the row does not say.
+
+    Tables hold whole numbers as text, or, where a column has gaps, as floats.
+    """
+    if start is None:
+        return -1
+    if isinstance(start, str) and _WHOLE_NUMBER.fullmatch(start.strip()):
+        return int(float(start))
+    if isinstance(start, float) and start.is_integer():
+        return int(start)
     if type(start) is not int:
-        # Tables with gaps hold whole numbers as floats.
-        if not (isinstance(start, float) and start.is_integer()):
-            raise Fault(Reason.BAD_START)
-        start = int(start)
-    return locate(context, text, start)
+        raise Fault(Reason.BAD_START)
+    return start
 
 
-def _checked_id(value: Any) -> str:
+def _checked_id(value: Any) -> str | None:
+    """The id, None where the row has none."""
     if value is None or value == "":
-        raise Fault(Reason.NO_ID)
+        return None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     text = _checked_text(value, Reason.BAD_ID)
-    if text.isspace():
-        raise Fault(Reason.NO_ID)
-    return text
+    return None if text.isspace() else text
+
+
+def made_id(question: str, context: str) -> str:
+    """The id of a question that has none: a digest of question and context, the same in every run."""
+    return hashlib.sha256(f"{question}\0{context}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _checked_text(value: Any, reason: str) -> str:

@@ -135,6 +135,24 @@ def test_findings_of_a_small_file_with_mapped_columns(capsys, small_model, tmp_p
     assert found["rejected"] == [{"example_id": "4", "where": f"{path}: line 5", "reason": "duplicate id"}]
 
 
+def test_questions_are_shown_as_they_were_read(capsys, small_model, tmp_path):
+    """Starts count UTF-16 units; the brackets stand around the answers."""
+    context = "😀 One came. 😀 Two came. 😀 Three came."
+    units = [len(context[: context.index(word)].encode("utf-16-le")) // 2 for word in ("Two", "Three")]
+    answers = [{"text": text, "answer_start": start} for text, start in zip(("Two", "Three"), units, strict=True)]
+    rows = [{"question": f"Who, {n}?", "context": context, "answers": answers} for n in range(3)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    code, out, _ = audit(capsys, small_model, path, "--show", "2")
+    assert code == 0 and out.count("😀 One came. 😀 [Two] came. 😀 [Three] came.") == 2
+    assert "rows.json: answer_start counts UTF-16 units: 6 of 6 answers match" in out
+    found = json.loads(audit(capsys, small_model, path, "--json")[1])
+    assert [one["question"] for one in found["examples"]] == ["Who, 0?", "Who, 1?", "Who, 2?"]
+    for example in found["examples"]:
+        assert [example["context"][one["answer_start"] :][:3] for one in example["answers"]] == ["Two", "Thr"]
+    assert found["questions"]["ids_made"] == 3
+
+
 def test_what_cannot_be_read_is_an_error_of_one_line(capsys, tmp_path):
     path = tmp_path / "d.json"
     path.write_text('{"data": [')

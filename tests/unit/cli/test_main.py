@@ -16,10 +16,10 @@ from qa_deepspeed.utils.errors import LostRankError, UserError
 
 OPTIONS = {
     "train": (
-        "adam_epsilon answers answers_column attn_implementation "
+        "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
-        "do_train doc_stride doc_stride_is dry_run early_stopping_patience eval_all_checkpoints "
+        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
         "evaluate_during_training flat_parameters fp16 fp16_opt_level gather global_batch_size "
         "gradient_accumulation_steps gradient_checkpointing id_column is_impossible_column label_smoothing lang_id "
         "learning_rate load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank "
@@ -34,9 +34,9 @@ OPTIONS = {
         "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "evaluate": (
-        "answers_column attn_implementation best_window_only bf16 cache_dir "
+        "answer_start_column answer_text_column answers_column attn_implementation best_window_only bf16 cache_dir "
         "config config_name context_column data_dir dataset_config dataset_config_name dataset_name ddp_timeout "
-        "decode_mode deepspeed deepspeed_config do_lower_case doc_stride doc_stride_is "
+        "decode_mode deepspeed deepspeed_config do_lower_case doc_stride doc_stride_is encoding "
         "eval_all_checkpoints fp16 fp16_opt_level gather id_column is_impossible_column lang_id local_rank "
         "max_answer_length max_eval_examples max_query_length max_seq_length merge_duplicate_texts metric_language "
         "model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold output_dir overwrite_cache "
@@ -45,7 +45,7 @@ OPTIONS = {
         "validation_file verbose_logging version_2_with_negative"
     ),
     "predict": (
-        "align_to_words batch_size context context_column device doc_stride dtype handle_impossible_answer "
+        "align_to_words batch_size context context_column device doc_stride dtype encoding handle_impossible_answer "
         "id_column max_answer_len max_seq_len model_name_or_path n_best_size output question question_column top_k"
     ),
     "score": "confidence explain json metric_language null_odds null_odds_threshold",
@@ -53,25 +53,25 @@ OPTIONS = {
     "ensemble": "n_best_size null_score_diff_threshold output_dir version_2_with_negative",
     "export": "dtype max_shard_size merge_lora",
     "audit": (
-        "answers answers_column cache_dir config config_name context_column "
-        "do_lower_case doc_stride doc_stride_is id_column is_impossible_column json max_answer_length "
+        "answer_start_column answer_text_column answers answers_column cache_dir config config_name context_column "
+        "do_lower_case doc_stride doc_stride_is encoding id_column is_impossible_column json max_answer_length "
         "max_query_length max_seq_length max_train_examples model_name_or_path model_type "
-        "per_device_train_batch_size per_gpu_train_batch_size print_config question_column seed strict "
+        "per_device_train_batch_size per_gpu_train_batch_size print_config question_column seed show strict "
         "tokenizer_name verbose_logging version_2_with_negative windows_without_answer"
     ),
     "prepare": (
-        "answers answers_column cache_dir config config_name context_column "
+        "answer_start_column answer_text_column answers answers_column cache_dir config config_name context_column "
         "data_dir dataset_config dataset_config_name dataset_name ddp_timeout do_lower_case doc_stride "
-        "doc_stride_is id_column is_impossible_column max_eval_examples max_query_length max_seq_length "
+        "doc_stride_is encoding id_column is_impossible_column max_eval_examples max_query_length max_seq_length "
         "max_train_examples model_name_or_path model_type num_proc overwrite_cache predict_file predict_split "
         "print_config question_column seed timeout tokenizer_name train_file train_split validation_file "
         "verbose_logging version_2_with_negative windows_without_answer"
     ),
     "check": (
-        "adam_epsilon answers answers_column attn_implementation "
+        "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed_config do_eval do_lower_case do_train "
-        "doc_stride doc_stride_is dry_run early_stopping_patience eval_all_checkpoints "
+        "doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
         "evaluate_during_training flat_parameters fp16 fp16_opt_level gather global_batch_size "
         "gradient_accumulation_steps gradient_checkpointing hostfile id_column is_impossible_column label_smoothing "
         "lang_id learning_rate load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank "

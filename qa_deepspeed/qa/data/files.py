@@ -1,0 +1,170 @@
+"""Open a data file: compression, encoding, and one line for what is no data file."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol, TextIO
+
+from qa_deepspeed.utils.errors import UserError
+
+RECORD_LIMIT = 2 * 2**30
+"""Bytes of the longest line or JSON document that is read into memory; a compressed file can hold far longer ones."""
+
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Marks at the beginning of a file, longer ones before those that they begin with."""
+
+_COMPRESSIONS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+}
+"""How files of each compression begin, and what unpacks them."""
+
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV",
+    b"ARROW1": "an Arrow file: write it as Parquet or JSON lines (Dataset.to_parquet, to_json)",
+    b"\xff\xff\xff\xff": "an Arrow stream: write it as Parquet or JSON lines (Dataset.to_parquet, to_json)",
+    b"\x80\x04\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
+    b"\x80\x05\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
+    b"SQLite format 3": "an SQLite database: write the table as CSV",
+    b"%PDF": "a PDF file",
+}
+"""How files begin that hold no rows to read here, and what to do."""
+
+
+def uncompressed_name(path: str) -> str:
+    """The name in lower case without the ending of a compression."""
+    name = path.lower()
+    for ending in (".gz", ".bz2", ".xz"):
+        name = name.removesuffix(ending)
+    return name
+
+
+@contextmanager
+def one_clear_error(path: str) -> Iterator[None]:
+    """Inside, what goes wrong with reading `path` becomes a UserError of one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not {error.encoding.upper()} text (byte 0x{error.object[error.start]:02x}); {ENCODING_ADVICE}"
+        ) from error
+    except UnicodeError as error:
+        raise UserError(f"{path}: not text of this encoding ({error}); {ENCODING_ADVICE}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(
+            f"{path}: the compressed data are truncated or damaged ({error}); get the file again"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: JSON nested too deeply to be question-answering data") from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"{path}: a folder, not a file; a data set that save_to_disk wrote is read after Dataset.to_parquet"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+ENCODING_ADVICE = "convert the file, or name its encoding: --encoding cp1252, say"
+
+
+class LineSource(Protocol):
+    """What JSON is read from: bytes of UTF-8."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes (characters, where they are recoded)."""
+
+    def readline(self, size: int, /) -> bytes:
+        """A line, or the first `size` bytes of it."""
+
+
+class _Recoded:
+    """Text of any encoding as bytes of UTF-8."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+
+    def read(self, size: int) -> bytes:
+        return self._text.read(size).encode("utf-8", "surrogatepass")
+
+    def readline(self, size: int) -> bytes:
+        return self._text.readline(size).encode("utf-8", "surrogatepass")
+
+
+@contextmanager
+def open_binary(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    with open(path, "rb") as raw:
+        begin = raw.read(16)
+        raw.seek(0)
+        unpack = next((unpack for magic, unpack in _COMPRESSIONS.items() if begin.startswith(magic)), None)
+        yield raw if unpack is None else unpack(raw)
+
+
+@contextmanager
+def open_lines(path: str, encoding: str | None) -> Iterator[LineSource]:
+    """A file as bytes of UTF-8, unpacked, without a byte order mark.
+
+    Raises:
+        UserError: as `open_text`.
+    """
+    with open_binary(path) as data:
+        encoding, mark = _encoding_of(data, path, encoding)
+        if encoding == "utf-8":
+            data.seek(mark)
+            yield data
+        else:
+            yield _Recoded(io.TextIOWrapper(data, encoding=encoding))
+
+
+@contextmanager
+def open_text(path: str, encoding: str | None) -> Iterator[TextIO]:
+    """The text of a file, unpacked, without a byte order mark, line ends as they are.
+
+    Args:
+        encoding: None for UTF-8, or what the byte order mark says.
+    Raises:
+        UserError: the file is of a kind that is not read, or the encoding is unknown.
+    """
+    with open_binary(path) as data:
+        encoding, mark = _encoding_of(data, path, encoding)
+        data.seek(mark if encoding == "utf-8" else 0)
+        yield io.TextIOWrapper(data, encoding=encoding, newline="")
+
+
+def _encoding_of(data: BinaryIO, path: str, encoding: str | None) -> tuple[str, int]:
+    """The encoding of a file, and the length of a mark of UTF-8 at its beginning."""
+    begin = data.read(16)
+    data.seek(0)
+    what = next((what for magic, what in _OTHER_FILES.items() if begin.startswith(magic)), None)
+    if what is not None:
+        raise UserError(f"{path}: {what}")
+    if encoding is not None:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise UserError(f"encoding {encoding} is unknown: a name such as cp1252, latin-1 or utf-16") from None
+        return encoding, 0
+    if begin.startswith(codecs.BOM_UTF8):
+        return "utf-8", len(codecs.BOM_UTF8)
+    return next((name for mark, name in _BYTE_ORDER_MARKS.items() if begin.startswith(mark)), "utf-8"), 0
+
+
+def too_long(path: str, line: int) -> UserError:
+    """The error for a line or document over `RECORD_LIMIT`."""
+    return UserError(
+        f"{path}: line {line}: more than {RECORD_LIMIT // 2**30} GiB in one line or document; write "
+        "one question a line (JSON lines)"
+    )

@@ -1,0 +1,182 @@
+"""Layouts of other programs: their rows and questions under the names that this package reads.
+
+Sources: MRQA 2019 (`detected_answers`, `char_spans` with their ends included), KorQuAD 2 (`answer`), DPR
+(`positive_ctxs`), Label Studio (`data`, `annotations`, spans with `start` and `end`), doccano (`text`, `label`), pandas
+(`to_json` by columns), tables with an answer's text and start in columns of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of flat rows are called. Nested SQuAD JSON always has its own names.
+
+    answer_text and answer_start: columns of a table with one answer in each row; None: those of their usual names that
+    the table has.
+    """
+
+    id: str = "id"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    is_impossible: str = "is_impossible"
+    answer_text: str | None = None
+    answer_start: str | None = None
+
+
+TEXT_COLUMNS = ("answer_text", "answer", "answers", "text")
+START_COLUMNS = ("answer_start", "answer_start_char", "start_char", "start", "answer_begin")
+"""Usual names of the columns of an answer, where no option names them."""
+
+CONTEXT_COLUMNS = ("context", "text", "document", "passage", "paragraph")
+"""Usual names of the context, where the row has no column of the name in `ColumnNames`."""
+
+SPAN_LISTS = ("label", "labels", "entities", "spans")
+"""Names under which span labels are exported: `[begin, end, name]` or objects with `start` and `end`."""
+
+
+def row_fields(row: Mapping[str, Any], columns: ColumnNames) -> tuple[Any, dict[str, Any]]:
+    """The context of a flat row, and the fields of its question: id, question, answers, is_impossible."""
+    row = _task_of_label_studio(row)
+    context = _context(row, columns)
+    fields = {
+        "id": row.get(columns.id),
+        "question": row.get(columns.question),
+        "answers": row.get(columns.answers),
+        "is_impossible": row.get(columns.is_impossible),
+    }
+    if not isinstance(fields["answers"], (list, dict)):
+        other = _answers_in_columns(row, columns, context)
+        fields["answers"] = fields["answers"] if other is None else other
+    return context, {**fields, "answers": _as_answers(fields["answers"])}
+
+
+def question_fields(fields: Any) -> Any:
+    """A question of nested JSON with its answers under `answers`, as dicts of text and answer_start."""
+    if not isinstance(fields, dict):
+        return fields
+    if "detected_answers" in fields:  # MRQA: the id of the question is its qid
+        return {**fields, "id": fields.get("qid", fields.get("id")), "answers": _detected(fields)}
+    if "answers" not in fields and "answer" in fields:
+        return {**fields, "answers": _as_answers(fields["answer"])}
+    answers = fields.get("answers")
+    if isinstance(answers, list) and any(isinstance(one, str) for one in answers):
+        return {**fields, "answers": _as_answers(answers)}
+    return fields
+
+
+def is_header(entry: Any) -> bool:
+    """Whether a line is the header of an MRQA file."""
+    return isinstance(entry, dict) and set(entry) == {"header"}
+
+
+def rows_of_columns(document: Mapping[str, Any], columns: ColumnNames) -> Iterator[dict[str, Any]] | None:
+    """The rows of a table that pandas wrote by columns, `{column: {index: value}}` or `{column: [values]}`.
+
+    None if the document is something else.
+    """
+    values = list(document.values())
+    if columns.question not in document or not values:
+        return None
+    if all(isinstance(one, dict) for one in values) and all(one.keys() == values[0].keys() for one in values):
+        return ({name: column[index] for name, column in document.items()} for index in values[0])
+    if all(isinstance(one, list) for one in values) and all(len(one) == len(values[0]) for one in values):
+        return ({name: column[i] for name, column in document.items()} for i in range(len(values[0])))
+    return None
+
+
+def splits_of(document: Mapping[str, Any]) -> list[str]:
+    """The names of the splits of a document that is a dict of lists of rows; none for anything else."""
+    if not document or {"question", "context", "qas", "paragraphs"} & document.keys():
+        return []
+    lists = all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in document.values())
+    return list(document) if lists else []
+
+
+def _context(row: Mapping[str, Any], columns: ColumnNames) -> Any:
+    if columns.context in row:
+        return row[columns.context]
+    passages = row.get("positive_ctxs")
+    if isinstance(passages, list) and passages and isinstance(passages[0], dict):
+        return passages[0].get("text")
+    return next((row[name] for name in CONTEXT_COLUMNS if name in row and name != columns.answer_text), None)
+
+
+def _answers_in_columns(row: Mapping[str, Any], columns: ColumnNames, context: Any) -> list[dict[str, Any]] | None:
+    """The answers of a row with columns for text and start, or with span labels; None if it has neither."""
+    answer = row.get("answer")
+    if isinstance(answer, (dict, list)):
+        found: list[dict[str, Any]] = _as_answers(answer)
+        return found
+    for name in SPAN_LISTS:
+        if isinstance(row.get(name), list):
+            return [_of_span(span, context) for span in row[name]]
+    is_context = columns.context not in row  # then "text" is the context
+    known = (name for name in TEXT_COLUMNS if name in row and not (is_context and name in CONTEXT_COLUMNS))
+    text_column = columns.answer_text or next(known, None)
+    start_column = columns.answer_start or next((name for name in START_COLUMNS if name in row), None)
+    if text_column is None or text_column not in row or (start_column is None and columns.answer_text is None):
+        return None
+    text = row[text_column]
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return None if row.get(columns.is_impossible) is None else []
+    return [{"text": text if isinstance(text, str) else str(text), "answer_start": row.get(start_column or "")}]
+
+
+def _as_answers(answers: Any) -> Any:
+    """Answers as dicts of text and answer_start, from a dict, texts alone, or spans with start and end."""
+    if isinstance(answers, dict) and not isinstance(answers.get("text"), list):
+        return [_of_span(answers, None)]
+    if isinstance(answers, list) and any(not isinstance(one, dict) or "answer_start" not in one for one in answers):
+        return [{"text": one, "answer_start": None} if isinstance(one, str) else _of_span(one, None) for one in answers]
+    return answers
+
+
+def _of_span(span: Any, context: Any) -> dict[str, Any]:
+    """One answer from `[begin, end, ...]` or an object with `start`, and `text` or `end`."""
+    if isinstance(span, list) and len(span) > 1:
+        span = {"start": span[0], "end": span[1]}
+    if not isinstance(span, dict):
+        return {"text": None, "answer_start": None}
+    start = span.get("answer_start", span.get("start", span.get("start_offset")))
+    end = span.get("end", span.get("end_offset"))
+    text = span.get("text")
+    if text is None and isinstance(context, str) and type(start) is int and type(end) is int:
+        text = context[start:end]
+    return {"text": text, "answer_start": start}
+
+
+def _detected(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """MRQA's answers: each place of a detected answer, then the texts that were not detected."""
+    found: list[dict[str, Any]] = []
+    detected = fields["detected_answers"] if isinstance(fields["detected_answers"], list) else []
+    for answer in detected:
+        if isinstance(answer, dict):
+            spans = answer.get("char_spans") or [[None]]
+            found += [{"text": answer.get("text"), "answer_start": span[0] if span else None} for span in spans]
+    texts = {answer["text"] for answer in found}
+    others = fields.get("answers")
+    for text in others if isinstance(others, list) else []:
+        if isinstance(text, str) and text not in texts:
+            found.append({"text": text, "answer_start": None})
+    return found
+
+
+def _task_of_label_studio(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A task of Label Studio's full export as a flat row; any other row as it is."""
+    data, annotations = row.get("data"), row.get("annotations")
+    if not isinstance(data, dict) or not isinstance(annotations, list):
+        return row
+    spans = [
+        result["value"]
+        for annotation in annotations
+        if isinstance(annotation, dict)
+        for result in annotation.get("result") or []
+        if isinstance(result, dict) and isinstance(result.get("value"), dict) and "start" in result["value"]
+    ]
+    return {"id": row.get("id"), **data, "answer": spans}

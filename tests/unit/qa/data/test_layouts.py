@@ -1,0 +1,270 @@
+"""Files of other programs give the questions that they hold."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import json
+import lzma
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qa_deepspeed.qa.data.examples import Answer, Example
+from qa_deepspeed.qa.data.read_report import ReadReport
+from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples
+from qa_deepspeed.utils.errors import UserError
+from tests.paths import SHARED
+
+CONTEXT = "The kiln was built in 1871 by Ida Brook. It fired roof tiles."
+FOUND = [("Who built it?", "Ida Brook", 30), ("When?", "1871", 22)]
+
+
+def read(path: Path, purpose: Any = "train", version_2: bool = False, **more: Any) -> tuple[list[Example], ReadReport]:
+    report = ReadReport()
+    return list(read_examples(DataSource((str(path),), purpose, version_2, **more), report)), report
+
+
+def as_found(examples: list[Example]) -> list[tuple[str, str, int]]:
+    assert all(one.context == CONTEXT for one in examples)
+    return [(one.question, one.answers[0].text, one.answers[0].start) for one in examples]
+
+
+def mrqa(question: str, text: str, start: int) -> dict[str, Any]:
+    spans = [[start, start + len(text) - 1]]
+    return {"id": "same", "qid": text, "question": question, "answers": [text, "other"],
+            "detected_answers": [{"text": text, "char_spans": spans, "token_spans": [[0, 0]]}]}  # fmt: skip
+
+
+def rows(**names: str) -> list[dict[str, Any]]:
+    """Flat rows under other names of the columns."""
+    return [
+        {
+            "id": str(number),
+            names.get("question", "question"): question,
+            names.get("context", "context"): CONTEXT,
+            names.get("text", "answer_text"): text,
+            names.get("start", "answer_start"): start,
+        }
+        for number, (question, text, start) in enumerate(FOUND)
+    ]
+
+
+def spans(question: str, text: str, start: int) -> dict[str, Any]:
+    return {"start": start, "end": start + len(text), "text": text, "labels": ["Answer"]}
+
+
+DOCUMENTS: dict[str, Any] = {
+    "korquad 2": {
+        "data": [
+            {"context": CONTEXT, "qas": [{"id": t, "question": q, "answer": {"text": t, "answer_start": s}}]}
+            for q, t, s in FOUND
+        ]
+    },
+    "label studio, minimal": [
+        {"id": n, "text": CONTEXT, "question": one[0], "answer": [spans(*one)]} for n, one in enumerate(FOUND)
+    ],
+    "label studio, full": [
+        {"id": n, "data": {"text": CONTEXT, "question": one[0]}, "annotations": [{"result": [{"value": spans(*one)}]}]}
+        for n, one in enumerate(FOUND)
+    ],
+    "doccano": [
+        {"id": n, "text": CONTEXT, "question": q, "label": [[s, s + len(t), "Answer"]]}
+        for n, (q, t, s) in enumerate(FOUND)
+    ],
+    "dpr": [{"question": q, "answers": [t], "positive_ctxs": [{"title": "x", "text": CONTEXT}]} for q, t, s in FOUND],
+    "flat, text and start": rows(),
+    "flat, other names": rows(text="answer", start="start", context="document"),
+    "starts as text": [{**row, "answer_start": str(row["answer_start"])} for row in rows()],
+    "starts as floats in text": [{**row, "answer_start": f"{row['answer_start']}.0"} for row in rows()],
+    "unknown starts": [{**row, "answer_start": -1} for row in rows()],
+    "no starts": [{"id": t, "question": q, "context": CONTEXT, "answers": [{"text": t}]} for q, t, _ in FOUND],
+    "texts alone": [{"id": t, "question": q, "context": CONTEXT, "answers": [t]} for q, t, _ in FOUND],
+    "one split": {"train": rows()},
+    "columns of pandas": {
+        name: {str(number): row[name] for number, row in enumerate(rows())} for name in rows()[0]
+    },
+    "columns as lists": {name: [row[name] for row in rows()] for name in rows()[0]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_layouts_of_json(tmp_path: Path, name: str, purpose: str) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(DOCUMENTS[name]))
+    examples, report = read(path, purpose)
+    assert as_found(examples) == FOUND and report.rejected == []
+
+
+def test_mrqa_lines(tmp_path: Path) -> None:
+    """The span's end is included, the qid is the id, and texts that were not detected count in evaluations."""
+    path = tmp_path / "d.jsonl"
+    entry = {"context": CONTEXT, "qas": [mrqa(*one) for one in FOUND]}
+    path.write_text("\n".join(json.dumps(one) for one in ({"header": {"dataset": "x"}}, entry)))
+    examples, _ = read(path)
+    assert as_found(examples) == FOUND and [one.example_id for one in examples] == ["Ida Brook", "1871"]
+    examples, _ = read(path, "evaluate")
+    assert [answer.text for answer in examples[0].answers] == ["Ida Brook", "other"]
+
+
+def test_several_splits_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"train": rows(), "test": rows()}))
+    with pytest.raises(UserError, match=r"several splits \(train, test\)"):
+        read(path)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("blanks", [False, True])
+def test_tables(tmp_path: Path, delimiter: str, encoding: str, blanks: bool) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows()[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows())
+    content = text.getvalue()
+    if blanks:
+        header, rest = content.split("\r\n", 1)
+        content = f"{header.replace(delimiter, f'{delimiter} ')}\r\n{rest}"
+    path = tmp_path / "d.csv"
+    path.write_bytes(content.encode(encoding))
+    examples, _ = read(path)
+    assert as_found(examples) == FOUND
+    path.with_suffix(".csv.bz2").write_bytes(bz2.compress(content.encode(encoding)))
+    path.with_suffix(".csv.xz").write_bytes(lzma.compress(content.encode(encoding)))
+    for packed in (".csv.bz2", ".csv.xz"):
+        assert as_found(read(path.with_suffix(packed))[0]) == FOUND
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "cp1252"])
+@pytest.mark.parametrize("lines", [False, True])
+def test_json_of_other_encodings(tmp_path: Path, encoding: str, lines: bool) -> None:
+    made = [{**row, "context": CONTEXT.replace("Ida", "Ída")} for row in rows()]
+    made[0]["answer_text"] = "Ída Brook"
+    text = (
+        "\n".join(json.dumps(one, ensure_ascii=False) for one in made)
+        if lines
+        else json.dumps(made, ensure_ascii=False)
+    )
+    path = tmp_path / "d.json"
+    path.write_bytes(text.encode(encoding))
+    examples, _ = read(path, encoding="cp1252" if encoding == "cp1252" else None)
+    assert [one.answers[0].text for one in examples] == ["Ída Brook", "1871"]
+    if encoding == "cp1252":
+        with pytest.raises(UserError, match="--encoding cp1252"):
+            read(path)
+    with pytest.raises(UserError, match="encoding klingon is unknown"):
+        read(path, encoding="klingon")
+
+
+def test_named_columns_of_text_and_start(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(rows(text="gold", start="where")))
+    examples, _ = read(path, columns=ColumnNames(answer_text="gold", answer_start="where"))
+    assert as_found(examples) == FOUND
+
+
+def test_arrays_of_numpy_in_cells(tmp_path: Path) -> None:
+    """As `Dataset.to_csv` writes them, also over several lines; nothing in a cell is called."""
+    cells = [repr({"text": np.array([t], dtype=object), "answer_start": np.array([s])}) for _, t, s in FOUND]
+    cells[0] = cells[0].replace(", dtype", ",\n      dtype")
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "question", "context", "answers"])
+        writer.writerows([t, q, CONTEXT, cell] for (q, t, _), cell in zip(FOUND, cells, strict=True))
+        writer.writerow(["x", "?", CONTEXT, "{'text': print('called')}"])
+    examples, report = read(path)
+    assert as_found(examples) == FOUND and [one.example_id for one in report.rejected] == ["x"]
+
+
+def test_ids_are_made_where_there_are_none(tmp_path: Path) -> None:
+    made = [{key: value for key, value in row.items() if key != "id"} for row in rows()]
+    path, again = tmp_path / "d.json", tmp_path / "e.csv"
+    path.write_text(json.dumps(made))
+    with again.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(made[0]))
+        writer.writeheader()
+        writer.writerows(made)
+    examples, report = read(path)
+    assert report.ids_made == 2 and "2 without an id got one" in report.summary()
+    assert len({one.example_id for one in examples}) == 2
+    assert [one.example_id for one in read(again)[0]] == [one.example_id for one in examples]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC"])
+def test_other_unicode_forms_are_slices_of_the_context(tmp_path: Path, form: str) -> None:
+    context = unicodedata.normalize("NFD" if form == "NFC" else "NFC", "Über dem Tor: Größe\u00a05 m, Émile.")
+    path = tmp_path / "d.json"
+    made = []
+    for number, text in enumerate(("Über dem", "Größe\u00a05", "Émile")):
+        place = unicodedata.normalize("NFKC", context).index(unicodedata.normalize("NFKC", text))
+        answer = {"text": unicodedata.normalize(form, text), "answer_start": place}
+        made.append({"id": number, "question": "?", "context": context, "answers": [answer]})
+    path.write_text(json.dumps(made))
+    examples, report = read(path)
+    assert report.rejected == []
+    for one, text in zip(examples, ("Über dem", "Größe\u00a05", "Émile"), strict=True):
+        (answer,) = one.answers
+        assert context[answer.start :].startswith(answer.text)
+        assert unicodedata.normalize("NFKC", answer.text) == unicodedata.normalize("NFKC", text)
+
+
+OTHERS = {
+    "d.zip": (b"PK\x03\x04rest", "zip archive or an Excel workbook"),
+    "d.xlsx": (b"PK\x03\x04rest", "save the sheet as CSV"),
+    "d.arrow": (b"ARROW1\x00\x00", "an Arrow file"),
+    "d.pkl": (b"\x80\x04\x95\x00", "a pickle, which could run any program"),
+    "d.json": (b"%PDF-1.7", "a PDF file"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_files_are_named(tmp_path: Path, name: str) -> None:
+    content, message = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a folder, not a file.*to_parquet"):
+        read(tmp_path)
+
+
+CASES = {
+    "utf16.json": 7,
+    "emoji_utf16.json": 24,
+    "crlf_shift.json": 20,
+    "mrqa.jsonl.gz": 2,
+    "flat_answers.csv": 2,
+    "hf_real_to_csv.csv": 7,
+    "korquad2.json": 7,
+    "labelstudio_min.json": 7,
+    "cdqa_noids.json": 7,
+    "no_id.jsonl": 2,
+    "cdqa_minus1.json": 7,
+    "start_as_text.json": 7,
+    "excel_semicolon.csv": 7,
+    "header_blanks.csv": 7,
+}
+"""Questions of each small file that users of other programs brought."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name: str) -> None:
+    path = SHARED / "cases" / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    examples, report = read(path, version_2=True)
+    assert len(examples) == CASES[name] and report.rejected == []
+    assert report.repaired == (7 if name == "cdqa_minus1.json" else 0)
+    for one in examples:
+        for answer in one.answers:
+            assert one.context[answer.start :].startswith(answer.text)
+            assert answer != Answer("", 0)
