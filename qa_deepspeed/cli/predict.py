@@ -106,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
     if report.rejected:
         print(f"{report.summary()}", file=sys.stderr)
-        for one in report.rejected[:SHOWN_REJECTED]:
-            print(f"left out: {one.where}: {one.reason}", file=sys.stderr)
+        for rejected in report.rejected[:SHOWN_REJECTED]:
+            print(f"left out: {rejected.where}: {rejected.reason}", file=sys.stderr)
     return 0
 
 

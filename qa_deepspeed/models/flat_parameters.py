@@ -101,8 +101,9 @@ def flatten(model: nn.Module, decays: DecayRule) -> None:
     flattened.cut(model)
     model.register_forward_pre_hook(flattened.before_forward)
     # torch sets an attribute of the hook, which a method has not
-    model.register_state_dict_post_hook(functools.partial(flattened.name_tensors))
-    model.register_load_state_dict_pre_hook(flattened.join_tensors)
+    hook = functools.partial(flattened.name_tensors)
+    model.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(flattened.join_tensors)  # type: ignore[no-untyped-call]
     model.__dict__["_flattened"] = flattened
 
 
@@ -115,7 +116,7 @@ def flat_names(model: nn.Module) -> FlatNames:
 
 
 def _views(flat: Tensor, tensors: list[_Tensor]) -> list[Tensor]:
-    parts = flat.split([prod(one.shape) for one in tensors])
+    parts = torch.split(flat, [prod(one.shape) for one in tensors])
     return [part.view(one.shape) for part, one in zip(parts, tensors, strict=True)]
 
 

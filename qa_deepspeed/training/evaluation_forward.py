@@ -146,7 +146,8 @@ class _ColumnExtractor:
         """The rows whose gold answers are known, by feature id."""
         if not self._store.without_gold:
             return slice(None)
-        return self._store.examples.has_gold()[np.asarray(self._store.example_index)]
+        known: np.ndarray = self._store.examples.has_gold()[np.asarray(self._store.example_index)]
+        return known
 
     def gathered(self, table: RowTable) -> GatheredOutputs:
         """The gathered columns of all rows."""

@@ -5,6 +5,7 @@
 The model is a deep, narrow BERT (24 layers, width 64, 391 tensors) whose arithmetic is negligible, so that milliseconds
 on one CPU thread are dispatch and Python: what a GPU waits for where kernels are short. Our engine at ZeRO 0 to 3 in
 three precisions stands beside a plain PyTorch loop (fused AdamW, clipping); all take turns of a step in one process.
+Attention and dropout are torch's on both sides, as on a GPU, not those of models/cpu_attention.py.
 Operators are those of torch's profiler whose name begins with `aten::`, nested ones included. --json prints one line.
 """
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -113,7 +115,8 @@ def ours(stage: int, precision: str) -> Step:
     config = ds_config.finish(resolved, 1000, 64)
     if precision == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    engine = training_engine(model(), config, resolved, 1000, torch.device("cpu"))
+    with patch("qa_deepspeed.engine.engine.choose_attention"):
+        engine = training_engine(model(), config, resolved, 1000, torch.device("cpu"))
     inputs, position = rows()
     held: dict[str, Tensor] = {}
 

@@ -36,6 +36,14 @@ class Reason:
     NOT_AT_START = "answer not at answer_start"
 
 
+class Fault(Exception):
+    """A question, or one of its answers, cannot be used, for the reason that is its message."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A question that was left out. `example_id` is None where the file gives none."""

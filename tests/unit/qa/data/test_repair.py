@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qa_deepspeed.qa.data.read_report import Reason
-from qa_deepspeed.qa.data.validation import REPAIR_DISTANCE, Fault, locate
+from qa_deepspeed.qa.data.answers import REPAIR_DISTANCE, locate
+from qa_deepspeed.qa.data.read_report import Fault, Reason
 
 # Few letters, so that repetitions are common; blanks, a digit, a cased and an uncased script, a combining mark.
 TEXTS = st.text(alphabet="ab1 \n\u3000é東\u0301😀.", max_size=60)
