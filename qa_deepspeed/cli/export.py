@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from qa_deepspeed.engine.checkpoint import full_weights
@@ -25,7 +24,7 @@ from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import DTYPES
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import move_files, write_json
+from qa_deepspeed.utils.files import move_files, os_errors_as_user_errors, write_json
 
 RECORD_FILE = "run.json"
 """Written last: an export that has it is whole."""
@@ -85,24 +84,34 @@ def export(
     loop = read_loop_state(checkpoint)
     aside = out / PARTIAL
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
-        saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False).save_pretrained(aside)
-        verified = verify_saved_model(
-            aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge
-        )
-        record = {"step": loop.step, **verified, "checkpoint": str(checkpoint.resolve())}
-        move_files(aside, out)
-        write_json(out / RECORD_FILE, {"status": "exported", "export": record})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
+        with os_errors_as_user_errors(out):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
+            saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
+            AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False).save_pretrained(aside)
+            verified = verify_saved_model(
+                aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge
+            )
+            record = {"step": loop.step, **verified, "checkpoint": str(checkpoint.resolve())}
+            _place(aside, out, {"status": "exported", "export": record})
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if not there and out.exists() and not any(out.iterdir()):
             out.rmdir()
     return record
+
+
+def _place(aside: Path, out: Path, record: dict[str, Any]) -> None:
+    """Move the verified files into `out` and write the record, or leave `out` as empty as it was."""
+    names = [path.name for path in aside.iterdir()]
+    try:
+        move_files(aside, out)
+        write_json(out / RECORD_FILE, record)
+    except OSError:
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        raise
 
 
 def _as_trained(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -10,11 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from qa_deepspeed.cli.run_arguments import commands_with
 from qa_deepspeed.config.options import hint, nearest, separate_flags
-from qa_deepspeed.utils.errors import LostRankError, UserError
+from qa_deepspeed.utils.errors import LostRankError, StorageError, UserError
+from qa_deepspeed.utils.files import disk_message
 from qa_deepspeed.utils.home import ensure_home
 
 COMMANDS = {
@@ -119,9 +121,10 @@ def _unknown(argument: str, known: list[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 for success, 1 for a lost rank, 2 for a user's mistake, 130 when interrupted.
+    """Run the command line and exit: 0 for success, 1 for a lost rank, 2 for a user's mistake or a disk that is full
+    or fails, 130 when interrupted.
 
-    A command may have statuses of its own: `train` returns 75 after preemption.
+    A command may have statuses of its own: `train` returns 75 after preemption, and where the disk fails meanwhile.
     """
     _prepare_process()
     try:
@@ -130,18 +133,36 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"qa-deepspeed: error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the lost rank again
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"qa-deepspeed: error: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = _report(str(error), error.status if isinstance(error, StorageError) else 2)
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of our output closed it (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout)
         status = 141
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except Exception as error:  # the disk may fail in any library's reading and writing
+        message = disk_message(error)
+        if message is None:
+            raise
+        status = _report(message, 2)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # its disk is full: flushed again at exit, it would replace the status
+            _to_nowhere(stream)
     sys.exit(status)
+
+
+def _report(message: str, status: int) -> int:
+    """Print the line of an error, on other ranks than 0 later; returns `status`."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    with contextlib.suppress(OSError):
+        print(f"qa-deepspeed: error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _prepare_process() -> None:

@@ -41,7 +41,7 @@ def start_run(arguments: argparse.Namespace) -> RunOptions:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; returns 0, or 75 after preemption.
+    """Train; returns 0, or 75 after preemption (also the status of a StorageError that the same command repairs).
 
     Raises:
         UserError: as `train.train` and `evaluate.evaluate_run`.

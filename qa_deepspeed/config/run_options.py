@@ -79,6 +79,7 @@ MINIMUM = {
     "max_answer_length": 1,
     "timeout": 1,
     "save_total_limit": 1,
+    "save_retry": 0,
     "learning_rate": 0,
     "weight_decay": 0,
     "adam_epsilon": 0,

@@ -80,8 +80,11 @@ class CheckpointWriter:
             return None
         dist.log0(f"saved {final}")
         if self._limit is not None and self._acting:
-            for path in remove_old(self._output_dir, self._limit, {final.name, *keep}):
-                dist.log0(f"removed {path}")
+            try:
+                for path in remove_old(self._output_dir, self._limit, {final.name, *keep}):
+                    dist.log0(f"removed {path}")
+            except OSError as error:
+                dist.log_rank(f"cannot remove old checkpoints: {error.strerror}; the next save tries again")
         return final
 
     def _agree(self, act: Callable[..., None], *arguments: Any) -> bool:

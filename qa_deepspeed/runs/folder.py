@@ -18,7 +18,7 @@ from qa_deepspeed.runs.lock import LOCK_FILE, RunLock
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import move_files, write_json
+from qa_deepspeed.utils.files import move_files, storage_errors, write_json
 from qa_deepspeed.utils.json_files import sealed
 
 RUN_FILE = "run.json"
@@ -136,15 +136,22 @@ def save_model(
 
     Files are written aside, in a fresh folder, and renamed one by one, so that no file is ever partial.
     training_args.bin holds plain values only: `torch.load(weights_only=True)` reads it.
+
+    Raises:
+        StorageError: the disk is full or fails; nothing is left of the attempt.
     """
     for leftover in output_dir.glob(f"{PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output_dir))
-    saved = save_weights(aside, model, state)
-    tokenizer.save_pretrained(aside)
-    write_json(aside / "training_args.json", options.to_dict())
-    torch.save(options.to_dict(), aside / "training_args.bin")
-    checked = check(aside, saved)
-    move_files(aside, output_dir)
+    with storage_errors(output_dir):
+        aside = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output_dir))
+        try:
+            saved = save_weights(aside, model, state)
+            tokenizer.save_pretrained(aside)
+            write_json(aside / "training_args.json", options.to_dict())
+            torch.save(options.to_dict(), aside / "training_args.bin")
+            checked = check(aside, saved)
+            move_files(aside, output_dir)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return checked

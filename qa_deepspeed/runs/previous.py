@@ -16,6 +16,9 @@ from qa_deepspeed.runs.folder import files_of_run
 
 PREFIX = ".previous-run."
 
+MOVING = f"{PREFIX}moving."
+"""Prefix while files are moved into the folder or out of it: all that is in the output folder is the earlier run's."""
+
 
 class PreviousRun:
     """An earlier run's files in a hidden folder of the output folder, on the same disk. For rank 0."""
@@ -25,11 +28,25 @@ class PreviousRun:
 
     @classmethod
     def move_aside(cls, output_dir: Path, paths: Iterable[Path]) -> PreviousRun:
-        """Move `paths`, entries of `output_dir`, aside. Links are moved themselves, never what they point to."""
-        previous = cls(Path(tempfile.mkdtemp(prefix=PREFIX, dir=output_dir)))
-        for path in paths:
-            os.rename(path, previous._folder / path.name)
+        """Move `paths`, entries of `output_dir`, aside, all or none; links themselves, never what they point to."""
+        previous = cls(Path(tempfile.mkdtemp(prefix=MOVING, dir=output_dir)))
+        try:
+            for path in paths:
+                os.rename(path, previous._folder / path.name)
+            previous._rename(PREFIX)
+        except OSError:
+            previous.restore()
+            raise
         return previous
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a move was interrupted: the output folder holds the rest of the earlier run, and nothing new."""
+        return self._folder.name.startswith(MOVING)
+
+    def _rename(self, prefix: str) -> None:
+        name = prefix + self._folder.name.rpartition(".")[2]
+        self._folder = self._folder.rename(self._folder.with_name(name))
 
     def discard(self) -> None:
         """Delete the earlier run: the new one has saved a checkpoint or its model."""
@@ -43,8 +60,10 @@ class PreviousRun:
         if not self._folder.is_dir():
             return
         output_dir = self._folder.parent
-        for path in files_of_run(output_dir):
-            remove_entry(path)
+        if not self.is_moving:
+            for path in files_of_run(output_dir):
+                remove_entry(path)
+            self._rename(MOVING)
         for path in self._folder.iterdir():
             os.rename(path, output_dir / path.name)
         self._folder.rmdir()
@@ -57,10 +76,11 @@ def recover(output_dir: Path) -> bool:
     """
     restored = False
     for folder in sorted(output_dir.glob(f"{PREFIX}*")):
-        if checkpoints(output_dir):
-            PreviousRun(folder).discard()
+        previous = PreviousRun(folder)
+        if checkpoints(output_dir) and not previous.is_moving:
+            previous.discard()
         else:
-            PreviousRun(folder).restore()
+            previous.restore()
             restored = True
     return restored
 

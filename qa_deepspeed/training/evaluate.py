@@ -31,8 +31,9 @@ from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_ev
 from qa_deepspeed.runs.folder import writable_folder
 from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
 from qa_deepspeed.training.features import load_features, notes, require_gold
+from qa_deepspeed.training.reporter import may_be_lost
 from qa_deepspeed.training.scoring import answer_and_score, decoder, evaluation_options, save_logits
-from qa_deepspeed.training.tensorboard import write_evaluation
+from qa_deepspeed.training.tensorboard import FOLDER, write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
@@ -86,15 +87,17 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
 
     Raises:
         UserError: as `evaluation_head`.
+        StorageError: the disk is full or fails; on every rank.
     """
     head = evaluation_head(reader.module, options)
     with reader.evaluating(), dist.explain_collective_errors("the evaluation"):
         gathered = gather_evaluation(
             reader.eval_forward, head, reader.device, data.store, data.layout, options, output_dir
         )
-    metrics: dict[str, Any] = {}
-    result: EvaluationResult | None = None
-    if gathered is not None:
+    results: list[EvaluationResult] = []
+
+    def score() -> dict[str, Any]:
+        assert gathered is not None, "rank 0 has gathered"
         if gathered.logits is not None:
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
@@ -102,8 +105,12 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
         metrics, result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
         if options.null_score_diff_threshold == AUTO:
             save_null_threshold(output_dir, metrics["null_score_diff_threshold"])
+        results.extend([] if result is None else [result])
+        return metrics
+
     with dist.explain_collective_errors("the evaluation"):
-        return Evaluation(dist.broadcast_json(metrics), result)
+        metrics = dist.run_on_rank_zero(score)
+    return Evaluation(metrics, results[0] if results else None)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
@@ -198,7 +205,8 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
     dist.log0(describe(evaluation.metrics))
     if evaluation.result is not None:
-        write_evaluation(output_dir, evaluation.result)
+        with may_be_lost(output_dir / FOLDER):
+            write_evaluation(output_dir, evaluation.result)
         dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
     else:
         dist.log0(f"answers are in {output_dir}")

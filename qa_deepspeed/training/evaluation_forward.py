@@ -64,10 +64,14 @@ def gather_evaluation(
     Args:
         forward: the model's forward pass, from inputs `[rows, length]` to its outputs.
         folder: rank 0 keeps the gathered columns in unnamed files of this folder's disk.
+    Raises:
+        StorageError: that disk has no room for them; on every rank.
     """
     extract = _ColumnExtractor(head, store, options)
     batches = evaluation_batches(store.lengths, options.per_gpu_eval_batch_size, dist.rank(), dist.world_size())
-    table = RowTable(len(store), extract.columns, folder) if dist.is_rank_zero() else None
+    tables: list[RowTable] = []
+    dist.run_on_rank_zero(lambda: tables.append(RowTable(len(store), extract.columns, folder)))
+    table = tables[0] if tables else None
     waiting: list[dict[str, Tensor]] = []
     with ProgressBar("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as bar:
         for number, rows in enumerate(batches, 1):

@@ -30,6 +30,7 @@ from qa_deepspeed.training.reporter import NullMetricsLogger
 from qa_deepspeed.training.stopping import Preempted, StopController
 from qa_deepspeed.training.throughput import ThroughputMeter
 from qa_deepspeed.utils import dist
+from qa_deepspeed.utils.errors import StorageError
 from qa_deepspeed.utils.progress import clock
 
 
@@ -123,8 +124,8 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             dist.set_stage(f"step {number}, evaluation and save")
             evaluates = logs and options.evaluate_during_training and (number < run.steps or run.best.watching)
             if evaluates and run.evaluation is not None:
-                metrics = evaluate_and_report(engine, run, run.evaluation, reporter, number).metrics
-                is_best = run.best.observe(metrics, number, plan.global_batch_size)
+                metrics = _metrics_unless_disk_fails(engine, run, run.evaluation, reporter, number)
+                is_best = metrics is not None and run.best.observe(metrics, number, plan.global_batch_size)
             decision = run.stops.after_step(number, run.steps)
             if decision.save or is_best:  # every rank writes its shards
                 guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
@@ -185,6 +186,17 @@ def _log(
         f"padding {values['speed/padding']:.1%}  MFU {values['speed/mfu']:.0%}  "
         f"ETA {clock(rows_left / values['speed/questions_per_second'])}",
     )
+
+
+def _metrics_unless_disk_fails(
+    engine: Engine, run: Run, data: EvaluationData, reporter: NullMetricsLogger, number: int
+) -> dict[str, Any] | None:
+    """The metrics after optimizer step `number`; None where the disk is full or fails, which is logged. Collective."""
+    try:
+        return evaluate_and_report(engine, run, data, reporter, number).metrics
+    except StorageError as error:
+        dist.log0(f"no evaluation after step {number}: {error}; training continues")
+        return None
 
 
 def evaluate_and_report(

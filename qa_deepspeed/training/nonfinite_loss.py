@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qa_deepspeed.training.reporter import may_be_lost
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json
@@ -67,7 +68,9 @@ class NonfiniteLossGuard:
         step = int(-latest)
         ids = ids_of(step)
         if dist.is_rank_zero():
-            write_json(output_dir / BAD_BATCH_FILE, {"step": step + 1, "learning_rate": rates[step], "questions": ids})
+            found = {"step": step + 1, "learning_rate": rates[step], "questions": ids}
+            with may_be_lost(output_dir / BAD_BATCH_FILE):
+                write_json(output_dir / BAD_BATCH_FILE, found)
         shown = ", ".join(ids[:SHOWN_IDS])
         more = f" and {len(ids) - SHOWN_IDS} more, in {BAD_BATCH_FILE}" if len(ids) > SHOWN_IDS else ""
         if mine != step:

@@ -1,18 +1,24 @@
-"""The log of a run: one line a log step, TensorBoard and metrics.jsonl. Rank 0 writes, others have a null object."""
+"""The log of a run: one line a log step, TensorBoard and metrics.jsonl. Rank 0 writes, others have a null object.
+
+A disk that is full or fails does not end a run for its log: it is reported once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TypeVar
 
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.files import write_bytes
+from qa_deepspeed.utils.files import disk_failure, write_bytes
 from qa_deepspeed.utils.json_files import NUMBER, DamagedFile, parse_json
 from qa_deepspeed.utils.progress import ProgressBar
 from qa_deepspeed.utils.units import plural
+
+T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -36,28 +42,90 @@ class NullMetricsLogger:
         """Nothing."""
 
 
+@contextlib.contextmanager
+def may_be_lost(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full or fails costs only `path`, which nothing depends on, and one line says so."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_failure(error)
+        if reason is None:
+            raise
+        dist.log0(f"{path} is no longer written ({reason}); the run continues")
+
+
+class Dispensable(Generic[T]):
+    """A record that ends, as `may_be_lost` says, when the disk is full or fails."""
+
+    def __init__(self, path: Path, make: Callable[[], T]) -> None:
+        self._path = path
+        self._record: T | None = None
+        with may_be_lost(path):
+            self._record = make()
+
+    def use(self, act: Callable[[T], None]) -> None:
+        """Call `act` with the record, unless it has ended."""
+        record, self._record = self._record, None
+        if record is not None:
+            with may_be_lost(self._path):
+                act(record)
+                self._record = record
+
+
+class MetricsFile:
+    """metrics.jsonl, appended line by line. Lines that find no room follow as soon as there is some."""
+
+    def __init__(self, path: Path, done_steps: int) -> None:
+        """done_steps: incomplete lines, and lines of later steps, which the resumed run repeats, are removed."""
+        _keep_lines(path, done_steps)
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the run)
+        self._waiting = b""
+        self._failed = False
+
+    def append(self, line: str) -> None:
+        """Add a line. The first failure of the disk is reported."""
+        self._waiting += line.encode() + b"\n"
+        self._write_waiting()
+
+    def close(self) -> None:
+        """End the file."""
+        self._write_waiting()
+        self._file.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._failed:
+                reason = disk_failure(error) or error.strerror
+                dist.log0(f"{self._path} cannot be written ({reason}): its lines follow later; the run continues")
+            self._failed = True
+
+
 class MetricsLogger(NullMetricsLogger):
     """Writes TensorBoard events, metrics.jsonl and the lines on the screen, with a progress bar on terminals."""
 
     def __init__(self, output_dir: Path, total_steps: int, done_steps: int) -> None:
-        from qa_deepspeed.training.tensorboard import TensorBoard
+        from qa_deepspeed.training.tensorboard import FOLDER, TensorBoard
 
-        self._board = TensorBoard(output_dir, done_steps)
-        self._metrics = _open_metrics(output_dir / METRICS_FILE, done_steps)
+        self._board = Dispensable(output_dir / FOLDER, lambda: TensorBoard(output_dir, done_steps))
+        metrics = output_dir / METRICS_FILE
+        self._metrics = Dispensable(metrics, lambda: MetricsFile(metrics, done_steps))
         self._progress = ProgressBar("training", total_steps, "step", lines=False, done=done_steps)
         self._steps_left = total_steps - done_steps
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
-        self._board.scalars(step, values)
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        self._board.use(lambda board: board.scalars(step, values))
+        self._metrics.use(lambda metrics: metrics.append(json.dumps({"step": step, **values})))
         dist.log0(line)
 
     def evaluation(self, step: int, result: EvaluationResult | None) -> None:
         """Show charts, tables and samples of an evaluation after optimizer step `step`, if anything was scored."""
         if result is not None:
-            self._board.evaluation(step, result)
+            self._board.use(lambda board: board.evaluation(step, result))
 
     def advance(self) -> None:
         """Count one optimizer step. The bar closes after the last one, since the evaluation has a bar of its own."""
@@ -68,17 +136,17 @@ class MetricsLogger(NullMetricsLogger):
 
     def end(self, hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Record the finished run: hyperparameters and final scores."""
-        self._board.end(hyperparameters, metrics)
+        self._board.use(lambda board: board.end(hyperparameters, metrics))
 
     def close(self) -> None:
         """End the files and the bar."""
         self._progress.close()
-        self._board.close()
-        self._metrics.close()
+        self._board.use(lambda board: board.close())
+        self._metrics.use(lambda metrics: metrics.close())
 
 
-def _open_metrics(path: Path, done_steps: int) -> TextIO:
-    """metrics.jsonl for appending, without damaged lines and lines of steps that the resumed run repeats.
+def _keep_lines(path: Path, done_steps: int) -> None:
+    """Remove damaged lines from metrics.jsonl, and lines of steps that the resumed run repeats.
 
     A last line without its end is what a killed run leaves, and is left out without a word.
     """
@@ -94,7 +162,6 @@ def _open_metrics(path: Path, done_steps: int) -> TextIO:
         write_bytes(path, b"".join(kept))
     if damaged:
         dist.log0(f"{path}: {plural(len(damaged), 'line')} left out as damaged ({damaged[0]})")
-    return path.open("a", encoding="utf-8")
 
 
 def make_metrics_logger(output_dir: Path, total_steps: int, done_steps: int) -> NullMetricsLogger:

@@ -22,7 +22,7 @@ from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
 from qa_deepspeed.runs.evaluation_folder import METRICS_FILE
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import write_json, write_text
+from qa_deepspeed.utils.files import replacing, write_json, write_text
 from qa_deepspeed.utils.progress import ProgressBar
 
 EXAMPLES_AT_ONCE = 4096
@@ -156,8 +156,7 @@ def save_logits(logits: FullLogits, store: FeatureStore, path: Path) -> None:
     Rows are left-aligned; positions after a row's last token hold -inf. Nothing in the file is pickled.
     """
     ids = np.array(store.examples.ids, dtype=np.str_)
-    partial = path.with_name(f".{path.name}")
-    with open(partial, "wb") as file:
+    with replacing(path) as partial, open(partial, "wb") as file:
         np.savez(
             file,
             feature_id=logits.feature_id,
@@ -165,4 +164,3 @@ def save_logits(logits: FullLogits, store: FeatureStore, path: Path) -> None:
             start_logits=logits.start_logits,
             end_logits=logits.end_logits,
         )
-    partial.replace(path)

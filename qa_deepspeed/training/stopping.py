@@ -140,9 +140,13 @@ class StopController:
         return StepDecision(save, stop)
 
     def ask_for_requeue(self, reason: str) -> None:
-        """Write the requeue file, on rank 0: the same command resumes the run."""
+        """Write the requeue file, on rank 0: the same command resumes the run.
+
+        Where the disk is full, the exit status alone says so.
+        """
         if dist.is_rank_zero():
-            write_json(self._output_dir / REQUEUE_FILE, {"reason": reason, "status": REQUEUE_STATUS})
+            with contextlib.suppress(OSError):
+                write_json(self._output_dir / REQUEUE_FILE, {"reason": reason, "status": REQUEUE_STATUS})
 
     def begin(self) -> None:
         """Remove the requeue file of an earlier start, on rank 0."""

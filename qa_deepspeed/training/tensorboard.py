@@ -7,6 +7,7 @@ purged.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ NOT_CURVES = re.compile(r"(epoch|total|not_scored|thresh|threshold)$")
 """Values without a curve: counts and thresholds, which would hide the scores among them. metrics.jsonl has them all,
 the text `report/scores` those of the evaluation."""
 
+WRITER_THREADS = "tensorboard."
+"""Beginning of the module names of the threads that write events."""
+
 MAX_ODDS = 50.0
 """Null odds are shown up to this size: a question without any span has odds that are off the scale."""
 
@@ -59,6 +63,7 @@ class TensorBoard:
         """done_steps: optimizer steps that are done; events of later steps are purged."""
         folder = output_dir / FOLDER
         used = folder.is_dir() and any(folder.iterdir())
+        _silence_writer_threads()
         self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if used else None)
         self._writer.add_custom_scalars(LAYOUT)
 
@@ -92,8 +97,25 @@ class TensorBoard:
         self._writer.close()
 
 
+_hook_before = threading.excepthook
+
+
+def _silence_writer_threads() -> None:
+    """No traceback from a thread that cannot write events: the next call of its writer raises the same error."""
+    global _hook_before
+    if threading.excepthook is not _report_others:
+        _hook_before, threading.excepthook = threading.excepthook, _report_others
+
+
+def _report_others(arguments: Any) -> None:
+    writes_events = type(arguments.thread).__module__.startswith(WRITER_THREADS)
+    if not (writes_events and isinstance(arguments.exc_value, OSError)):
+        _hook_before(arguments)
+
+
 def write_evaluation(output_dir: Path, result: EvaluationResult) -> None:
     """Write a TensorBoard file, in output_dir/tensorboard, of this evaluation alone."""
+    _silence_writer_threads()
     with SummaryWriter(str(output_dir / FOLDER)) as writer:
         show_evaluation(writer, 0, result)
 

@@ -46,6 +46,7 @@ from qa_deepspeed.runs.resume import (
 )
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
+from qa_deepspeed.training.disk_patience import DiskPatience, requeue_on_disk_failure
 from qa_deepspeed.training.evaluate import (
     Evaluation,
     EvaluationData,
@@ -70,6 +71,7 @@ def train(options: RunOptions) -> dict[str, Any]:
     Raises:
         UserError: options, data, folder or device do not allow it; raised before any weights are loaded where possible.
         Preempted: a signal or the time limit ended it; a checkpoint is saved, and the same call resumes.
+        StorageError: the disk is full or fails; the same call resumes from the last checkpoint, if there is one.
     """
     output_dir = writable_folder(options.output_dir)
     lock = lock_run_dir(output_dir, options)
@@ -136,7 +138,8 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
         )
         first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
         seconds["loading"] = time.perf_counter() - began
-        return _fit_and_finish(engine, run, facts, first_step)
+        with requeue_on_disk_failure(output_dir, stops):
+            return _fit_and_finish(engine, run, facts, first_step)
     except BaseException:
         if previous is not None:
             previous.restore()
@@ -161,10 +164,11 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             reference = load_reference_outputs(best, loop.precision, loop.device)
             state = checkpoint.full_weights(best, next(engine.module.parameters()).dtype)
             model = model_of_checkpoint(best, facts, run.resolved, engine.device)
-        verified = dist.run_on_rank_zero(lambda: _save_verified(engine, run, state, reference))
-        evaluation = Evaluation({}, None)
-        if run.evaluation is not None:
-            evaluation = evaluate_and_report(model, run, run.evaluation, reporter, done)
+        patience = DiskPatience(run.options.save_retry)
+        verified = patience.call(lambda: dist.run_on_rank_zero(lambda: _save_verified(engine, run, state, reference)))
+        evaluation, data = Evaluation({}, None), run.evaluation
+        if data is not None:
+            evaluation = patience.call(lambda: evaluate_and_report(model, run, data, reporter, done))
         if run.evaluation is not None and run.options.eval_all_checkpoints:
             evaluate_checkpoints(run.options, run.resolved, facts, run.evaluation, run.output_dir, engine.device)
         reporter.end(hyperparameters(run.options, run.fingerprint, run.resolved.name), evaluation.metrics)
@@ -174,11 +178,13 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     stores = {"train": run.store} | ({"evaluate": run.evaluation.store} if run.evaluation is not None else {})
     config = without_secrets(ds_config.finish(run.resolved, run.steps, ds_config.hidden_size(facts.config)))
     costs = {"seconds": run.seconds, "throughput": run.throughput, "peak_memory": peak}
-    dist.run_on_rank_zero(
-        lambda: finish_run(
-            run.output_dir, run.options, run.fingerprint, evaluation.report, costs, config, stores, verified
-        ),
-        no_timeout=True,
+    patience.call(
+        lambda: dist.run_on_rank_zero(
+            lambda: finish_run(
+                run.output_dir, run.options, run.fingerprint, evaluation.report, costs, config, stores, verified
+            ),
+            no_timeout=True,
+        )
     )
     dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
     return evaluation.metrics

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as torch_distributed
 from tqdm import tqdm
 
-from qa_deepspeed.utils.errors import LostRankError, UserError
+from qa_deepspeed.utils.errors import LostRankError, StorageError, UserError
+from qa_deepspeed.utils.files import disk_failure, disk_message
 from qa_deepspeed.utils.supported import require_names
 from qa_deepspeed.utils.threads import wait_until_threads_are_idle
 
@@ -104,8 +105,12 @@ def log_rank(message: str) -> None:
 
 
 def _print(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)  # above a progress bar, not into it
-    sys.stdout.flush()
+    try:
+        tqdm.write(line, file=sys.stdout)  # above a progress bar, not into it
+        sys.stdout.flush()
+    except OSError as error:
+        if disk_failure(error) is None:  # a full disk under the log does not end a run
+            raise
 
 
 OPENMPI_NAMES = {
@@ -301,20 +306,24 @@ def run_on_rank_zero(act: Callable[[], Any], no_timeout: bool = False) -> Any:
     Raises:
         UserError: on every rank, if `act` raises it on rank 0.
         LostRankError: with `no_timeout`, rank 0 gave no sign of life for the timeout.
+        StorageError: on every rank, if a disk of rank 0 is full or fails.
     """
 
     def acted() -> dict[str, Any]:
         try:
             return {"value": act()}
-        except UserError as error:
-            return {"error": str(error)}
+        except Exception as error:
+            message = str(error) if isinstance(error, UserError) else disk_message(error)
+            if message is None:
+                raise
+            return {"error": message, "storage": isinstance(error, StorageError) or not isinstance(error, UserError)}
 
     if no_timeout and not _alone():
         answer = _broadcast_by_store(acted)
     else:
         answer = broadcast_json(acted() if is_rank_zero() else {})
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise (StorageError if answer["storage"] else UserError)(answer["error"])
     return answer["value"]
 
 

@@ -9,6 +9,17 @@ class UserError(ValueError):
     """
 
 
+class StorageError(UserError):
+    """A disk that is full or fails: the same command may succeed later.
+
+    status: the exit status of the command line, 2 or one that asks for the same command again.
+    """
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class LostRankError(UserError):
     """Another rank has ended or does not answer.
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from typing_extensions import Buffer
 
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE)
+"""Error numbers of a disk that is full or fails."""
+
+TORCH_TEXTS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
+"""Parts of torch's messages about a file that it could not write, which do not say why."""
+
+ZEROS = 1 << 20
+"""Bytes written at a time where the system has no call that allocates."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,8 +65,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         apply_umask(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error.filename, error.filename2 = str(path), None  # writing has no name, the temporary one says nothing
         raise
 
 
@@ -62,6 +77,30 @@ def move_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
         os.replace(path, target / path.name)
     source.rmdir()
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What a full or failing disk did, as a phrase, by whichever library's exception; None for any other error.
+
+    Libraries in Rust and C++ raise their own exceptions, of which only the message tells.
+    """
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return os.strerror(error.errno)
+    text = " ".join(str(error).split())
+    for number in DISK_ERRORS:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return "it could not be written" if any(part in text for part in TORCH_TEXTS) else None
+
+
+def disk_message(error: BaseException, path: Path | None = None) -> str | None:
+    """`disk_failure` as one line that names the file, or `path` where the error names none."""
+    reason = disk_failure(error)
+    if reason is None:
+        return None
+    named = getattr(error, "filename", None)
+    name = os.fsdecode(named) if isinstance(named, (str, bytes)) else path or "a file"
+    return f"cannot {'read or write' if reason == os.strerror(errno.EIO) else 'write'} {name}: {reason}"
 
 
 def refuse_same_file(output: Path, inputs: Iterable[str | Path]) -> None:
@@ -99,7 +138,8 @@ def output_file(path: Path) -> Iterator[TextIO]:
             try:
                 yield file
             except BaseException:
-                file.flush()
+                with contextlib.suppress(OSError):  # the disk may be full
+                    file.flush()
                 _keep_partial(temporary, target)
                 raise
 
@@ -112,12 +152,65 @@ def _keep_partial(temporary: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Inside, an error of the disk becomes a UserError which says that `path` cannot be written."""
+def storage_errors(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full or fails becomes a StorageError, which names the file, or else `path`."""
     try:
         yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = disk_message(error, path)
+        if message is None:
+            raise
+        raise StorageError(message) from None
+
+
+@contextlib.contextmanager
+def os_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """`storage_errors`, and any other error of the system becomes a UserError (permissions, a name too long)."""
+    try:
+        with storage_errors(path):
+            yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def mapped_array(folder: Path, dtype: np.dtype, rows: int) -> np.ndarray:
+    """An array `[rows]` in an unnamed file of `folder`'s disk, which the system removes with the array.
+
+    The disk's blocks are allocated before they are mapped: writing to a mapped file for which there is no room ends the
+    process with SIGBUS.
+
+    Raises:
+        StorageError: the disk has no room for it, or fails.
+    """
+    import numpy as np  # here: the command line starts without it
+
+    if not rows:
+        return np.zeros(0, dtype)
+    size = rows * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _allocate(file.fileno(), size)
+            return np.memmap(file, dtype, "r+", shape=(rows,))
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {folder}: {error.strerror or error}; {size:,} bytes are needed for a temporary file"
+        ) from None
+
+
+def _allocate(handle: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    for begin in range(0, size, ZEROS):
+        block = memoryview(bytes(min(ZEROS, size - begin)))
+        while block:
+            block = block[os.write(handle, block) :]
 
 
 def apply_umask(path: Path) -> None:

@@ -76,7 +76,8 @@ class ProgressBar:
             now = time.monotonic()
             if self._lines and now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
-                print(self._line(now - self._began), file=sys.stderr, flush=True)
+                with suppress(OSError):  # a full disk under the log does not end the work
+                    print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         rate = (self._done - self._before) / seconds

@@ -21,7 +21,7 @@ import numpy as np
 from qa_deepspeed.qa.cache.background import BackgroundCall
 from qa_deepspeed.qa.cache.waiting import POLL_SECONDS, Locks
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import StorageError, UserError
 from qa_deepspeed.utils.files import write_bytes
 from qa_deepspeed.utils.json_files import CHECKSUM, DamagedFile, read_json, sealed
 from qa_deepspeed.utils.locks import HOLDER_SUFFIX
@@ -153,7 +153,10 @@ class CacheEntry:
             raise _storage_error(self.folder, error) from error
         if (rebuilt.get("size"), rebuilt.get("checksum")) != (status["size"], status["checksum"]):
             raise UserError(f"{path}: is damaged and rebuilding it gave other content; pass --overwrite_cache")
-        return ArrowFile(path, status["size"], status["checksum"])
+        try:
+            return ArrowFile(path, status["size"], status["checksum"])
+        except CorruptFile as error:
+            raise StorageError(f"{error}, also after it was built again: the disk fails") from None
 
     def examples(self, number: int, status: Status) -> ArrowFile:
         """One shard of examples."""
@@ -394,5 +397,5 @@ def _total_counts(shards: list[dict[str, Status]]) -> dict[str, int]:
 def _storage_error(folder: Path, error: OSError) -> UserError:
     """The one line about a folder that cannot hold the cache."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"{folder}: the disk is full; free some space or pass another --cache_dir")
-    return UserError(f"{folder}: cannot write the feature cache ({error.strerror}); pass another --cache_dir")
+        return StorageError(f"{folder}: the disk is full; free some space or pass another --cache_dir")
+    return StorageError(f"{folder}: cannot write the feature cache ({error.strerror}); pass another --cache_dir")

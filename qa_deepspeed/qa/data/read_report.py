@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.utils.files import replacing
+
 
 class Reason:
     """Why a question, or one answer of it, cannot be used."""
@@ -104,7 +106,7 @@ class ReadReport:
 
     def write_rejected(self, path: Path) -> None:
         """Write the rejected questions as JSON lines with the keys id, where and reason."""
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as lines:
+        with replacing(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as lines:
             for one in self.rejected:
                 row = {"id": one.example_id, "where": one.where, "reason": one.reason}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")

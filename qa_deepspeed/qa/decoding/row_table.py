@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from qa_deepspeed.utils.files import mapped_array
 
 
 class RowTable:
@@ -16,13 +17,14 @@ class RowTable:
     """
 
     def __init__(self, rows: int, columns: Mapping[str, tuple[str, tuple[int, ...]]], folder: Path):
-        """columns: dtype and shape of one row's value, by name. folder: where the file is created."""
+        """columns: dtype and shape of one row's value, by name. folder: where the file is created.
+
+        Raises:
+            StorageError: the disk has no room for it.
+        """
         dtype = np.dtype([(name, *column) for name, column in columns.items()])
         self._filled = np.zeros(rows, bool)
-        self._records = np.zeros(0, dtype)
-        if rows:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self._records = np.memmap(file, dtype, "w+", shape=(rows,))
+        self._records = mapped_array(folder, dtype, rows)
 
     def put(self, numbers: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Write these rows. Each row is written once."""

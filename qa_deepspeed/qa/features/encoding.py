@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -156,15 +157,27 @@ def _respelled(state: str, special: Sequence[str]) -> str:
 
 
 def serialize(tokenizer: Any) -> str:
-    """The whole state of a fast tokenizer as JSON, less truncation and padding, which calls leave behind in it."""
+    """The whole state of a fast tokenizer as JSON, less truncation and padding."""
+    with truncation_kept(tokenizer):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        serialized: str = tokenizer.backend_tokenizer.to_str()
+        return serialized
+
+
+@contextmanager
+def truncation_kept(tokenizer: Any) -> Iterator[None]:
+    """Put truncation and padding of a fast tokenizer back: calls leave theirs behind, to be saved with it."""
+    if not tokenizer.is_fast:
+        yield
+        return
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
-    backend.no_truncation()
-    backend.no_padding()
     try:
-        serialized: str = backend.to_str()
-        return serialized
+        yield
     finally:
+        backend.no_truncation()
+        backend.no_padding()
         if truncation is not None:
             backend.enable_truncation(**truncation)
         if padding is not None:

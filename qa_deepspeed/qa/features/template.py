@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.qa.features.encoding import Encoder, Tokens
+from qa_deepspeed.qa.features.encoding import Encoder, Tokens, truncation_kept
 from qa_deepspeed.qa.features.families import Family
 from qa_deepspeed.qa.features.windows import cut_windows
 from qa_deepspeed.utils.errors import UserError
@@ -61,7 +61,8 @@ def find_template(tokenizer: Any, family: Family, encoder: Encoder) -> Template:
     Raises: UserError if its rows are not two texts with fixed tokens around them.
     """
     first, second = (PROBES[0][1], PROBES[0][0]) if family.context_first else PROBES[0]
-    row = tokenizer(first, second, return_token_type_ids=True)
+    with truncation_kept(tokenizer):
+        row = tokenizer(first, second, return_token_type_ids=True)
     ids, types = list(row["input_ids"]), list(row["token_type_ids"])
     if tokenizer.is_fast:
         sequence = row.sequence_ids(0)
@@ -121,8 +122,9 @@ def check_template(tokenizer: Any, template: Template, encoder: Encoder) -> None
     for question, context in PROBES:
         parts = [encoder.encode([text], offsets=True) for text in (question, context)]
         whole = len(parts[1].ids)
-        for room in (whole, max(2, whole // 3)):
-            _check_row(tokenizer, template, question, context, parts, room)
+        with truncation_kept(tokenizer):
+            for room in (whole, max(2, whole // 3)):
+                _check_row(tokenizer, template, question, context, parts, room)
 
 
 def _check_row(tokenizer: Any, template: Template, question: str, context: str, parts: list[Tokens], room: int) -> None:

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from qa_deepspeed.utils.files import os_errors_as_user_errors
+
 RECORDS_IN_MEMORY = 8192
 """Records held as Python values; further ones go into an unnamed file, which is memory-mapped for reading."""
 
@@ -21,7 +23,7 @@ class QuestionRecords:
     def __init__(self, dtype: np.dtype, folder: Path | None = None):
         """folder: where the file is created; None for the system's temporary folder."""
         self._dtype = dtype
-        self._folder = folder
+        self._place = folder or Path(tempfile.gettempdir())
         self._waiting: list[tuple[Any, ...]] = []
         self._file: IO[bytes] | None = None
         self._written = 0
@@ -33,10 +35,11 @@ class QuestionRecords:
         """Add one record: a value for each field of the dtype."""
         self._waiting.append(record)
         if len(self._waiting) == RECORDS_IN_MEMORY:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (lives as long as the records)
-            self._file.seek(self._written * self._dtype.itemsize)  # a reading leaves the file at its end
-            self._file.write(np.array(self._waiting, self._dtype).tobytes())
+            with os_errors_as_user_errors(self._place):
+                if self._file is None:
+                    # Unbuffered: what could not be written is not tried again when the file is closed.
+                    self._file = tempfile.TemporaryFile(dir=self._place, buffering=0)  # noqa: SIM115 (as the records)
+                self._write(np.array(self._waiting, self._dtype))
             self._written += len(self._waiting)
             self._waiting.clear()
 
@@ -45,10 +48,17 @@ class QuestionRecords:
         waiting = np.array(self._waiting, self._dtype)
         if self._file is None:
             return waiting
-        self._file.seek(self._written * self._dtype.itemsize)
-        self._file.write(waiting.tobytes())  # the next batch of records overwrites them
-        self._file.flush()
-        return np.memmap(self._file, self._dtype, "r", shape=(len(self),))
+        with os_errors_as_user_errors(self._place):
+            self._write(waiting)  # the next batch of records overwrites them
+            return np.memmap(self._file, self._dtype, "r", shape=(len(self),))
+
+    def _write(self, records: np.ndarray) -> None:
+        """Write behind the records that are in the file for good; a mapping must not reach beyond what is written."""
+        assert self._file is not None, "the file is open"
+        self._file.seek(self._written * self._dtype.itemsize)  # a reading leaves the file at its end
+        block = memoryview(records.tobytes())
+        while block:
+            block = block[self._file.write(block) :]
 
     def chunks(self) -> Iterator[np.ndarray]:
         """The records, RECORDS_AT_ONCE at a time."""

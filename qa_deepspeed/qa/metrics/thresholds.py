@@ -9,8 +9,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from qa_deepspeed.utils.files import mapped_array
 
 QUESTIONS_AT_ONCE = 65536
 
@@ -44,14 +47,13 @@ def by_odds(odds: np.ndarray) -> np.ndarray:
         return np.argsort(odds, kind="stable").astype(np.int32)
     parts = [slice(begin, begin + QUESTIONS_AT_ONCE) for begin in range(0, len(odds), QUESTIONS_AT_ONCE)]
     order = np.empty(len(odds), np.int32)
-    with tempfile.TemporaryFile() as file:
-        keys = np.memmap(file, np.complex128, "w+", shape=(len(odds),))
-        for part in parts:
-            keys.real[part] = odds[part]
-            keys.imag[part] = np.arange(part.start, min(part.stop, len(odds)))
-        keys.sort()
-        for part in parts:
-            order[part] = keys.imag[part]
+    keys = mapped_array(Path(tempfile.gettempdir()), np.dtype(np.complex128), len(odds))
+    for part in parts:
+        keys.real[part] = odds[part]
+        keys.imag[part] = np.arange(part.start, min(part.stop, len(odds)))
+    keys.sort()
+    for part in parts:
+        order[part] = keys.imag[part]
     return order
 
 

@@ -29,7 +29,7 @@ OPTIONS = {
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
-        "resume_from_checkpoint resume_with_changes save_on_time save_steps save_total_limit seed server_ip "
+        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed server_ip "
         "server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file verbose_logging "
         "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
@@ -81,7 +81,7 @@ OPTIONS = {
         "no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column ranks "
-        "resume_from_checkpoint resume_with_changes save_on_time save_steps save_total_limit seed server_ip "
+        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed server_ip "
         "server_port ssh_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
         "verbose_logging version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
@@ -108,7 +108,7 @@ TRAIN_BEFORE = (
     "metric_language model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs "
     "nvme_path objective output_dir overwrite_cache overwrite_output_dir per_gpu_eval_batch_size "
     "per_gpu_train_batch_size predict_file predict_split push_to_hub qa_head question_column "
-    "resume_from_checkpoint resume_with_changes save_on_time save_steps save_total_limit seed server_ip "
+    "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed server_ip "
     "server_port threads timeout tokenizer_name train_file train_split verbose_logging version_2_with_negative "
     "warmup_steps weight_decay windows_without_answer "
 )

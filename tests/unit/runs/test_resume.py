@@ -1,6 +1,9 @@
 """What a run does in a folder is decided without changing it; an overwritten run comes back when the new one fails."""
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +139,25 @@ def test_a_killed_start_puts_the_old_run_back_unless_the_new_one_has_saved(old_r
     checkpoint(old_run, 2)
     assert not recover(old_run)
     assert not list(old_run.glob(f"{PREFIX}*")) and (old_run / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_an_interrupted_move_loses_nothing(old_run: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
+    """Renames fail after `done` of them, also those that would undo the move: the next start completes it."""
+    before, rename, renames = listing(old_run), os.rename, [0]
+
+    def failing(source: Path, target: Path) -> None:
+        renames[0] += 1
+        if renames[0] > done:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", failing)
+        with contextlib.suppress(OSError):
+            PreviousRun.move_aside(old_run, files_of_run(old_run)).restore()
+    recover(old_run)
+    assert listing(old_run) == before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"status": "running"}'])

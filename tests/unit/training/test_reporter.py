@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from qa_deepspeed.training.reporter import MetricsLogger, _open_metrics
+from qa_deepspeed.training.reporter import MetricsLogger, _keep_lines
 from tests.unit.damage import DAMAGE
+from tests.unit.small_disk import mounted
 from tests.unit.training.events import events
 
 
@@ -46,7 +48,7 @@ def test_damaged_lines_are_named_once_and_left_out(tmp_path: Path, capsys: pytes
 def test_no_damage_ends_a_resume(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_bytes(damage("\n".join([*lines, ""]).encode()))
-    _open_metrics(tmp_path / "metrics.jsonl", 3).close()
+    _keep_lines(tmp_path / "metrics.jsonl", 3)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] <= 3
 
@@ -69,3 +71,47 @@ def test_counts_and_thresholds_are_no_curves(tmp_path: Path) -> None:
     logger.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, **values, **numbers}
     assert set(events(tmp_path).Tags()["scalars"]) == set(values) - {"train/epoch"}
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all room that is left."""
+    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return folder / "filler"
+
+
+def test_a_full_disk_is_reported_once_and_lines_follow_when_there_is_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = {f"train/{number}": float(number) for number in range(300)}  # more than the rest of a block
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        logger = MetricsLogger(disk, 10, 0)
+        logger.log(1, values, "step 1")
+        filler = fill(disk)
+        for step in (2, 3, 4):
+            logger.log(step, values, f"step {step}")
+        filler.unlink()
+        logger.log(5, values, "step 5")
+        logger.close()
+        lines = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [{"step": step, **values} for step in range(1, 6)]
+        assert events(disk).Scalars("train/1")[0].step == 1
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed and "step 4" in printed
+    assert printed.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert printed.count("tensorboard is no longer written (No space left on device); the run continues") == 1
+
+
+def test_a_disk_that_is_full_from_the_start_costs_the_log_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        (disk / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+        fill(disk)
+        logger = MetricsLogger(disk, 10, 1)
+        logger.log(2, {f"train/{number}": 1.0 for number in range(300)}, "step 2")
+        logger.close()
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed and "step 2" in printed
+    assert printed.count("metrics.jsonl is no longer written") == printed.count("tensorboard is no longer written") == 1

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from qa_deepspeed.qa.features.encoding import FastEncoder
 from qa_deepspeed.qa.features.families import FAMILIES, family_of, model_columns
-from qa_deepspeed.qa.features.template import find_template
+from qa_deepspeed.qa.features.template import check_template, find_template
 from qa_deepspeed.utils.errors import UserError
 from tests.unit import small_tokenizers
 
@@ -29,6 +29,20 @@ def test_the_null_position_is_the_cls_token_where_there_is_one(name: str) -> Non
         assert null == len(ids) - 1
     else:
         assert [position for position, token in enumerate(ids) if token == tokenizer.cls_token_id] == [null]
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet"])
+@pytest.mark.parametrize("length", [None, 77])
+def test_a_check_leaves_the_tokenizer_as_it_was(name: str, length: int | None) -> None:
+    """It is saved with the model, whether or not its features were in the cache."""
+    tokenizer, family = small_tokenizers.tokenizer(name), small_tokenizers.family(name)
+    if length is not None:
+        tokenizer.backend_tokenizer.enable_truncation(length)
+        tokenizer.backend_tokenizer.enable_padding(length=length)
+    before = tokenizer.backend_tokenizer.to_str()
+    encoder = FastEncoder(tokenizer)
+    check_template(tokenizer, find_template(tokenizer, family, encoder), encoder)
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_what_sets_single_families_apart() -> None:
