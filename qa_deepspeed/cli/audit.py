@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
+from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.qa.cache.prepare import prepare_features

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.batch_plan import total_steps
 from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
 from qa_deepspeed.engine.checkpoint import checkpoint_bytes

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, TextIO
 
-from qa_deepspeed.cli.run_arguments import commands_with
 from qa_deepspeed.config.options import hint, nearest, separate_flags
+from qa_deepspeed.config.run_arguments import commands_with
 from qa_deepspeed.utils.errors import LostRankError, StorageError, UserError
 from qa_deepspeed.utils.files import disk_message
 from qa_deepspeed.utils.home import ensure_home
@@ -60,6 +60,11 @@ COMMANDS = {
         "qa_deepspeed.cli.audit",
         "what training on a file would do: rejected questions, lengths, windows",
         "qa-deepspeed audit train-v2.0.json --model_name_or_path roberta-base --version_2_with_negative",
+    ),
+    "convert": (
+        "qa_deepspeed.cli.convert",
+        "write any readable file as clean SQuAD v2 JSON",
+        "qa-deepspeed convert export.csv train.json --encoding cp1252",
     ),
     "prepare": (
         "qa_deepspeed.cli.prepare",

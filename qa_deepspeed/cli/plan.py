@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
+from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.device import choose_device

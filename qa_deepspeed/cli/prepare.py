@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
+from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.loading import quiet_transformers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qa_deepspeed.cli.run_arguments import add_run_arguments, read_run_options
+from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.utils.errors import LostRankError, UserError
 

@@ -92,6 +92,10 @@ OPTIONS = {
         "measure_peak model_name_or_path model_type no_cuda nodes nvme_path per_device_train_batch_size "
         "per_gpu_train_batch_size print_config qa_head tokenizer_name use_cpu verbose_logging"
     ),
+    "convert": (
+        "answer_start_column answer_text_column answers_column context_column encoding id_column is_impossible_column "
+        "question_column"
+    ),
     "sample": "dev_articles seed train_articles",
 }
 """Every option of every command, written down: a new flag is a decision."""

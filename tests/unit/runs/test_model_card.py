@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from qa_deepspeed.cli.main import Parser, main
-from qa_deepspeed.cli.run_arguments import read_run_options
 from qa_deepspeed.cli.train import add_arguments
+from qa_deepspeed.config.run_arguments import read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.runs.hub_upload import check_upload, upload
 from qa_deepspeed.runs.model_card import local_name, model_card, training_command, write_model_card
