@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help='whether "" is an answer; left out, where the model holds a threshold for it',
     )
-    add("--max_seq_len", type=int, help="tokens of a window with the question (default: the model's, at most 384)")
-    add("--doc_stride", type=int, help="tokens that neighbouring windows share (default 128, or half a window)")
-    add("--max_answer_len", type=int, default=15, help="longest answer in tokens (default 15)")
+    add("--max_seq_len", type=int, help="tokens of a window with the question (default: as trained, or 384)")
+    add("--doc_stride", type=int, help="tokens that neighbouring windows share (default: as trained, or 128)")
+    add("--max_answer_len", type=int, help="longest answer in tokens (default: as trained, or 15)")
     add(
         "--align_to_words",
         choices=("true", "false"),

@@ -34,13 +34,14 @@ from qa_deepspeed.models.loading import (
     quiet_transformers,
     require_trained_weights,
 )
+from qa_deepspeed.models.trained_settings import stored_settings
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.candidates import candidate_columns, normalizers
 from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode
 from qa_deepspeed.qa.decoding.pipeline import PipelineSettings, decode_like_pipeline
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS
 from qa_deepspeed.qa.features.batching import Batch, make_batch
-from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.build import FeatureSettings, check_settings
 from qa_deepspeed.qa.features.families import family_of, model_columns
 from qa_deepspeed.qa.features.in_memory import AnswerStore, FeatureMaker
 from qa_deepspeed.utils.errors import UserError
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_536, 49_152
 """Tokens per forward pass where no batch_size is given; larger batches speed up GPUs, but not CPUs."""
+
+WINDOW_SETTINGS = {"max_seq_length", "doc_stride", "doc_stride_is", "max_query_length"}
+"""Settings of the training that shape windows, if the model's config has all of them."""
 
 MAX_PARALLEL_BATCHES = 8
 """Batches in progress at the same time on CPUs: with more, Python's interpreter lock limits the speed."""
@@ -87,6 +91,7 @@ class QuestionAnswerer:
             raise UserError(f"device {self.device} cannot be used: {str(error).splitlines()[0]}") from None
         self.tokenizer = tokenizer
         self.threshold: float | None = getattr(model.config, null_threshold.KEY, None)
+        self._trained = stored_settings(model.config)
         self._batch_size = batch_size
         family = family_of(model.config, tokenizer)
         self._head = head_of(model, version_2_with_negative=True)
@@ -130,7 +135,7 @@ class QuestionAnswerer:
         context: str | Sequence[str] | None = None,
         top_k: int = 1,
         handle_impossible_answer: bool | None = None,
-        max_answer_len: int = 15,
+        max_answer_len: int | None = None,
         align_to_words: bool = True,
         max_seq_len: int | None = None,
         doc_stride: int | None = None,
@@ -142,13 +147,17 @@ class QuestionAnswerer:
     ) -> Any:
         """Answer questions about contexts.
 
+        Lengths that are not given are those the model was trained with, if its config holds them
+        (`models.trained_settings`), else the pipeline's.
+
         Pass `question` and `context` (each a string or a list; one context serves a list of questions), or one input:
         a dict with these keys, a list of such dicts, or an iterator of them, which gives an iterator of results.
 
         Args:
             top_k: answers per question.
-            handle_impossible_answer: whether "" is an answer; default: if the model's config holds a threshold.
-            max_answer_len: longest answer in tokens.
+            handle_impossible_answer: whether "" is an answer; default: if the model's config holds a threshold, or was
+                trained on unanswerable questions.
+            max_answer_len: longest answer in tokens; default: 15.
             align_to_words: widen answers to whole words; pass False for text that is written without blanks.
             max_seq_len: tokens of a window, question included; default: the model's maximum, at most 384.
             doc_stride: tokens by which neighbouring windows of a long context overlap; default: 128 or half a window.
@@ -167,16 +176,17 @@ class QuestionAnswerer:
         """
         require_known_arguments("QuestionAnswerer", others, call_arguments(), IGNORED_ARGUMENTS)
         require_whole_number("top_k", top_k, 1, optional=False)
-        require_whole_number("max_answer_len", max_answer_len, 1, optional=False)
+        require_whole_number("max_answer_len", max_answer_len, 1)
         require_whole_number("n_best_size", n_best_size, 1)
         require_whole_number("batch_size", batch_size, 1)
         if n_best_size is not None and top_k > 1:
             raise UserError("n_best_size gives one answer per question: omit top_k")
         if handle_impossible_answer is None:
-            handle_impossible_answer = self.threshold is not None
+            handle_impossible_answer = self.threshold is not None or self._trained.get("version_2_with_negative", False)
+        longest_answer: int = max_answer_len or self._trained.get("max_answer_length", 15)
         settings = PipelineSettings(
             top_k,
-            max_answer_len,
+            longest_answer,
             handle_impossible_answer,
             align_to_words,
             self.threshold,
@@ -187,13 +197,13 @@ class QuestionAnswerer:
         def answer(examples: list[Example]) -> Iterator[Any]:
             store = self._features.features(examples, windows)
             count = max(settings.spans_of_a_window, n_best_size or 0)
-            found, normalizer = self._candidates(store, count, max_answer_len, batch_size, progress)
+            found, normalizer = self._candidates(store, count, longest_answer, batch_size, progress)
             results = decode_like_pipeline(found, normalizer, store, settings)
             if n_best_size is None:
                 yield from (answers[0] if len(answers) == 1 else answers for answers in results)
                 return
             odds = self._head.null_score_is_odds
-            lists = decode(found, store, DecodeSettings(n_best_size, max_answer_len, True, null_score_is_odds=odds))
+            lists = decode(found, store, DecodeSettings(n_best_size, longest_answer, True, null_score_is_odds=odds))
             for (best,), prediction in zip(results, lists, strict=True):
                 nbest = [dict(zip(NBEST_FIELDS, entry, strict=True)) for entry in prediction.nbest]
                 yield {**best, "null_odds": prediction.null_odds, "nbest": nbest}
@@ -203,13 +213,30 @@ class QuestionAnswerer:
     def _window_settings(
         self, max_seq_len: int | None, doc_stride: int | None, max_question_len: int | None
     ) -> FeatureSettings:
-        """The pipeline's defaults; a question is truncated only where a window needs room for new context tokens."""
+        """The settings that the model was trained with, or the pipeline's defaults.
+
+        By the latter a question is truncated only where a window needs room for new context tokens.
+        """
         require_whole_number("max_seq_len", max_seq_len, 1)
         require_whole_number("doc_stride", doc_stride, 0)
         require_whole_number("max_question_len", max_question_len, 1)
         longest_row = positions(self.model.config) or self.tokenizer.model_max_length
+        trained = self._trained
+        if (
+            max_seq_len is None
+            and doc_stride is None
+            and {"max_seq_length", "doc_stride", "doc_stride_is"} <= set(trained)
+        ):
+            settings = FeatureSettings(
+                min(trained["max_seq_length"], longest_row),
+                trained["doc_stride"],
+                trained["doc_stride_is"],
+                max_question_len or trained["max_query_length"],
+            )
+            check_settings(settings, self._features.template.special_tokens)
+            return settings
         if max_seq_len is None:
-            max_seq_len = min(self.tokenizer.model_max_length, longest_row, 384)
+            max_seq_len = min(self.tokenizer.model_max_length, longest_row, trained.get("max_seq_length", 384))
         if max_seq_len > longest_row:
             raise UserError(f"max_seq_len {max_seq_len} is more than the {longest_row} positions of the model")
         if doc_stride is None:

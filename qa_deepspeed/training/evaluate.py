@@ -19,9 +19,10 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
-from qa_deepspeed.models.loading import model_from_config, quiet_transformers, require_trained_weights
+from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers, require_trained_weights
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import save_null_threshold, saved_null_threshold
+from qa_deepspeed.models.trained_settings import with_stored_settings
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
@@ -186,6 +187,10 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     quiet_transformers(options.verbose_logging)
     output_dir = writable_folder(options.output_dir)
     refuse_foreign_answers(output_dir, options)
+    options, changed = with_stored_settings(options, load_config(options))
+    if changed:
+        words = ", ".join(f"{name} {value}" for name, value in changed.items())
+        dist.log0(f"as the model was trained: {words}")
     facts = model_facts(options)
     if "null_score_diff_threshold" not in options.given:
         options = dataclasses.replace(options, null_score_diff_threshold=saved_null_threshold(facts.config))

@@ -22,6 +22,7 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.loading import head_kind, missing_in_backbone, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import drop_null_threshold
+from qa_deepspeed.models.trained_settings import store_settings
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.runs.finish import finish_run, hyperparameters
@@ -96,6 +97,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
     quiet_transformers(options.verbose_logging)
     facts = model_facts(options)
     drop_null_threshold(facts.config)
+    store_settings(facts.config, options)
     store, evaluation_store = _features(options, facts, output_dir)
     seconds = {"features": time.perf_counter() - began}
 

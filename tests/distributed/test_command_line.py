@@ -111,6 +111,25 @@ def test_evaluate_gives_the_same_files_on_any_number_of_ranks(trained: Path, tmp
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), name
 
 
+def test_evaluate_uses_the_settings_of_the_training(base_options: dict[str, object], tmp_path: Path) -> None:
+    """Lengths and stride that no option of `evaluate` names are those that the model was trained with."""
+    short = {"max_seq_length": 96, "doc_stride": 16, "doc_stride_is": "overlap", "max_answer_length": 2}
+    options = {**base_options, **short, "max_query_length": 40, "max_steps": 2, "output_dir": tmp_path / "run"}
+    done = run(alone("train", *flags(**options, do_eval=True)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    asked = {"model_name_or_path": tmp_path / "run", "predict_file": options["predict_file"]}
+    asked["cache_dir"] = options["cache_dir"]
+    done = run(alone("evaluate", *flags(**asked, output_dir=tmp_path / "again")), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "as the model was trained: max_seq_length 96, doc_stride 16, doc_stride_is overlap" in done.stdout
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    done = run(alone("evaluate", *flags(**asked, output_dir=tmp_path / "other", max_answer_length=9)), tmp_path)
+    assert done.returncode == 0 and "max_answer_length" not in done.stdout
+    nbest = json.loads((tmp_path / "other/nbest_predictions.json").read_text())
+    assert any(len(entry["text"].split()) > 2 for entries in nbest.values() for entry in entries)
+
+
 def test_zero3_evaluates_as_one_rank_does(trained: Path, tmp_path: Path) -> None:
     """Byte for byte, since an evaluation uses torch's linear operation, not DeepSpeed's."""
     asked = as_trained(trained, tmp_path, deepspeed_config="zero3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class FeatureMaker:
         )
         return AnswerStore(
             fingerprint="",
-            counts={name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())},
+            counts=dict(sum(map(Counter, counts), Counter())),
             built=True,
             report=ReadReport,
             template=self.template,

@@ -14,6 +14,7 @@ import pytest
 
 from qa_deepspeed.cli.main import main
 from qa_deepspeed.inference import inputs
+from qa_deepspeed.qa.features import example_store
 from tests.unit.inference.test_answerer import CONTEXT, QUESTION, answerer
 
 
@@ -159,3 +160,14 @@ def test_an_earlier_output_stays_until_the_new_one_is_complete(
     link.symlink_to(output)
     assert predict(str(source), "--model_name_or_path", model, "--output", str(link)) == 0
     assert link.is_symlink() and json.loads(output.read_text())["id"] == "first"
+
+
+def test_questions_with_and_without_answers_in_several_shards(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example_store, "SMALL_SHARD", 1)
+    source = tmp_path / "rows.json"
+    answered = {"answers": [{"text": CONTEXT.split()[0], "answer_start": 0}]}
+    source.write_text(json.dumps([{**ROWS[0], "id": n, **(answered if n % 2 else {})} for n in range(4)]))
+    assert predict(str(source), "--model_name_or_path", model, "--output", str(tmp_path / "out.jsonl")) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4

@@ -19,6 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qa_deepspeed import QuestionAnswerer, pipeline
+from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.trained_settings import store_settings
+from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import DATA, REPOSITORY, needs_real_data
 from tests.unit import small_tokenizers
@@ -410,3 +413,25 @@ def test_it_needs_neither_deepspeed_nor_a_launcher(saved: Path) -> None:
     environment = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert printed.strip() == answerer("bert")(QUESTION, CONTEXT)["answer"]
+
+
+@pytest.mark.parametrize("stride_is", ["step", "overlap"])
+def test_settings_of_the_training_are_the_defaults(stride_is: str) -> None:
+    """Windows and the longest answer as in the model's config, unless an argument says otherwise."""
+    one = answerer("bert")
+    settings = RunOptions(
+        max_seq_length=40, doc_stride=6, doc_stride_is=stride_is, max_query_length=9, max_answer_length=2
+    )
+    store_settings(one.model.config, settings)
+    try:
+        trained = QuestionAnswerer(one.model, one.tokenizer)
+    finally:
+        delattr(one.model.config, "qa_settings")
+    found = trained._window_settings(None, None, None)
+    assert found == FeatureSettings(40, 6, stride_is, 9)  # type: ignore[arg-type]
+    long_context = " ".join([CONTEXT] * 4)
+    best = trained(question=QUESTION, context=long_context, n_best_size=5)
+    assert best == trained(question=QUESTION, context=long_context, n_best_size=5, max_answer_len=2)
+    assert trained._window_settings(50, 8, None).max_seq_length == 50
+    plain = QuestionAnswerer(one.model, one.tokenizer)
+    assert plain._window_settings(None, None, None) == one._window_settings(None, None, None)
