@@ -302,6 +302,13 @@ def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device)
         model.set_attn_implementation("flash_attention_2")
 
 
+def _can_be_flat(resolved: ResolvedConfig) -> bool:
+    """Whether parameters may be flat: ZeRO-3 partitions them one by one, and adapters are few; under torch_autocast
+    DeepSpeed reduces the gradients of linear layers in half precision, and finds these by their parameters."""
+    autocast = resolved.precision == "torch_autocast"
+    return resolved.zero_stage < 3 and resolved.options.lora_rank is None and not autocast
+
+
 def training_engine(
     model: Any, config: dict[str, Any], resolved: ResolvedConfig, total_steps: int, device: torch.device
 ) -> Engine:
@@ -312,7 +319,7 @@ def training_engine(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = training_flops(model, model.config)
-    if options.flat_parameters and resolved.zero_stage < 3 and options.lora_rank is None:
+    if options.flat_parameters and _can_be_flat(resolved):
         flatten(model, decays)
     optimizer = None if "optimizer" in config else default_optimizer(model, options)
     schedule = None

@@ -25,6 +25,10 @@ LARGE_TABLE = 2**20
 """Elements of an embedding's weight from which on it stays a parameter of its own: copying its gradient into a flat one
 costs more than one parameter does."""
 
+LARGEST = 2**25
+"""Elements of a flat parameter at most. In larger blocks arithmetic outweighs the host's work, and DeepSpeed's buckets
+(5e7 elements in the shipped configs) should hold several."""
+
 FlatNames = dict[str, dict[str, list[int]]]
 """Name of a flat parameter -> shapes of the tensors in it by their names, in their order."""
 
@@ -74,8 +78,8 @@ class _Flattened:
 def flatten(model: nn.Module, decays: DecayRule) -> None:
     """Make the trained parameters of a model flat, in place.
 
-    A parameter stays as it is if several modules share it, if it would be alone in its flat one, or if it is a
-    `LARGE_TABLE`.
+    A parameter stays as it is if several modules share it, if it would be alone in its flat one or this one larger than
+    `LARGEST`, or if it is a `LARGE_TABLE`.
     """
     flattened = _Flattened()
     uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
@@ -91,7 +95,7 @@ def flatten(model: nn.Module, decays: DecayRule) -> None:
             groups.setdefault(key, []).append((_Tensor(name, module, attribute, parameter.shape), parameter))
     for (block, decayed, _), members in groups.items():
         owner, short = model.get_submodule(block), DECAYED if decayed else NOT_DECAYED
-        if len(members) < 2 or hasattr(owner, short):
+        if len(members) < 2 or sum(one.numel() for _, one in members) > LARGEST or hasattr(owner, short):
             continue
         flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for _, parameter in members]))
         for one, _ in members:
