@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from typing import Any
@@ -128,6 +129,14 @@ def says_something(answers: Any) -> bool:
     return answers is not None and not (isinstance(answers, str) and answers.strip() in ("", "null", "None"))
 
 
+def answers_in_cell(cell: Any) -> Any:
+    """The list or object that a cell of a table holds as text; any other cell as it is."""
+    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(Fault):
+            return _parsed_answers(cell)
+    return cell
+
+
 def _parsed_answers(cell: str) -> Any:
     """The answers in a cell of a CSV file: JSON, a Python literal as pandas writes it, or one with numpy's arrays."""
     if not cell or cell.isspace():
@@ -163,16 +172,24 @@ def located_pair(context: str, text: Any, start: Any) -> tuple[str, int]:
 
 
 def checked_start(start: Any) -> int:
-    """The start as a number, -1 where the row does not say.
-
-    Tables hold whole numbers as text, or, where a column has gaps, as floats.
-    """
-    if start is None:
+    """The start as a number, -1 where the row does not say."""
+    if is_missing(start):
         return -1
-    if isinstance(start, str) and _WHOLE_NUMBER.fullmatch(start.strip()):
-        return int(float(start))
-    if isinstance(start, float) and start.is_integer():
-        return int(start)
-    if type(start) is not int:
+    number = whole_number(start)
+    if number is None:
         raise Fault(Reason.BAD_START)
-    return start
+    return number
+
+
+def whole_number(value: Any) -> int | None:
+    """A number as `int`, None for what is none: tables hold them as text, or as floats where a column has gaps."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value.strip()):
+        return int(float(value))
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row does not say: null, a blank cell, or pandas' NaN."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value

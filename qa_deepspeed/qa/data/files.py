@@ -38,6 +38,7 @@ _OTHER_FILES = {
     b"\xff\xff\xff\xff": "an Arrow stream: write it as Parquet or JSON lines (Dataset.to_parquet, to_json)",
     b"\x80\x04\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
     b"\x80\x05\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard: unpack it, or compress it by gzip, bzip2 or xz",
     b"SQLite format 3": "an SQLite database: write the table as CSV",
     b"%PDF": "a PDF file",
 }
@@ -122,8 +123,8 @@ def open_lines(path: str, encoding: str | None) -> Iterator[LineSource]:
     """
     with open_binary(path) as data:
         encoding, mark = _encoding_of(data, path, encoding)
+        data.seek(mark)
         if encoding == "utf-8":
-            data.seek(mark)
             yield data
         else:
             yield _Recoded(io.TextIOWrapper(data, encoding=encoding))
@@ -140,12 +141,12 @@ def open_text(path: str, encoding: str | None) -> Iterator[TextIO]:
     """
     with open_binary(path) as data:
         encoding, mark = _encoding_of(data, path, encoding)
-        data.seek(mark if encoding == "utf-8" else 0)
+        data.seek(mark)
         yield io.TextIOWrapper(data, encoding=encoding, newline="")
 
 
 def _encoding_of(data: BinaryIO, path: str, encoding: str | None) -> tuple[str, int]:
-    """The encoding of a file, and the length of a mark of UTF-8 at its beginning."""
+    """The encoding of a file, and the length of a mark at its beginning that the encoding does not remove itself."""
     begin = data.read(16)
     data.seek(0)
     what = next((what for magic, what in _OTHER_FILES.items() if begin.startswith(magic)), None)
@@ -153,10 +154,13 @@ def _encoding_of(data: BinaryIO, path: str, encoding: str | None) -> tuple[str, 
         raise UserError(f"{path}: {what}")
     if encoding is not None:
         try:
-            codecs.lookup(encoding)
-        except LookupError:
+            io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            mark = "\ufeff".encode(encoding)
+        except UnicodeError:  # an encoding without this character
+            return encoding, 0
+        except (LookupError, ValueError):
             raise UserError(f"encoding {encoding} is unknown: a name such as cp1252, latin-1 or utf-16") from None
-        return encoding, 0
+        return encoding, len(mark) if begin.startswith(mark) else 0
     if begin.startswith(codecs.BOM_UTF8):
         return "utf-8", len(codecs.BOM_UTF8)
     return next((name for mark, name in _BYTE_ORDER_MARKS.items() if begin.startswith(mark)), "utf-8"), 0

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qa_deepspeed.qa.data.answers import answers_in_cell, is_missing
+
 
 @dataclass(frozen=True)
 class ColumnNames:
@@ -52,7 +54,7 @@ def row_fields(row: Mapping[str, Any], columns: ColumnNames) -> tuple[Any, dict[
     }
     if not isinstance(fields["answers"], (list, dict)):
         other = _answers_in_columns(row, columns, context)
-        fields["answers"] = fields["answers"] if other is None else other
+        fields["answers"] = answers_in_cell(fields["answers"]) if other is None else other
     return context, {**fields, "answers": _as_answers(fields["answers"])}
 
 
@@ -107,8 +109,13 @@ def _context(row: Mapping[str, Any], columns: ColumnNames) -> Any:
     return next((row[name] for name in CONTEXT_COLUMNS if name in row and name != columns.answer_text), None)
 
 
-def _answers_in_columns(row: Mapping[str, Any], columns: ColumnNames, context: Any) -> list[dict[str, Any]] | None:
-    """The answers of a row with columns for text and start, or with span labels; None if it has neither."""
+def _answers_in_columns(
+    row: Mapping[str, Any], columns: ColumnNames, context: Any
+) -> list[dict[str, Any]] | str | None:
+    """The answers of a row with columns for text and start, or with span labels.
+
+    None if it has neither, "" if its cells are blank.
+    """
     answer = row.get("answer")
     if isinstance(answer, (dict, list)):
         found: list[dict[str, Any]] = _as_answers(answer)
@@ -123,8 +130,11 @@ def _answers_in_columns(row: Mapping[str, Any], columns: ColumnNames, context: A
     if text_column is None or text_column not in row or (start_column is None and columns.answer_text is None):
         return None
     text = row[text_column]
-    if text is None or (isinstance(text, str) and not text.strip()):
-        return None if row.get(columns.is_impossible) is None else []
+    if is_missing(text):
+        said = row.get(columns.is_impossible)
+        if is_missing(said):
+            return "" if isinstance(said, str) else None  # blank cells say nothing
+        return []
     return [{"text": text if isinstance(text, str) else str(text), "answer_start": row.get(start_column or "")}]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice
 from typing import Any
 
+from qa_deepspeed.qa.data.answers import whole_number
 from qa_deepspeed.qa.data.validation import Passage
 
 NEARLY_ALL = 0.9
@@ -117,8 +118,8 @@ def _answers(passage: Passage) -> Iterator[tuple[str, str, int]]:
         return
     for fields in passage.questions:
         for answer in _listed(fields):
-            text, start = answer.get("text"), answer.get("answer_start")
-            if isinstance(text, str) and text and not text.isspace() and type(start) is int and start >= 0:
+            text, start = answer.get("text"), whole_number(answer.get("answer_start"))
+            if isinstance(text, str) and text and not text.isspace() and start is not None and start >= 0:
                 yield passage.context, text, start
 
 
@@ -139,8 +140,8 @@ def _converted(passage: Passage, place: Place) -> Passage:
     for fields in passage.questions:
         listed = _listed(fields)
         for answer in listed:
-            text, start = answer.get("text"), answer.get("answer_start")
-            if isinstance(text, str) and type(start) is int and start >= 0 and isinstance(passage.context, str):
+            text, start = answer.get("text"), whole_number(answer.get("answer_start"))
+            if isinstance(text, str) and start is not None and start >= 0 and isinstance(passage.context, str):
                 index = place(passage.context, start)
                 if text and _stands(passage.context, text, index):
                     answer["answer_start"] = index

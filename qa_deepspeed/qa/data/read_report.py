@@ -17,6 +17,7 @@ class Reason:
     NOT_SQUAD = "not an object of the SQuAD layout"
     BAD_ID = "id neither text nor a whole number"
     DUPLICATE_ID = "duplicate id"
+    TOO_MANY_CELLS = "more cells than the header has columns"
     NO_QUESTION = "question missing or not text"
     EMPTY_QUESTION = "empty question"
     NO_CONTEXT = "context missing or not text"

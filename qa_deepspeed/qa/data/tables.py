@@ -19,6 +19,7 @@ from qa_deepspeed.qa.data.layouts import (
     ColumnNames,
     row_fields,
 )
+from qa_deepspeed.qa.data.read_report import Reason
 from qa_deepspeed.qa.data.validation import Passage
 from qa_deepspeed.utils.errors import UserError
 
@@ -59,7 +60,9 @@ def csv_passages(path: str, columns: ColumnNames, encoding: str | None) -> Itera
         line = before + 1
         try:
             for row in reader:
-                yield flat_row(row, f"{path}: line {line}", columns)
+                passage = flat_row(row, f"{path}: line {line}", columns)
+                surplus = any(cell.strip() for cell in row.get(None) or ())
+                yield passage._replace(fault=Reason.TOO_MANY_CELLS) if surplus else passage
                 line = before + reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}: line {line} begins a row that is not CSV: {error}") from error
@@ -103,7 +106,11 @@ def _used_columns(columns: ColumnNames) -> set[str]:
 
 
 def _require_columns(path: str, present: list[str], columns: ColumnNames) -> None:
-    """Raises UserError for a table without a column of questions or contexts."""
+    """Raises UserError for a table without a column of questions or contexts, or with one that is there twice."""
+    used = _used_columns(columns)
+    for name in present:
+        if name in used and present.count(name) > 1:
+            raise UserError(f"{path}: the column '{name}' occurs twice: rename or remove one")
     for field, names in (("question", (columns.question,)), ("context", (columns.context, *CONTEXT_COLUMNS))):
         if not any(name in present for name in names):
             raise UserError(

@@ -32,14 +32,15 @@ def find_other_form(context: str, text: str, near: int, distance: int) -> tuple[
 def _normalized_with_places(text: str) -> tuple[str, list[int | None]]:
     """A text in NFKC, and for each of its characters and its end the place in `text` where its cluster begins.
 
-    A cluster is a character with the combining marks after it; None stands inside of one that becomes several.
+    A cluster is a character with the combining marks, or the vowels and finals of a Hangul syllable, after it; None
+    stands inside of one that becomes several.
     """
     parts: list[str] = []
     places: list[int | None] = []
     begin = 0
     while begin < len(text):
         end = begin + 1
-        while end < len(text) and unicodedata.combining(text[end]):
+        while end < len(text) and (unicodedata.combining(text[end]) or "\u1160" <= text[end] <= "\u11ff"):
             end += 1
         part = unicodedata.normalize("NFKC", text[begin:end])
         parts.append(part)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from qa_deepspeed.qa.data.answers import answer_pairs, checked_start, faultless_answers, located_pair, says_something
+from qa_deepspeed.qa.data.answers import (answer_pairs, checked_start, faultless_answers, is_missing, located_pair, says_something)
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import Fault, ReadReport, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds
@@ -29,6 +29,8 @@ class Passage(NamedTuple):
     questions: list[Any]
     numbered: bool = True
     """Whether a question's place is its number in the passage; else the passage's place is that of its one question."""
+    fault: str = ""
+    """Why none of its questions can be used, if its cells are not under the names that the file gives them."""
 
     def where_is(self, index: int) -> str:
         """The place of a question, as the user can look it up."""
@@ -60,11 +62,11 @@ class Validator:
         Raises:
             UserError: a question says is_impossible, but the data are read as SQuAD v1.1.
         """
-        context, context_fault = "", ""
+        context, context_fault = "", passage.fault
         try:
             context = self._checked_context(passage.context)
         except Fault as fault:
-            context_fault = fault.reason
+            context_fault = context_fault or fault.reason
         for index, fields in enumerate(passage.questions):
             try:
                 if not isinstance(fields, dict):
@@ -209,9 +211,11 @@ def _checked_text(value: Any, reason: str) -> str:
 
 def _checked_is_impossible(value: Any) -> bool | None:
     """True, False, or None where the row does not say."""
-    if value is None or isinstance(value, bool):
+    if isinstance(value, bool):
         return value
-    known: dict[Any, bool | None] = {"": None, "true": True, "1": True, "false": False, "0": False, 1: True, 0: False}
+    if is_missing(value):
+        return None
+    known: dict[Any, bool] = {"true": True, "1": True, "false": False, "0": False, 1: True, 0: False}
     key = value.strip().lower() if isinstance(value, str) else value
     if not isinstance(key, (str, int, float)) or key not in known:
         raise Fault(Reason.BAD_IS_IMPOSSIBLE)

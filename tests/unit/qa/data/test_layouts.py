@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qa_deepspeed.qa.data.examples import Answer, Example
-from qa_deepspeed.qa.data.read_report import ReadReport
+from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import SHARED
@@ -158,8 +158,62 @@ def test_json_of_other_encodings(tmp_path: Path, encoding: str, lines: bool) -> 
     if encoding == "cp1252":
         with pytest.raises(UserError, match="--encoding cp1252"):
             read(path)
-    with pytest.raises(UserError, match="encoding klingon is unknown"):
-        read(path, encoding="klingon")
+    for unknown in ("klingon", "rot13", "a\0b"):
+        with pytest.raises(UserError, match=f"encoding {unknown} is unknown"):
+            read(path, encoding=unknown)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-16-le", "utf-32-be"])
+def test_a_mark_before_the_header_is_no_part_of_it_when_the_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(("\ufeff" + as_csv(rows())).encode(encoding))
+    examples, report = read(path, encoding=encoding)
+    assert as_found(examples) == FOUND and report.ids_made == 0
+
+
+def as_csv(made: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(made[0]))
+    writer.writeheader()
+    writer.writerows(made)
+    return text.getvalue()
+
+
+def test_cells_without_a_column_reject_their_row(tmp_path: Path) -> None:
+    """A comma without quotes would cut a context, and shift the cells after it."""
+    path = tmp_path / "d.csv"
+    path.write_text("id,question,context\na,Who?,The kiln, built in 1871\nb,Who?,The kiln,\n")
+    examples, report = read(path, "evaluate")
+    assert [one.example_id for one in examples] == ["b"]
+    assert [(one.example_id, one.reason) for one in report.rejected] == [("a", Reason.TOO_MANY_CELLS)]
+
+
+def test_a_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("id,question,context,note,note,context\na,Who?,one,x,y,two\n")
+    with pytest.raises(UserError, match="the column 'context' occurs twice"):
+        read(path, "evaluate")
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), None])
+def test_what_pandas_writes_for_nothing_is_no_answer(tmp_path: Path, nothing: Any) -> None:
+    path = tmp_path / "d.json"
+    empty = {"id": "x", "question": "Why?", "context": "nan", "is_impossible": nothing}
+    path.write_text(json.dumps([*rows(), {**empty, "answer_text": nothing, "answer_start": nothing}]))
+    examples, report = read(path, "evaluate", version_2=True)
+    assert not examples[2].has_gold and report.answer_faults == {}
+    assert [one.reason for one in read(path, version_2=True)[1].rejected] == [Reason.NO_ANSWER_LIST]
+
+
+def test_blank_cells_of_a_table_say_nothing(tmp_path: Path) -> None:
+    """A blank start is unknown; a question with blank answer and is_impossible is not scored."""
+    made = [{**row, "answer_start": "", "is_impossible": "false"} for row in rows()]
+    blank = {**made[0], "id": "x", "question": "Why?", "answer_text": "", "is_impossible": ""}
+    path = tmp_path / "d.csv"
+    path.write_text(as_csv([*made, blank, {**blank, "id": "y", "is_impossible": "True"}]))
+    examples, report = read(path, "evaluate", version_2=True)
+    assert as_found(examples[:2]) == FOUND and report.answer_faults == {}
+    assert [one.has_gold for one in examples] == [True, True, False, True] and report.unanswerable == 1
 
 
 def test_named_columns_of_text_and_start(tmp_path: Path) -> None:
@@ -215,7 +269,25 @@ def test_other_unicode_forms_are_slices_of_the_context(tmp_path: Path, form: str
         assert unicodedata.normalize("NFKC", answer.text) == unicodedata.normalize("NFKC", text)
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_hangul_syllables_and_their_letters_are_one_text(tmp_path: Path, forms: tuple[str, str]) -> None:
+    context, text = (
+        unicodedata.normalize(form, one) for form, one in zip(forms, ("서울에 하나, 한국에 둘.", "한국"), strict=True)
+    )
+    path = tmp_path / "d.json"
+    answer = {"text": text, "answer_start": 8}
+    part = {"text": unicodedata.normalize(forms[1], "구"), "answer_start": 9}  # begins the syllable 국 and is no part
+    made = [{"id": n, "question": "?", "context": context, "answers": [one]} for n, one in enumerate((answer, part))]
+    path.write_text(json.dumps(made))
+    (found,), report = read(path)
+    assert found.answers == (
+        Answer(unicodedata.normalize(forms[0], "한국"), context.index(unicodedata.normalize(forms[0], "한국"))),
+    )
+    assert [one.example_id for one in report.rejected] == ["1"]
+
+
 OTHERS = {
+    "d.json.zst": (b"\x28\xb5\x2f\xfd\x00", "compressed by Zstandard: unpack it"),
     "d.zip": (b"PK\x03\x04rest", "zip archive or an Excel workbook"),
     "d.xlsx": (b"PK\x03\x04rest", "save the sheet as CSV"),
     "d.arrow": (b"ARROW1\x00\x00", "an Arrow file"),

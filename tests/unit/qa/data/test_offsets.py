@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,26 @@ def test_each_way_of_counting_is_found_and_said(tmp_path: Path, name: str, purpo
     assert report.repaired == 0 and report.notes == [f"d.json: answer_start counts {name}: 9 of 9 answers match"]
     assert report.notes[0] in report.summary()
     assert ReadReport.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("name", COUNTS)
+def test_cells_of_tables_are_counted_too(tmp_path: Path, name: str, columns: bool) -> None:
+    """Text and start in columns of their own, or answers as JSON in one cell."""
+    expected = [
+        (context, text, context.index(text)) for context, texts in zip(CONTEXTS, TEXTS, strict=True) for text in texts
+    ]
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "context", *(("answer_text", "answer_start") if columns else ("answers",))])
+        for number, (context, text, start) in enumerate(expected):
+            counted = COUNTS[name](context, start)
+            cell = json.dumps({"text": [text], "answer_start": [counted]})
+            writer.writerow([f"{number}?", context, *((text, counted) if columns else (cell,))])
+    examples, report = read(path)
+    assert [(one.context, one.answers[0].text, one.answers[0].start) for one in examples] == expected
+    assert report.repaired == 0 and report.notes == [f"d.csv: answer_start counts {name}: 9 of 9 answers match"]
 
 
 def test_a_file_in_code_points_with_a_few_wrong_answers_stays_as_it_is(tmp_path: Path) -> None:
