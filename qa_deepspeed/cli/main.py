@@ -152,9 +152,25 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # its disk is full: flushed again at exit, it would replace the status
+        except OSError as error:  # its disk is full: flushed again at exit, it would replace the status
             _to_nowhere(stream)
+            if status == 0 and stream is sys.stdout:
+                status = (
+                    141 if isinstance(error, BrokenPipeError) else _report(f"the output is lost: {error.strerror}", 2)
+                )
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Open those that are closed on /dev/null: the next file that is opened would take their place, and be written to
+    by libraries that print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _report(message: str, status: int) -> int:
@@ -172,6 +188,7 @@ def _to_nowhere(stream: TextIO) -> None:
 
 def _prepare_process() -> None:
     """A home for caches, and output streams that escape what has no UTF-8 form (file names are any bytes)."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

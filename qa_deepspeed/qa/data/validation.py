@@ -7,7 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from qa_deepspeed.qa.data.answers import (answer_pairs, checked_start, faultless_answers, is_missing, located_pair, says_something)
+from qa_deepspeed.qa.data.answers import (
+    answer_pairs,
+    checked_start,
+    faultless_answers,
+    is_missing,
+    located_pair,
+    says_something,
+)
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import Fault, ReadReport, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds

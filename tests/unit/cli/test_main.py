@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,25 @@ def test_commands_that_look_at_a_run_take_its_whole_file(
     with pytest.raises(SystemExit):
         main([command, "--config", str(file)])
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        ("--version >&-", 0, ""),
+        ("--version <&- >&- 2>&-", 0, ""),
+        ("nope 2>&-", 2, ""),
+        ("nope 2>/dev/full", 2, ""),
+        ("--version >/dev/full", 2, "No space left on device"),
+        ("predict - --model_name_or_path x <&-", 2, "standard input: the file is empty"),
+    ],
+)
+def test_closed_and_full_standard_streams(redirected: str, status: int, said: str) -> None:
+    """Neither a traceback nor the status of a lost rank, for which launchers restart a run."""
+    ran = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m qa_deepspeed {redirected}", shell=True, capture_output=True, text=True
+    )
+    assert ran.returncode == status and "Traceback" not in ran.stderr and said in ran.stderr, ran.stderr
 
 
 @pytest.mark.parametrize(("error", "status"), [(LostRankError("rank 1 waited"), 1), (UserError("no such file"), 2)])
