@@ -29,6 +29,21 @@ MICRO_BATCH_OPTIONS = ("per_gpu_train_batch_size", "gradient_accumulation_steps"
 RECORD = {"status?": str, "identity": {str: ANYTHING}, "options?": {str: ANYTHING}}
 """What resuming needs of run.json, by `json_files.fault_of`."""
 
+EVALUATION_OPTIONS = (
+    "do_eval",
+    "predict_file",
+    "max_eval_examples",
+    "null_score_diff_threshold",
+    "n_best_size",
+    "max_answer_length",
+    "decode_mode",
+    "best_window_only",
+    "merge_duplicate_texts",
+    "metric_language",
+    "eval_all_checkpoints",
+)
+"""Options that change the evaluation of a run, and not its training."""
+
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "train_file", "predict_file", "deepspeed_config")
 """Options that name what a run reads."""
 
@@ -72,8 +87,24 @@ def resume_decision(output_dir: Path, options: RunOptions, fingerprint: dict[str
     if named:
         return resume
     if run.get("status") == "finished" and run.get("identity") == fingerprint:
+        _refuse_another_evaluation(output_dir, options, run.get("options", {}))
         return ResumeDecision(FINISHED)
     return resume if checkpoints(output_dir) else ResumeDecision(START)
+
+
+def _refuse_another_evaluation(output_dir: Path, options: RunOptions, recorded: dict[str, Any]) -> None:
+    """A finished run is not evaluated in another way by its training command.
+
+    Raises:
+        UserError: names the options that differ, and the command that evaluates.
+    """
+    changed = [name for name in EVALUATION_OPTIONS if name in recorded and recorded[name] != getattr(options, name)]
+    if options.do_eval and changed:
+        raise UserError(
+            f"{output_dir} holds this run, finished, and its evaluation had another {', '.join(changed)}: "
+            f"`qa-deepspeed evaluate --model_name_or_path {output_dir} --predict_file ... --output_dir ...` evaluates "
+            "it in another way, --overwrite_output_dir trains again"
+        )
 
 
 def refuse_overwriting(output_dir: Path, options: RunOptions) -> None:

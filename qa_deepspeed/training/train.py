@@ -116,7 +116,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
         stops.begin()
         resume_from = _checkpoint_to_resume(output_dir, decision, fingerprint)
         began = time.perf_counter()
-        engine = _make_engine(resolved, facts, steps, device)
+        engine = _make_engine(resolved, facts, steps, device, resumes=resume_from is not None)
         layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
         evaluation = None
         if evaluation_store is not None:
@@ -221,6 +221,9 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
             log_features(built, purpose, output_dir)
     if evaluation is not None:
         require_gold(evaluation, options)
+        data = options.data_file("train")
+        if data is not None and data == options.data_file("evaluate"):
+            dist.log0(f"WARNING: {data} is trained on and evaluated on: scores will be too high")
     return store, evaluation
 
 
@@ -260,11 +263,15 @@ def _checkpoint_to_resume(output_dir: Path, decision: ResumeDecision, fingerprin
     return select_checkpoint(output_dir, decision.checkpoint, fingerprint)
 
 
-def _make_engine(resolved: ResolvedConfig, facts: ModelFacts, steps: int, device: torch.device) -> Engine:
+def _make_engine(
+    resolved: ResolvedConfig, facts: ModelFacts, steps: int, device: torch.device, resumes: bool
+) -> Engine:
+    """The engine of a run; one that resumes fills all weights from its checkpoint."""
     options = resolved.options
     config = ds_config.finish(resolved, steps, ds_config.hidden_size(facts.config))
     transformers.set_seed(options.seed)  # a fresh head is the same on all ranks, and in every run of this seed
     model, fresh = zero3_loading.load(options, facts.config, config)
+    fresh = [] if resumes else fresh
     if fresh:
         dist.log0(f"fresh weights, not in {options.model_name_or_path}: {', '.join(fresh)}")
     lost = missing_in_backbone(model, fresh)

@@ -54,6 +54,12 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
+    for name in ("./nomodel", "/nowhere/model", "../nomodel"):
+        with pytest.raises(UserError, match=f"{name}: no such folder"):
+            load_config(options(Path(name)) if name[0] == "/" else RunOptions(model_name_or_path=name))
+
+
 def test_the_code_of_a_config_is_not_run(stranger: Path) -> None:
     (stranger / "config.json").write_text(
         json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}})

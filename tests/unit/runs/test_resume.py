@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_deciding_changes_nothing(old_run: Path, more: dict[str, Any], expected:
     before = listing(old_run)
     assert resume_decision(old_run, options_for(old_run, **more), FINGERPRINT) == expected
     assert listing(old_run) == before
+
+
+def test_a_finished_run_is_not_evaluated_in_another_way_by_its_training_command(old_run: Path) -> None:
+    """Nothing would be evaluated; the error names the options and the command that evaluates."""
+    recorded = options_for(old_run, do_eval=True, predict_file="dev.json")
+    write_run(old_run, "finished", FINGERPRINT, options=recorded.to_dict())
+    assert resume_decision(old_run, recorded, FINGERPRINT).action == "finished"
+    for change in ({"predict_file": "other.json"}, {"n_best_size": 7}):
+        with pytest.raises(UserError, match=f"had another {next(iter(change))}: `qa-deepspeed evaluate"):
+            resume_decision(old_run, replace(recorded, **change), FINGERPRINT)
+    write_run(old_run, "finished", FINGERPRINT, options=options_for(old_run).to_dict())
+    with pytest.raises(UserError, match="had another do_eval, predict_file"):
+        resume_decision(old_run, recorded, FINGERPRINT)
 
 
 def test_an_unfinished_run_resumes_from_its_newest_or_the_named_checkpoint(old_run: Path) -> None:
