@@ -27,6 +27,8 @@ LOOK_AHEAD_ANSWERS, LOOK_AHEAD_PASSAGES = 1000, 5000
 MOST_LOOK_AHEADS = 20
 """After so many without a decision, answers stay as they are."""
 
+FROM_ONE = "characters from 1"
+
 Place = Callable[[str, int], "int | None"]
 """From a context and a start to its code point; None if there is none."""
 
@@ -51,7 +53,7 @@ WAYS: dict[str, Place] = {
     "UTF-16 units": _by_widths(lambda context: (1 + (one > "\uffff") for one in context)),
     "bytes of UTF-8": _by_widths(lambda context: (len(one.encode("utf-8", "surrogatepass")) for one in context)),
     "Windows line ends as one character": _by_widths(_without_line_ends),
-    "characters from 1": lambda context, start: start - 1 if start > 0 else None,
+    FROM_ONE: lambda context, start: start - 1 if start > 0 else None,
 }
 """Ways of counting beside code points from 0, in the order in which they are preferred."""
 
@@ -86,7 +88,9 @@ def _stands(context: str, text: str, index: int | None) -> bool:
 
 def _stands_otherwise(answer: tuple[str, str, int]) -> bool:
     context, text, start = answer
-    return any(_stands(context, text, way(context, start)) for way in WAYS.values())
+    plain = context.isascii() and "\r" not in context  # then only where counting begins can differ
+    ways = [WAYS[FROM_ONE]] if plain else WAYS.values()
+    return any(_stands(context, text, way(context, start)) for way in ways)
 
 
 def _look_ahead(passages: Iterator[Passage], answers: int) -> Iterator[Passage]:
