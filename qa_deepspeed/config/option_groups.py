@@ -42,6 +42,11 @@ class DataOptions:
         several=True,
     )
     predict_file: str | None = option(None, DATA, "questions to evaluate on, in the same formats", several=True)
+    validation_split: float = option(
+        0.0,
+        (*TRAIN, "prepare"),
+        "evaluate on this part of train_file's contexts, drawn by the seed; train on the rest",
+    )
     dataset_name: str | None = option(None, DATA, "data set of the hub, where no file is given")
     dataset_config: str | None = option(None, DATA, "configuration of dataset_name")
     train_split: str = option("train", (*TRAIN, "prepare"), "split of dataset_name to train on")

@@ -57,13 +57,15 @@ class RunOptions(
     def data_file(self, purpose: str) -> str | None:
         """The file named for `purpose` ("train" or "evaluate"), or the classic name; in data_dir, if there is one.
 
-        As run_squad.py has it: without data_dir there is no classic name, and absolute paths stay as they are.
+        As run_squad.py has it: without data_dir there is no classic name, and absolute paths stay as they are. With
+        validation_split both are the training file.
         """
-        named = self.train_file if purpose == "train" else self.predict_file
+        trains = purpose == "train" or self.validation_split > 0
+        named = self.train_file if trains else self.predict_file
         if not self.data_dir:
             return named
         version = "v2.0" if self.version_2_with_negative else "v1.1"
-        named = named or f"{'train' if purpose == 'train' else 'dev'}-{version}.json"
+        named = named or f"{'train' if trains else 'dev'}-{version}.json"
         return ",".join(os.path.join(self.data_dir, os.path.expanduser(part)) for part in named.split(","))
 
     def data_patterns(self, purpose: str) -> tuple[str, ...]:
@@ -99,6 +101,10 @@ def check_counts(options: RunOptions) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"{name} must be at least {least}, not {value}")
+    if not 0 <= options.validation_split < 1:
+        raise UserError(f"validation_split must be at least 0 and less than 1, not {options.validation_split}")
+    if options.validation_split and options.predict_file:
+        raise UserError("validation_split takes the evaluation from train_file: leave it or --predict_file out")
     if options.seed >= SEEDS:
         raise UserError(f"seed must be less than {SEEDS}, not {options.seed}")
     if options.max_steps <= 0 and not 0 < options.num_train_epochs < math.inf:

@@ -38,6 +38,7 @@ OPTIONS_OF_PART = {
         "max_query_length",
         "windows_without_answer",
         "max_train_examples",
+        "validation_split",
         "version_2_with_negative",
         "do_lower_case",
         "tokenizer_name",

@@ -78,6 +78,7 @@ def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -
         max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
         seed=options.seed,
         encoding=options.encoding,
+        validation=(options.validation_split, options.seed) if options.validation_split else None,
         columns=ColumnNames(
             **{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(ColumnNames)}
         ),
@@ -137,7 +138,8 @@ def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path
         return cache_folder(options.cache_dir, Path(files[0])), files
     if options.dataset_name:
         folder = cache_folder(options.cache_dir or str(user_cache() / "qa_deepspeed"), Path())
-        split = options.train_split if purpose == "train" else options.predict_split
+        trains = purpose == "train" or options.validation_split > 0
+        split = options.train_split if trains else options.predict_split
         hub_cache = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
         return folder, (hub_file(options.dataset_name, options.dataset_config, split, folder, hub_cache),)
     flag = "train_file" if purpose == "train" else "predict_file"

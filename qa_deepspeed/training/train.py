@@ -222,7 +222,7 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
     if evaluation is not None:
         require_gold(evaluation, options)
         data = options.data_file("train")
-        if data is not None and data == options.data_file("evaluate"):
+        if data is not None and data == options.data_file("evaluate") and not options.validation_split:
             dist.log0(f"WARNING: {data} is trained on and evaluated on: scores will be too high")
     return store, evaluation
 

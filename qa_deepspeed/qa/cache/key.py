@@ -58,8 +58,9 @@ def cache_key(
     if source.max_examples is None or source.purpose == "evaluate":
         del read["seed"]
     # Settings that earlier versions lack are part of the key only if they are used.
-    if source.encoding is None:
-        del read["encoding"]
+    for name in ("encoding", "validation"):
+        if read[name] is None:
+            del read[name]
     for name in ("answer_text", "answer_start"):
         if read["columns"][name] is None:
             del read["columns"][name]

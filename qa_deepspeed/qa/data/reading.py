@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import random
 from array import array
@@ -13,7 +14,7 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
 from qa_deepspeed.qa.data.offsets import recount
 from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
-from qa_deepspeed.qa.data.validation import Purpose, Validator
+from qa_deepspeed.qa.data.validation import Passage, Purpose, Validator
 from qa_deepspeed.utils.errors import UserError
 
 __all__ = ["ColumnNames", "DataSource", "ReadReport", "Rejected", "read_examples", "resolve_files"]
@@ -25,6 +26,8 @@ class DataSource:
 
     `max_examples` for training: the usable questions in file order, shuffled by `random.Random(seed)`, the first N.
     For evaluation: the first N that can be evaluated; the seed plays no part.
+    `validation`: ratio and seed of the contexts that are held out of the files for evaluation; training takes the
+    others, so that no context is on both sides. None: both take all.
     """
 
     files: tuple[str, ...]
@@ -34,6 +37,7 @@ class DataSource:
     seed: int = 42
     columns: ColumnNames = ColumnNames()
     encoding: str | None = None
+    validation: tuple[float, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:
@@ -105,6 +109,16 @@ def _chosen(count: int, limit: int, seed: int) -> bytearray:
     return chosen
 
 
+def _is_taken(source: DataSource, passage: Passage) -> bool:
+    """Whether a passage belongs to the part of the file that the source reads."""
+    if source.validation is None:
+        return True
+    ratio, seed = source.validation
+    digest = hashlib.sha256(f"{seed}\0{passage.context}".encode("utf-8", "surrogatepass")).digest()
+    held_out = int.from_bytes(digest[:8], "big") < ratio * 2**64
+    return held_out == (source.purpose == "evaluate")
+
+
 def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
     validator = Validator(source.purpose, source.version_2_with_negative, report)
     for path in source.files:
@@ -114,7 +128,8 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
         for passage in recount(
             read_passages(path, source.columns, source.version_2_with_negative, source.encoding), notes
         ):
-            yield from validator.examples(passage)
+            if _is_taken(source, passage):
+                yield from validator.examples(passage)
         report.notes += [f"{os.path.basename(path)}: {note}" for note in notes]
         if report.usable == usable_before:
             rejected = {
@@ -123,4 +138,6 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
                 if count > rejected_before.get(reason, 0)
             }
             why = f"rejected {list_counts(rejected)}" if rejected else "it holds no questions"
+            if source.validation is not None and not rejected:
+                why = f"none of its contexts is drawn for {source.purpose} at validation_split {source.validation[0]}"
             raise UserError(f"{path}: no usable question: {why}")

@@ -30,9 +30,9 @@ OPTIONS = {
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
-        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed server_ip "
-        "server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file verbose_logging "
-        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
+        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed "
+        "server_ip server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
+        "validation_split verbose_logging version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "evaluate": (
         "answer_start_column answer_text_column answers_column attn_implementation best_window_only bf16 cache_dir "
@@ -66,7 +66,7 @@ OPTIONS = {
         "doc_stride_is encoding id_column is_impossible_column max_eval_examples max_query_length max_seq_length "
         "max_train_examples model_name_or_path model_type num_proc overwrite_cache predict_file predict_split "
         "print_config question_column seed timeout tokenizer_name train_file train_split validation_file "
-        "verbose_logging version_2_with_negative windows_without_answer"
+        "validation_split verbose_logging version_2_with_negative windows_without_answer"
     ),
     "check": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
@@ -82,9 +82,10 @@ OPTIONS = {
         "no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column ranks "
-        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed server_ip "
-        "server_port ssh_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
-        "verbose_logging version_2_with_negative warmup_steps weight_decay windows_without_answer"
+        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed "
+        "server_ip server_port ssh_port threads timeout tokenizer_name train_file train_split use_cpu "
+        "validation_file validation_split verbose_logging version_2_with_negative warmup_steps weight_decay "
+        "windows_without_answer"
     ),
     "plan": (
         "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level "

@@ -419,3 +419,28 @@ def test_real_contexts_are_one_object_each():
     examples, _ = read(DATA / "en-v1-dev.json")
     per_object = Counter(id(one.context) for one in examples)
     assert len(per_object) == 145
+
+
+def test_a_part_of_the_contexts_is_held_out_for_evaluation(tmp_path):
+    """By the text of the context and the seed: no context on both sides, whatever its place or file."""
+    paragraphs = [
+        {"context": f"In 18{number:02} {number}.", "qas": [question(f"{number}-{q}", text="In", start=0) for q in "ab"]}
+        for number in range(80)
+    ]
+    path = write_squad(tmp_path / "d.json", paragraphs)
+    whole, _ = read(path)
+    sides = {}
+    for seed in (1, 2):
+        train, _ = read(path, validation=(0.25, seed))
+        held_out, _ = read(path, "evaluate", validation=(0.25, seed))
+        assert sorted([*train, *held_out], key=lambda one: one.example_id) == sorted(
+            whole, key=lambda one: one.example_id
+        )
+        assert not {one.context for one in train} & {one.context for one in held_out}
+        assert 20 <= len(held_out) <= 64
+        sides[seed] = {one.context for one in held_out}
+    assert sides[1] != sides[2]
+    again = write_squad(tmp_path / "e.json", paragraphs[::-1])
+    assert {one.context for one in read(again, "evaluate", validation=(0.25, 1))[0]} == sides[1]
+    with pytest.raises(UserError, match="none of its contexts is drawn for evaluate at validation_split 1e-09"):
+        read(path, "evaluate", validation=(1e-9, 1))
