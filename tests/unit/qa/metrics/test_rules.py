@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qa_deepspeed.qa.metrics import records, thresholds
+from qa_deepspeed.qa.metrics.normalization import normalized_tokens
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer, f1_of_tokens, score, score_answer
 
 
@@ -87,3 +88,8 @@ def test_questions_fall_into_two_halves_by_their_id() -> None:
     half = scored(400).records()["half"]
     assert half.tolist() == [bool(zlib.crc32(f"q{number}".encode()) % 2) for number in range(400)]
     assert 150 < half.sum() < 250
+
+
+def test_an_article_between_symbols_parts_its_neighbours() -> None:
+    """The official scripts put a blank in its place; \\b also holds beside a symbol that is no punctuation of ASCII."""
+    assert normalized_tokens("5€a€b", "en") == ["5€", "€b"]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qa_deepspeed.qa.metrics.significance import confidence_interval, paired_difference
+from qa_deepspeed.qa.metrics.significance import RESAMPLES, confidence_interval, paired_difference
 
 
 def test_interval_is_normal_for_independent_questions():
@@ -48,3 +48,9 @@ def test_p_value_equals_full_enumeration():
 def test_equal_systems_have_no_difference():
     scores = np.random.default_rng(4).random(50)
     assert paired_difference(scores, scores, np.arange(50)) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_the_p_value_counts_what_was_observed_as_one_of_the_resamples() -> None:
+    """So it is never 0."""
+    worse, better = np.zeros(200), np.ones(200)
+    assert paired_difference(worse, better, np.arange(200)).p_value == 1 / (RESAMPLES + 1)
