@@ -14,7 +14,11 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.loading import quiet_transformers
 from qa_deepspeed.training.features import load_features, notes
+from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+
+HELPER_SECONDS = 5.0
+"""How long a helper may take to end when there is nothing left to build."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,20 +44,24 @@ def run(arguments: argparse.Namespace) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // arguments.num_proc)))
     spawn = multiprocessing.get_context("spawn")
-    helpers = [spawn.Process(target=_worker, args=(run_options, purposes)) for _ in range(arguments.num_proc - 1)]
+    work = (run_options, purposes, dist.run_token(run_options.timeout))
+    helpers = [spawn.Process(target=_worker, args=work) for _ in range(arguments.num_proc - 1)]
     for helper in helpers:
         helper.start()
     try:
         for line in _build(run_options, purposes):
             print(line, flush=True)
     finally:
-        for helper in helpers:
+        for helper in helpers:  # all is built, or nothing more will be: one that has not ended hangs
+            helper.join(HELPER_SECONDS)
+            helper.kill()
             helper.join()
     return 0
 
 
-def _worker(run_options: RunOptions, purposes: list[Any]) -> None:
+def _worker(run_options: RunOptions, purposes: list[Any], token: str) -> None:
     """The same work in another process; the first process reports what fails."""
+    dist.adopt_run_token(token)
     try:
         _build(run_options, purposes)
     except UserError:

@@ -193,6 +193,12 @@ def run_token(timeout_seconds: int) -> str:
     return _run_token
 
 
+def adopt_run_token(token: str) -> None:
+    """Take part in the work of the process that started this one, whose `run_token` this is."""
+    global _run_token
+    _run_token = token
+
+
 def _share_by_store(text: str, timeout: timedelta) -> str:
     """Rank 0's text on every rank. The store is closed again: `init` opens its own."""
     from torch.distributed.rendezvous import rendezvous

@@ -21,7 +21,7 @@ class StorageError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank has ended or does not answer.
+    """Another rank, or another process that builds the same features, has ended or does not answer.
 
     The command line exits with status 1: launchers restart such a run, but not one that ends with a user's mistake.
     """

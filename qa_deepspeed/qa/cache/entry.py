@@ -127,8 +127,8 @@ class CacheEntry:
         The input is read in a thread, which works while the tokenizer has released Python's lock.
 
         Raises:
-            UserError: the input has nothing usable, the folder cannot be written, or another process that builds a part
-                makes no progress for the timeout.
+            UserError: the input has nothing usable, or the folder cannot be written.
+            LostRankError: another process that builds a part makes no progress for the timeout.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError
 from qa_deepspeed.utils.locks import HOLDER_SUFFIX, Holder, file_times
 
 NOTICE_SECONDS = 15.0
@@ -61,7 +61,7 @@ class Locks:
         """Wait for a lock.
 
         Raises:
-            UserError: it was not released in time.
+            LostRankError: it was not released in time.
         """
         self.progress()
         while True:
@@ -79,7 +79,7 @@ class Locks:
         """Sleep for a moment.
 
         Raises:
-            UserError: nothing in the folder has changed for the timeout.
+            LostRankError: nothing in the folder has changed for the timeout.
         """
         now = time.monotonic()
         if now - self._scanned >= SCAN_SECONDS:
@@ -89,7 +89,7 @@ class Locks:
                 self.progress()
         unchanged = time.monotonic() - self._changed
         if unchanged > self._timeout:
-            raise UserError(
+            raise LostRankError(
                 f"{self._folder}: no progress for {unchanged:.0f} s (--timeout), waiting for {self._held()}; if that "
                 "process is stopped or hangs, end it and start again"
             )

@@ -21,7 +21,7 @@ from qa_deepspeed.qa.data.reading import DataSource
 from qa_deepspeed.qa.features import example_store
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.store import FeatureStore
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError
 from tests.unit import small_tokenizers
 from tests.unit.reference_features import write_squad
 
@@ -85,7 +85,7 @@ def test_the_lock_and_its_holder_are_named(
 ) -> None:
     holder = stopped(method)
     began = time.monotonic()
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError) as error:
+    with caplog.at_level(logging.WARNING), pytest.raises(LostRankError) as error:
         prepare(data, tmp_path / "cache", 1)
     assert 1 <= time.monotonic() - began < 10
     assert f"waiting for {lock}.lock (held by process {holder} on " in str(error.value)
@@ -97,7 +97,7 @@ def test_the_lock_and_its_holder_are_named(
 
 def test_a_wait_for_one_lock_is_bounded(tmp_path: Path) -> None:
     message = f"one.lock .held by process {os.getpid()} on"
-    with Locks(tmp_path).lock("one"), pytest.raises(UserError, match=message), Locks(tmp_path, 0.3).lock("one"):
+    with Locks(tmp_path).lock("one"), pytest.raises(LostRankError, match=message), Locks(tmp_path, 0.3).lock("one"):
         pass
     with Locks(tmp_path, 0.3).lock("one"):
         assert len(list(tmp_path.glob("*.lock"))) == 1
@@ -109,6 +109,6 @@ def test_a_builder_that_makes_progress_is_waited_for(tmp_path: Path) -> None:
     while time.monotonic() - began < 1.5:
         file.write_bytes(b"x" * (1 + int(100 * (time.monotonic() - began))))
         locks.wait()
-    with pytest.raises(UserError, match="no progress"):
+    with pytest.raises(LostRankError, match="no progress"):
         while True:
             locks.wait()
