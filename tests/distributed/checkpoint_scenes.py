@@ -217,7 +217,7 @@ def states(name: str, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """Weights and optimizer state of every parameter in a run's checkpoint."""
     folder = FOLDER / name / f"checkpoint-{step}"
     state = read_loop_state(folder)
-    shards = Shards(folder, state.zero_stage, state.world_size, state.optimized)
+    shards = Shards(folder, state.zero_stage, state.world_size, state.optimized, state.flat)
     assert shards.optimizer_step == step
     return {parameter: shards.read(parameter) for parameter in sorted(shards.names)}
 
