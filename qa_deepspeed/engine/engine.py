@@ -21,7 +21,7 @@ from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
-from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups
+from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups, works_elementwise
 from qa_deepspeed.engine.shards import Shards, fill_engine
 from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
@@ -304,9 +304,11 @@ def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device)
 
 def _can_be_flat(resolved: ResolvedConfig) -> bool:
     """Whether parameters may be flat: ZeRO-3 partitions them one by one, and adapters are few; under torch_autocast
-    DeepSpeed reduces the gradients of linear layers in half precision, and finds these by their parameters."""
+    DeepSpeed reduces the gradients of linear layers in half precision, and finds these by their parameters. Optimizers
+    that are not elementwise (LAMB, Muon, Adafactor) would work on other tensors."""
     autocast = resolved.precision == "torch_autocast"
-    return resolved.zero_stage < 3 and resolved.options.lora_rank is None and not autocast
+    elementwise = works_elementwise(resolved.config.get("optimizer"))
+    return resolved.zero_stage < 3 and resolved.options.lora_rank is None and elementwise and not autocast
 
 
 def training_engine(

@@ -46,6 +46,28 @@ def default_optimizer(model: torch.nn.Module, options: RunOptions) -> AdamW:
     return AdamW(groups, lr=options.learning_rate, eps=options.adam_epsilon, fused=True)
 
 
+ELEMENTWISE = {
+    "adam",
+    "adamw",
+    "lion",
+    "adagrad",
+    "sgd",
+    "rmsprop",
+    "adadelta",
+    "adamax",
+    "nadam",
+    "radam",
+    "asgd",
+    "rprop",
+}
+"""Optimizers of DeepSpeed and torch that update each number by itself, so that the shapes of tensors do not matter."""
+
+
+def works_elementwise(section: dict[str, Any] | None) -> bool:
+    """Whether the optimizer of a config's section is one of `ELEMENTWISE`; the default one is."""
+    return section is None or str(section.get("type")).lower() in ELEMENTWISE
+
+
 def default_schedule(optimizer: Optimizer, options: RunOptions, total_steps: int) -> LRScheduler:
     """Linear warm-up, then the schedule lr_scheduler_type, counted in optimizer steps."""
     schedule: LRScheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, total_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,12 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
         }
     runs["clipped_flat"] = {**both, "max_grad_norm": 0.5, "deepspeed_config": "zero2"}
     runs["clipped_plain"] = {**runs["clipped_flat"], "flat_parameters": False}
+    adafactor = folder / "adafactor.json"
+    adafactor.write_text(
+        json.dumps({"zero_optimization": {"stage": 0}, "optimizer": {"type": "Adafactor", "params": {}}})
+    )
+    for kind in ("flat", "plain"):
+        runs[f"adafactor_{kind}"] = {**both, "deepspeed_config": str(adafactor), "flat_parameters": kind == "flat"}
     runs["recomputed"] = {**runs["flat_zero2"], "gradient_checkpointing": True}
     run_many(2, runs, folder)
     return folder
@@ -87,6 +94,10 @@ def test_a_checkpoint_of_the_other_kind_resumes_to_the_bit(runs: Path, stage: st
 
 def test_clipping_differs_by_the_rounding_of_the_norm_alone(runs: Path) -> None:
     np.testing.assert_allclose(losses(runs / "clipped_flat"), losses(runs / "clipped_plain"), rtol=2e-6)
+
+
+def test_an_optimizer_that_works_on_matrices_gets_them(runs: Path) -> None:
+    assert losses(runs / "adafactor_flat").tolist() == losses(runs / "adafactor_plain").tolist()
 
 
 def test_recomputed_activations_change_nothing(runs: Path) -> None:

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.optim import default_optimizer, parameter_groups
+from qa_deepspeed.engine.optim import default_optimizer, parameter_groups, works_elementwise
 from qa_deepspeed.models.heads import BEAM_CLASSES
 from qa_deepspeed.qa.features.families import FAMILIES
 
@@ -85,3 +85,32 @@ def test_the_default_optimizer_has_adams_own_betas() -> None:
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
         assert (group["betas"], group["lr"], group["eps"]) == ((0.9, 0.999), 2e-5, 1e-6)
         assert group["weight_decay"] == decay and not group["amsgrad"]
+
+
+NOT_DENSE = {"Optimizer", "LBFGS", "SparseAdam"}
+TORCHS = [name for name in vars(torch.optim) if isinstance(getattr(torch.optim, name), type) and name not in NOT_DENSE]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_elementwise_optimizers_do_not_see_the_shapes_of_tensors(name: str) -> None:
+    """Two matrices and one flat parameter that holds both: elementwise optimizers update them equally."""
+    values = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    kind = getattr(torch.optim, name)
+    parts, flat = [torch.nn.Parameter(one.clone()) for one in values], torch.nn.Parameter(values.flatten())
+    try:
+        optimizers = kind(parts, lr=0.01), kind([flat], lr=0.01)
+    except ValueError:  # Muon takes matrices only
+        assert not works_elementwise({"type": name})
+        return
+    for _ in range(3):
+        for one, scale in zip(parts, (0.5, 4.0), strict=True):
+            one.grad = scale * one.detach() + 0.1
+        flat.grad = torch.cat([one.grad.flatten() for one in parts])  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+    equal = torch.equal(torch.cat([one.detach().flatten() for one in parts]), flat.detach())
+    assert works_elementwise({"type": name}) == equal
+
+
+def test_the_default_optimizer_is_elementwise_and_lamb_is_not() -> None:
+    assert works_elementwise(None) and works_elementwise({"type": "AdamW"}) and not works_elementwise({"type": "Lamb"})
