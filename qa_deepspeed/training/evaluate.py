@@ -203,8 +203,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     require_trained_weights(options.model_name_or_path, model, fresh)
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)
-    if dist.is_rank_zero():
-        write_evaluation_record(output_dir, options)
+    dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
     evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)

@@ -92,8 +92,11 @@ class Server:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def run(self, arguments: Sequence[str], folder: Path, fault: Fault | None = None) -> Outcome:
-        """Run a command line; only calls on files under `folder` count, and fail by `fault`."""
+    def run(self, arguments: Sequence[str], folder: Path, fault: Fault | None = None, learn: bool = False) -> Outcome:
+        """Run a command line; only calls on files under `folder` count, and fail by `fault`.
+
+        learn: the server imports what the command imported, for the next ones.
+        """
         output = folder.with_name(f"{folder.name}.log")
         request = {
             "arguments": list(arguments),
@@ -103,6 +106,7 @@ class Server:
             "at": 0 if fault is None else fault.at,
             "error": 0 if fault is None else fault.error,
             "stays": fault is not None and fault.stays,
+            "learn": learn,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -112,10 +116,9 @@ class Server:
         return Outcome(answer["status"], dict(zip(CALLS, answer["counts"], strict=True)), answer["hits"], text)
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """End the process, which has nothing to finish."""
+        self._process.kill()
+        self._process.communicate()
 
 
 class Scenario:
@@ -158,7 +161,7 @@ class Bench:
             for turn in ("warm", "whole"):  # the first builds the cache of features, which the others share
                 work = folder / f"{turn}-{name}"
                 work.mkdir()
-                done = server.run(scenario.arguments(work), work)
+                done = server.run(scenario.arguments(work), work, learn=turn == "warm")
                 assert done.status == 0, done.output
                 self.counts[name], self._expected[name] = done.counts, scenario.results(work)
             assert scenario.results(folder / f"warm-{name}") == self._expected[name] != {}

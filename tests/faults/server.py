@@ -1,23 +1,28 @@
 """Command lines in forked processes, imports made once, each with one failing call: `-m tests.faults.server LIBRARY`.
 
-LIBRARY (`failing_calls.c`, compiled) must be preloaded. A request is one JSON line on the standard input:
+LIBRARY (`failing_calls.c`, compiled) must be preloaded. A request is one JSON line on the standard input, made by
+`harness.Server.run`: `arguments` of the command line, the file `output` for what it prints, the `folder` whose files
+count, the fault (`call`, its place in `harness.CALLS` or -1 for none, `at`, `error`, `stays`), and `learn`, to import
+here what the command imports, so that later ones start at once.
 
-    {"arguments": [...], "output": FILE, "folder": FOLDER, "call": 0, "at": 3, "error": 28, "stays": false}
+The answer on the standard output is one JSON line with the exit status (negative: a signal; null: it was killed after
+`HANG_SECONDS`), the counts of all calls, and how many failed.
 
-`call` is the place of the call in `harness.CALLS`, or -1 for no fault. The answer on the standard output is one JSON
-line with the exit status (negative: a signal; null: it was killed after `HANG_SECONDS`), the counts of all calls, and
-how many failed.
+Charts are blank: to draw them takes half of the time of a run this small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from tests.faults.harness import CALLS
@@ -29,7 +34,9 @@ def main() -> None:
     """Serve until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print while they are imported
-    import_everything()
+    import qa_deepspeed.training.train  # noqa: F401
+
+    _leave_charts_blank()
     library = ctypes.CDLL(sys.argv[1])
     library.fault_count.restype = library.fault_hits.restype = ctypes.c_long
     library.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_int]
@@ -40,21 +47,23 @@ def main() -> None:
         if child == 0:
             _run(request, library)
         status = _wait(child)
+        if request["learn"]:
+            _import_like(_modules_file(request))
         counts = [library.fault_count(kind) for kind in range(len(CALLS))]
         print(json.dumps({"status": status, "counts": counts, "hits": library.fault_hits()}), file=answers, flush=True)
 
 
-def import_everything() -> None:
-    """Import what commands import late, so that a forked process starts at once."""
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.bert.modeling_bert  # noqa: F401
-    import transformers.models.bert.tokenization_bert  # noqa: F401
+def _leave_charts_blank() -> None:
+    from matplotlib.figure import Figure
 
-    import qa_deepspeed.cli.evaluate  # noqa: F401
-    import qa_deepspeed.cli.export  # noqa: F401
-    import qa_deepspeed.cli.prepare  # noqa: F401
-    import qa_deepspeed.training.tensorboard  # noqa: F401
-    import qa_deepspeed.training.train  # noqa: F401
+    from qa_deepspeed.qa.report import charts
+
+    def blank(*values: Any) -> Figure:
+        return Figure(figsize=(charts.WIDTH / charts.DPI, charts.HEIGHT / charts.DPI), dpi=charts.DPI)
+
+    for name in ("_calibration", "_precision_recall", "_slice"):
+        assert hasattr(charts, name)
+        setattr(charts, name, blank)
 
 
 def _run(request: dict[str, Any], library: Any) -> None:
@@ -76,7 +85,19 @@ def _run(request: dict[str, Any], library: Any) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    if request["learn"]:
+        _modules_file(request).write_text(json.dumps(list(sys.modules)))
     os._exit(status)
+
+
+def _modules_file(request: dict[str, Any]) -> Path:
+    return Path(request["output"]).with_suffix(".modules")
+
+
+def _import_like(listed: Path) -> None:
+    for name in json.loads(listed.read_text()):
+        with contextlib.suppress(Exception):  # some are made at run time
+            importlib.import_module(name)
 
 
 def _wait(child: int) -> int | None:
