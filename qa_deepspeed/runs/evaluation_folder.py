@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.decoding.predictions import NBEST_FILE, NULL_ODDS_FILE, PREDICTIONS_FILE
 from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE, REPORT_FILE
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json
+from qa_deepspeed.utils.json_files import DamagedFile, read_json, sealed
 
 EVALUATION_FILE = "evaluation.json"
 """Says which model the answers beside it are of, and on which data."""
@@ -53,7 +52,7 @@ def refuse_foreign_answers(output_dir: Path, options: RunOptions) -> None:
 def write_evaluation_record(output_dir: Path, options: RunOptions) -> None:
     """Record the model and the data of the answers that are about to be written. For rank 0."""
     data = options.data_file("evaluate") or options.dataset_name
-    write_json(output_dir / EVALUATION_FILE, {"model": _model_identity(options), "data": data})
+    write_json(output_dir / EVALUATION_FILE, sealed({"model": _model_identity(options), "data": data}))
 
 
 def _model_identity(options: RunOptions) -> str:
@@ -64,8 +63,7 @@ def _model_identity(options: RunOptions) -> str:
 
 def _recorded_model(output_dir: Path) -> str | None:
     try:
-        record: Any = json.loads((output_dir / EVALUATION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(output_dir / EVALUATION_FILE, {"model": str})
+    except DamagedFile:
         return None
-    model = record.get("model") if isinstance(record, dict) else None
-    return model if isinstance(model, str) else None
+    return None if record is None else str(record["model"])

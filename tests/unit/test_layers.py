@@ -124,6 +124,28 @@ def test_qa_knows_no_ranks(path: Path) -> None:
     assert others <= {f"qa_deepspeed.utils.{name}" for name in ("errors", "files", "json_files", "locks")}
 
 
+READ_OTHERS_JSON = {
+    "engine.ds_config",
+    "engine.hosts",
+    "qa.data.answers",
+    "qa.data.formats",
+    "qa.features.encoding",
+    "qa.metrics.prediction_files",
+    "utils.dist",
+}
+"""Modules that parse JSON which users or other programs wrote, or which is in no file."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_our_own_json_is_read_by_one_reader(name: str) -> None:
+    """It finds damage; a second reader would end in tracebacks."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    parses = any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads") for node in ast.walk(tree)
+    )
+    assert parses == (name.removeprefix("qa_deepspeed.") in READ_OTHERS_JSON | {"utils.json_files"})
+
+
 def reachable(name: str) -> set[str]:
     """Everything that importing a module of this package imports, its own modules and others'."""
     seen: set[str] = set()
