@@ -25,11 +25,12 @@ class DamagedFile(Exception):
     """A file cannot be read, or does not hold what was written; the message begins with its path."""
 
 
-def read_json(path: Path, shape: Any) -> Any:
+def read_json(path: Path, shape: Any, exact: bool = False) -> Any:
     """The value in a JSON file, without its checksum; None if there is no such file.
 
     Args:
         shape: as in `fault_of`.
+        exact: an object without a checksum has no other keys than those of the shape, such as a damaged `CHECKSUM`.
     Raises:
         DamagedFile: it cannot be read, is no JSON, has another shape, or its checksum does not match.
     """
@@ -39,19 +40,22 @@ def read_json(path: Path, shape: Any) -> Any:
         return None
     except OSError as error:
         raise DamagedFile(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_json(data, shape, str(path))
+    return parse_json(data, shape, str(path), exact)
 
 
-def parse_json(data: bytes, shape: Any, name: str) -> Any:
+def parse_json(data: bytes, shape: Any, name: str, exact: bool = False) -> Any:
     """`read_json` of bytes that were read already; `name` begins the message of an error."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
         raise DamagedFile(f"{name}: no JSON ({error})") from None
-    if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != _checksum(value):
+    without_checksum = isinstance(value, dict) and CHECKSUM not in value
+    if isinstance(value, dict) and not without_checksum and value.pop(CHECKSUM) != _checksum(value):
         raise DamagedFile(f"{name}: does not hold what was written (its checksum differs)")
     if fault := fault_of(value, shape):
         raise DamagedFile(f"{name}: {fault}")
+    if exact and without_checksum and (others := value.keys() - {key.removesuffix("?") for key in shape}):
+        raise DamagedFile(f"{name}: has unknown keys ({', '.join(sorted(others))})")
     return value
 
 

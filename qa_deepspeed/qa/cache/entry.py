@@ -366,7 +366,7 @@ class CacheEntry:
         """A file of the entry; None where it is missing or damaged, which is named once."""
         path = self.folder / f"{name}.json"
         try:
-            content: dict[str, Any] | None = read_json(path, _shape_of(name))
+            content: dict[str, Any] | None = read_json(path, _shape_of(name), exact=True)
         except DamagedFile as error:
             if name not in self._named:
                 log.warning("%s; building it again", error)

@@ -86,6 +86,14 @@ def test_shapes(value: Any, shape: Any, fault: str | None) -> None:
     assert fault_of(value, shape) == fault
 
 
+def test_a_damaged_name_of_the_checksum_is_damage_where_keys_are_known() -> None:
+    written = json.dumps(sealed({"rows": 1})).encode()
+    assert parse_json(written, {"rows": int, "more?": int}, "file", exact=True) == {"rows": 1}
+    assert parse_json(b'{"rows": 1, "more": 2}', {"rows": int, "more?": int}, "file", exact=True)
+    with pytest.raises(DamagedFile, match="unknown keys .json_checksun."):
+        parse_json(written.replace(b"checksum", b"checksun"), {"rows": int}, "file", exact=True)
+
+
 def test_a_missing_file_is_none_and_another_error_of_the_disk_is_damage(tmp_path: Path) -> None:
     assert read_json(tmp_path / "gone.json", ANYTHING) is None
     (tmp_path / "file").touch()

@@ -130,9 +130,10 @@ def test_no_damage_of_a_finished_entry_matters(
     tmp_path: Path, data: Path, damage: Callable[[bytes], bytes], name: str
 ) -> None:
     cache = tmp_path / "cache"
-    if not cache.exists():
-        prepare(data, cache)
-        shutil.copytree(cache, tmp_path / "whole")
+    if not (tmp_path / "whole").exists():
+        prepare(data, tmp_path / "whole")
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.copytree(tmp_path / "whole", cache)
     wanted = contents(tmp_path / "whole")
     path = cache / name if name == "digests.json" else entry_of(cache) / name
     path.write_bytes(damage(path.read_bytes()))
@@ -143,8 +144,6 @@ def test_no_damage_of_a_finished_entry_matters(
         was.pop(CHECKSUM, None)
         assert {key: found[key] for key in was} == was
     same(store, data, cache, {**wanted, name: contents(cache)[name]} if name in FINISHED else wanted)
-    shutil.rmtree(cache)
-    shutil.copytree(tmp_path / "whole", cache)
 
 
 @pytest.mark.distributed
@@ -156,14 +155,17 @@ def test_no_damage_of_an_entry_in_work_matters(
     if not (tmp_path / "whole").exists():
         prepare(data, tmp_path / "whole")
     cache = tmp_path / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
     shutil.copytree(half_built, cache)
     for name in names:
         path = entry_of(cache) / name
         path.write_bytes(damage(path.read_bytes()))
     store = prepare(data, cache)
     assert store.built
-    same(store, data, cache, contents(tmp_path / "whole"))
-    shutil.rmtree(cache)
+    assert store.report.rejected, "a damaged list is made again when it is read"
+    wanted = contents(tmp_path / "whole")
+    assert json.loads(contents(cache)["rejected.json"]) == json.loads(wanted["rejected.json"])
+    same(store, data, cache, {**wanted, "rejected.json": contents(cache)["rejected.json"]})
 
 
 def test_counts_that_were_altered_are_not_believed(tmp_path: Path, data: Path) -> None:
