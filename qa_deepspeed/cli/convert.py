@@ -16,8 +16,6 @@ from qa_deepspeed.qa.data.read_report import ReadReport
 from qa_deepspeed.qa.data.reading import DataSource, read_examples
 from qa_deepspeed.utils.files import output_file, refuse_same_file
 
-SHOWN_REJECTED = 20
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert`."""
@@ -46,9 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     with output_file(arguments.output) as out:
         for part in squad_json(read_examples(source, report)):
             out.write(part)
-    print(f"{arguments.output}: {report.summary()}", file=sys.stderr)
-    for rejected in report.rejected[:SHOWN_REJECTED]:
-        print(f"left out: {rejected.where}: {rejected.reason}", file=sys.stderr)
+    print("\n".join([f"{arguments.output}: {report.summary()}", *report.left_out()]), file=sys.stderr)
     return 0
 
 

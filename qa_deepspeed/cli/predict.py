@@ -23,7 +23,6 @@ from qa_deepspeed.utils.files import as_json, output_file, refuse_same_file
 
 STANDARD_INPUT = "-"
 COLUMNS = ("id", "question", "context")
-SHOWN_REJECTED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for row in answered:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
     if report.rejected:
-        print(f"{report.summary()}", file=sys.stderr)
-        for rejected in report.rejected[:SHOWN_REJECTED]:
-            print(f"left out: {rejected.where}: {rejected.reason}", file=sys.stderr)
+        print("\n".join([report.summary(), *report.left_out()]), file=sys.stderr)
     return 0
 
 

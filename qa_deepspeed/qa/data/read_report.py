@@ -59,6 +59,8 @@ class Rejected:
 _KEYS = {"repaired": "mended"}
 """Field -> key on disk where they differ: cache entries keep the key that earlier versions write and read."""
 
+SHOWN_REJECTED = 20
+
 _OPTIONAL = ("ids_made", "notes")
 """Fields that reports of earlier versions lack."""
 
@@ -104,6 +106,12 @@ class ReadReport:
         if self.ids_made:
             text += f"; {self.ids_made:,} without an id got one"
         return "; ".join([text, *self.notes])
+
+    def left_out(self) -> list[str]:
+        """Lines that name the first rejected questions, for standard error."""
+        shown = [f"left out: {one.where}: {one.reason}" for one in self.rejected[:SHOWN_REJECTED]]
+        more = len(self.rejected) - len(shown)
+        return [*shown, f"... and {more:,} more"] if more else shown
 
     def write_rejected(self, path: Path) -> None:
         """Write the rejected questions as JSON lines with the keys id, where and reason."""
