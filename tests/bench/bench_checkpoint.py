@@ -90,6 +90,7 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
         engine.config,
         {},
         {},
+        flat=engine.flat_names,
     )
     writer = checkpoint.CheckpointWriter(engine, folder, None)
     ours, plain = folder / "checkpoint-1", folder / "plain"
