@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -17,6 +18,9 @@ from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
 from qa_deepspeed.utils.errors import UserError
 
 Options = TypeVar("Options")
+
+LARGEST_NUMBER = 2**63 - 1
+"""Whole numbers of options are at most this: torch and numpy hold no larger ones."""
 
 _TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
@@ -127,7 +131,10 @@ def build(
     in_file = {field.name: field for field in fields_of(options_class)} if whole_file else of_command
     kinds = typing.get_type_hints(options_class)
     values: dict[str, Any] = {}
-    from_file = _read_yaml(yaml_path) if yaml_path else {}
+    from_file, texts = _read_yaml(yaml_path) if yaml_path else ({}, {})
+    for name in texts.keys() & in_file.keys():
+        if _plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
+            from_file[name] = texts[name]  # a folder 1.10 or 007 is no number
     for origin, settings, known in ((yaml_path, from_file, in_file), ("the command line", given, of_command)):
         settings = {ALIASES.get(name, name): value for name, value in settings.items()}
         unknown = [name for name in settings if name not in known]
@@ -182,18 +189,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a run file, and those of them as they are written that YAML takes for numbers, dates or truth."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        settings = yaml.load(text, _UniqueKeyLoader)
+        written = yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"cannot read the run file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of dates and numbers that cannot be
         raise UserError(f"the run file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if settings is None:
-        return {}
+        return {}, {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"the run file {path} must be a mapping of option names to values, like 'learning_rate: 5e-5'")
-    return settings
+    return settings, {name: value for name, value in written.items() if isinstance(value, str) and name in settings}
 
 
 def _plain_kind(kind: Any) -> type:
@@ -221,7 +231,7 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
             if isinstance(raw, bool):
                 raise ValueError
             value = plain(raw)
-            if plain is int and isinstance(raw, float) and raw != value:
+            if (plain is int and isinstance(raw, float) and raw != value) or value != value:
                 raise ValueError
         elif plain is str:
             if isinstance(raw, (list, dict)):
@@ -230,6 +240,10 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     except (TypeError, ValueError, OverflowError):
         expected = " or ".join([_kind_in_words(plain), *map(repr, words)])
         raise UserError(f"option '{name}' in {origin} must be {expected}, not {raw!r}") from None
+    if plain is int and value > LARGEST_NUMBER:
+        raise UserError(f"option '{name}' in {origin} must be at most {LARGEST_NUMBER}, not {value}")
+    if plain is str and "\0" in value:
+        raise UserError(f"option '{name}' in {origin} holds a null character")
     if choices and value not in choices:
         raise UserError(f"option '{name}' in {origin} must be one of {', '.join(choices)}, not {raw!r}")
     return value

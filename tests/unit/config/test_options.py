@@ -81,12 +81,23 @@ def test_yaml_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
         ("model_name_or_path: [a, b]", "must be text"),
         ("output_dir: {a: b}", "must be text"),
         ("train_file: ['a,b.json', c.json]", "a comma separates values"),
+        ("max_time: 2024-02-30", "not valid YAML: day is out of range"),
+        (f"seed: {'9' * 5000}", "not valid YAML"),
+        (f"seed: {'9' * 30}", "'seed' in .* must be at most 9223372036854775807"),
+        ('output_dir: "a\\0b"', "'output_dir' in .* holds a null character"),
+        ("null_score_diff_threshold: .nan", "must be a number or 'auto', not nan"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build({}, text, tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["1.10", "007", "no", "2024-11-28", "1_000", "12:30", "1e3", "null"])
+def test_names_that_yaml_takes_for_something_else_are_names(tmp_path: Path, name: str) -> None:
+    """By YAML 1.1 these are 1.1, 7, false, a date, 1000 and 750."""
+    assert build({}, f"output_dir: {name}", tmp_path).output_dir == (None if name == "null" else name)
 
 
 def test_yaml_lists_are_several_files(tmp_path: Path) -> None:
