@@ -264,7 +264,7 @@ def _checkpoint_to_resume(output_dir: Path, decision: ResumeDecision, fingerprin
 
 
 def _make_engine(
-    resolved: ResolvedConfig, facts: ModelFacts, steps: int, device: torch.device, resumes: bool
+    resolved: ResolvedConfig, facts: ModelFacts, steps: int, device: torch.device, resumes: bool = False
 ) -> Engine:
     """The engine of a run; one that resumes fills all weights from its checkpoint."""
     options = resolved.options
