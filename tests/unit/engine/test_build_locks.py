@@ -138,9 +138,10 @@ def test_deepspeeds_wrapping_of_the_error_is_undone(tmp_path: Path, monkeypatch:
 
 
 BUILDS = """if True:
-    import sys
+    import signal, sys
     from torch.utils import cpp_extension
     from qa_deepspeed.engine.compiled_ops import builds_reported
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     folder = sys.argv[1]
     with builds_reported(60):
         cpp_extension.load("cpu_adam", [folder + "/one.cpp"], build_directory=folder)
@@ -175,7 +176,10 @@ def test_a_signal_ends_the_build_and_removes_the_lock(tmp_path: Path, folder: Pa
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        process.wait(30)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
     ninja = int((folder / "building").read_text())
     assert process.returncode == (1 if number == signal.SIGINT else -number) or process.returncode == -signal.SIGINT
     assert (folder / "lock").exists() == (number == signal.SIGKILL)
