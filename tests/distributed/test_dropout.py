@@ -93,6 +93,11 @@ def test_dropout_changes_the_losses(runs: Path) -> None:
     assert abs(float(one[0] / other[0]) - 1) > 1e-3
 
 
+def test_another_seed_draws_other_masks(runs: Path) -> None:
+    for one, other in zip(masks(runs, "same_seed"), masks(runs, "other_seed"), strict=True):
+        assert len(one) == len(other) > 4 and not set(one) & set(other)
+
+
 @pytest.mark.parametrize("name", ["resumed"])
 def test_a_resumed_run_draws_the_masks_of_the_steps_that_are_left(runs: Path, name: str) -> None:
     np.testing.assert_array_equal(losses(runs / name), losses(runs / "plain")[SAVED:])

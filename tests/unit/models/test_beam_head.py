@@ -51,3 +51,12 @@ def test_the_label_of_an_unanswerable_row_is_1() -> None:
         allowed = [int(batch.shift[row]) + token for token in range([6, 11][row]) if token != 1]
         assert (inputs["p_mask"][row] == 0).nonzero().flatten().tolist() == allowed
     assert inputs["cls_index"].tolist() == batch.shift.tolist()
+
+
+def test_of_equal_probabilities_the_span_that_begins_first_comes_first() -> None:
+    """Also where it ends later."""
+    start, end = torch.tensor([[2, 1]]), torch.tensor([[[2, 3]]])  # [rows, end_n_top, start_n_top]
+    half = torch.full((1, 2), 0.5)
+    limits = (torch.zeros(1, dtype=torch.long), torch.full((1,), 9))
+    found = best_beam_spans(start, half, end.reshape(1, -1), half, limits, torch.full((1,), 9), 2, 7)
+    assert found[0].tolist() == [[1, 2]] and found[1].tolist() == [[3, 2]]

@@ -299,3 +299,11 @@ def test_v1_run_removes_null_odds_of_earlier_v2_run(tmp_path):
     write_predictions([], tmp_path, DecodeSettings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nbest_predictions.json", "predictions.json"]
     assert json.loads((tmp_path / "predictions.json").read_text()) == {}
+
+
+def test_of_equal_scores_the_one_that_begins_first_comes_first():
+    """Also where it ends later, and in whichever of the windows it stands."""
+    store = Store(["a b c d e"], [0, 0], [[(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]] * 2)
+    rows = [([(2, 2, 1.0, 1.0)], (0.0, 0.0)), ([(1, 3, 1.0, 1.0)], (0.0, 0.0))]
+    (found,) = decode(candidates_of(rows, 2), store, DecodeSettings(n_best_size=2))
+    assert [text for text, *_ in found.nbest] == ["b c d", "c"]

@@ -44,3 +44,10 @@ def test_tokens_go_to_the_window_with_most_context(step: int, tokens: int) -> No
 def test_the_first_window_wins_a_tie() -> None:
     """Windows [0, 9) and [4, 13): token 6 has two tokens of context in each."""
     assert ranges_of([[(0, 9), (4, 9)]]) == [(0, 7), (3, 9)]
+
+
+def test_of_equal_contexts_the_longer_window_wins() -> None:
+    """Windows [0, 9) and [4, 16): token 6 has two tokens of context in each; 0.01 for each token decides."""
+    windows = [(0, 9), (4, 12)]
+    assert [best_window(windows, token) for token in range(16)] == [0] * 6 + [1] * 10
+    assert ranges_of([windows]) == [(0, 6), (2, 12)]

@@ -1,10 +1,13 @@
 """The best spans against brute force, and the loss against its definition."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qa_deepspeed.qa.decoding.candidates import BestSpans, candidate_columns
 from qa_deepspeed.qa.decoding.spans import best_spans, marginal_loss, span_loss
 
 
@@ -166,3 +169,13 @@ def test_marginal_loss_sums_over_all_gold_spans() -> None:
         torch.testing.assert_close(found[row], -probability.log() / 2)
     for gradient in torch.autograd.grad(found.sum(), (start_logits, end_logits)):
         assert gradient.isfinite().all() and gradient.any()
+
+
+def test_spans_that_a_row_lacks_are_minus_one() -> None:
+    """In start and end alike, so that no text is taken for them."""
+    numbers = torch.tensor([[3, 4]])
+    found = BestSpans(numbers, numbers + 1, numbers.float(), numbers.float(), torch.zeros(1), torch.zeros(1))
+    batch = SimpleNamespace(shift=torch.tensor([2]), feature_id=np.array([7]))
+    columns = candidate_columns(batch, found, 4)  # type: ignore[arg-type]
+    assert columns["start"].tolist() == [[1, 2, -1, -1]] and columns["end"].tolist() == [[2, 3, -1, -1]]
+    assert columns["start_logit"].tolist() == [[3.0, 4.0, 0.0, 0.0]]
