@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from qa_deepspeed.config.batch_plan import total_steps
 from qa_deepspeed.config.option_groups import AUTO
@@ -38,6 +39,8 @@ from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB, plural
 
 DEFAULT_PORT = 29500
+SAMPLED_RATES = 1000
+
 CACHE_PER_INPUT = 2.0
 """Bytes of cached features for each byte of input, as measured on SQuAD (2.0 with MiniLM's tokenizer)."""
 
@@ -222,30 +225,31 @@ def _schedule(checked: PreflightState) -> list[str]:
         return ["steps are known once the features are built (qa-deepspeed prepare builds them)"]
     steps = checked.steps = total_steps(run_options, counts["features"] if counts else 0, resolved.plan)
     rates = learning_rates(run_options, steps)
+    peak = max(rates, key=lambda step: rates[step])  # of equal rates the first step
     every = save_interval(run_options.save_steps, steps)
     lines = [f"{steps:,} optimizer steps, " + (f"a checkpoint every {every}" if every else "no checkpoint")]
     if resolved.config.get("scheduler"):
         lines.append(f"learning rate by the config's scheduler, {resolved.config['scheduler'].get('type')}")
     else:
         lines.append(
-            f"learning rate {rates[0]:.3g} at the first step, {max(rates):.3g} at its peak (step "
-            f"{rates.index(max(rates)) + 1:,}), {rates[-1]:.3g} at the last"
+            f"learning rate {rates[0]:.3g} at the first step, {rates[peak]:.3g} at its peak (step {peak + 1:,}), "
+            f"{rates[steps - 1]:.3g} at the last"
         )
     during = (steps - 1) // run_options.logging_steps if run_options.evaluate_during_training else 0
     evaluations = during + (run_options.do_eval or run_options.evaluate_during_training)
     return [*lines, f"{evaluations} evaluations"]
 
 
-def learning_rates(run_options: RunOptions, steps: int) -> list[float]:
-    """Learning rate of every optimizer step by the default schedule, computed on a dummy parameter."""
-    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run_options.learning_rate)
+def learning_rates(run_options: RunOptions, steps: int) -> dict[int, float]:
+    """Learning rate by the default schedule, by optimizer step (from 0): of some steps, among them the first, the last
+    and the first after the warm-up, where every schedule has its peak."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=run_options.learning_rate)
     schedule = default_schedule(stand_in, run_options, steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(float(stand_in.param_groups[0]["lr"]))
-        stand_in.step()
-        schedule.step()
-    return rates
+    assert isinstance(schedule, LambdaLR), "get_scheduler gives a function of the step"
+    (rule,) = schedule.lr_lambdas
+    last = steps - 1
+    shown = {last * part // SAMPLED_RATES for part in range(SAMPLED_RATES + 1)} | {min(run_options.warmup_steps, last)}
+    return {step: run_options.learning_rate * rule(step) for step in sorted(shown)}
 
 
 def _memory(checked: PreflightState) -> list[str]:
