@@ -222,11 +222,7 @@ class QuestionAnswerer:
         require_whole_number("max_question_len", max_question_len, 1)
         longest_row = positions(self.model.config) or self.tokenizer.model_max_length
         trained = self._trained
-        if (
-            max_seq_len is None
-            and doc_stride is None
-            and {"max_seq_length", "doc_stride", "doc_stride_is"} <= set(trained)
-        ):
+        if max_seq_len is None and doc_stride is None and trained.keys() >= WINDOW_SETTINGS:
             settings = FeatureSettings(
                 min(trained["max_seq_length"], longest_row),
                 trained["doc_stride"],

@@ -435,3 +435,5 @@ def test_settings_of_the_training_are_the_defaults(stride_is: str) -> None:
     assert trained._window_settings(50, 8, None).max_seq_length == 50
     plain = QuestionAnswerer(one.model, one.tokenizer)
     assert plain._window_settings(None, None, None) == one._window_settings(None, None, None)
+    del trained._trained["max_query_length"]  # a config that lacks one of them, or was edited
+    assert trained._window_settings(None, None, None).doc_stride_is == "overlap"
