@@ -17,7 +17,9 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.qa.cache.prepare import prepare_features
 from qa_deepspeed.qa.data.examples import Example
+from qa_deepspeed.qa.data.read_report import Rejected, commonest
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
+from qa_deepspeed.qa.data.reasons import advice
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.qa.features.batching import LENGTH_MULTIPLE, epoch_order
 from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_ratio, quantiles, suggest
@@ -133,7 +135,7 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
             "to_max_seq_length": 1 - tokens / (len(store) * settings.max_seq_length) if len(store) else 0.0,
         },
         "suggestion": suggest(sizes, special_tokens, settings.max_query_length, _longest_row(facts)),
-        "rejected": [dataclasses.asdict(one) for one in store.report.rejected],
+        "rejected": [one.to_dict() for one in store.report.rejected],
     }
 
 
@@ -173,8 +175,8 @@ def table(found: dict[str, Any]) -> list[str]:
             ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),
             ("  without an id", questions["ids_made"], "got one: a digest of question and context"),
             ("rejected", questions["rejected"], ""),
-            *((f"  {reason}", count, "") for reason, count in _commonest(questions["rejected_by_reason"])),
-            *((f"answers: {reason}", count, "") for reason, count in _commonest(questions["answer_faults"])),
+            *_with_advice("  ", questions["rejected_by_reason"]),
+            *_with_advice("answers: ", questions["answer_faults"]),
         ],
     )
     lines += _rows(
@@ -213,14 +215,15 @@ def table(found: dict[str, Any]) -> list[str]:
             f"--doc_stride_is step   ({suggestion['windows']:,} windows, {suggestion['tokens']:,} tokens)",
         ]
     for one in found["rejected"][:REJECTED_SHOWN]:
-        lines.append(f"rejected: {one['where']}: {one['reason']} (id {one['example_id']})")
+        lines.append(f"rejected: id {one['example_id']}: {Rejected(**one)}")
     if len(found["rejected"]) > REJECTED_SHOWN:
         lines.append(f"... and {len(found['rejected']) - REJECTED_SHOWN:,} more, all with --json")
     return lines
 
 
-def _commonest(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+def _with_advice(prefix: str, counts: dict[str, int]) -> list[tuple[str, int, str]]:
+    """A row for each reason, the commonest first."""
+    return [(f"{prefix}{reason}", counts[reason], advice(reason)) for reason in commonest(counts)]
 
 
 def _rows(title: str, rows: list[tuple[str, Any, str]]) -> list[str]:

@@ -222,7 +222,7 @@ def log_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:
     how = "built" if store.built else "from the cache"
     taken = f", {len(store.examples):,} of them drawn" if len(store.examples) < store.report.usable else ""
     dist.log0(f"{purpose}: {store.report.summary()}{taken}; {len(store):,} features ({how})")
-    for note in notes(store):
+    for note in [*store.report.advice(), *notes(store)]:
         dist.log0(f"  {note}")
     if dist.is_rank_zero() and store.report.rejected:
         store.report.write_rejected(output_dir / f"rejected_{purpose}.jsonl")

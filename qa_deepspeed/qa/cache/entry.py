@@ -51,7 +51,9 @@ MANIFEST: Shape = {
     "report": REPORT,
     "rejected?": str,
 }
-REJECTED: Shape = {"rejected": [{"example_id": (str, type(None)), "file": int, "where": str, "reason": str}]}
+REJECTED: Shape = {
+    "rejected": [{"example_id": (str, type(None)), "file": int, "where": str, "reason": str, "detail?": str}]
+}
 
 OVERWRITTEN = ".overwritten"
 """The file with the token of the run for which an entry was last discarded."""

@@ -6,10 +6,11 @@ import ast
 import contextlib
 import json
 import re
+from bisect import bisect_left
 from typing import Any
 
 from qa_deepspeed.qa.data.examples import Answer
-from qa_deepspeed.qa.data.read_report import Fault, Reason
+from qa_deepspeed.qa.data.reasons import Fault, Reason
 from qa_deepspeed.qa.data.unicode_forms import find_other_form
 
 REPAIR_DISTANCE = 10
@@ -60,6 +61,66 @@ def locate(context: str, text: str, start: int) -> tuple[str, int]:
     if stripped not in context:
         raise Fault(Reason.TEXT_ABSENT)
     raise Fault(Reason.AMBIGUOUS if len(nearby) > 1 else Reason.NOT_AT_START)
+
+
+SHOWN = 40
+"""Characters of a value that a message shows."""
+
+_ALIKE = {
+    **dict.fromkeys(map(ord, "‘’‚‛′"), "'"),
+    **dict.fromkeys(map(ord, "“”„‟″«»"), '"'),
+    **dict.fromkeys(map(ord, "–—‑−"), "-"),
+    **dict.fromkeys(map(ord, "\u00a0\u202f\u2009"), " "),
+}
+"""Characters that programs put for each other."""
+
+
+def instead(value: Any, names: tuple[Any, ...] = ()) -> str:
+    """For a message: the value that stands there, or the names that there are where it is missing."""
+    if value is None and names:
+        return f"there are {', '.join(str(name) for name in names if name is not None)}"
+    text = repr(value)
+    return f"it is {text if len(text) <= SHOWN else f'{text[: SHOWN - 3]}...'}"
+
+
+def where_instead(context: str, text: Any, start: Any) -> str:
+    """For a message: an answer that was not found, and where it, or what is most like it, stands in the context."""
+    if not isinstance(text, str) or not text.strip():
+        return instead(text)
+    text = text.strip()
+    shown = repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")
+    number = whole_number(start)
+    if number is None and not is_missing(start):
+        return f"{shown}: answer_start is {instead(start).removeprefix('it is ')}"
+    places = _places(context, text, 0, len(context))
+    if places:
+        near = min(places, key=lambda place: abs(place - (number or 0)))
+        given = "" if number is None or number < 0 else f"answer_start is {number}, "
+        others = f", the nearest of {len(places)} places" if len(places) > 1 else ""
+        return f"{shown}: {given}it stands at {near}{others}"
+    return f"{shown}: {_most_alike(context, text)}"
+
+
+def _most_alike(context: str, text: str) -> str:
+    """The place that differs from a text only in case, blanks or marks, else that of its longest beginning."""
+    flat_context, flat_text = (one.translate(_ALIKE).lower() for one in (context, text))
+    if len(flat_context) == len(context):
+        pattern = r"\s+".join(map(re.escape, flat_text.split()))
+        if found := re.search(pattern, flat_context):
+            there = context[found.start() : found.end()]
+            if there.lower() == text.lower():
+                return f"differs in case at {found.start()}"
+            in_blanks = "".join(there.split()) == "".join(text.split())
+            return f"differs in {'blanks' if in_blanks else 'quotation marks, dashes or blanks'} at {found.start()}"
+    length = bisect_left(range(1, len(text) + 1), True, key=lambda size: text[:size] not in context)
+    beginning = text[:length].rstrip()
+    if length < LEAST_BEGINNING:
+        return "nothing like it is there"
+    return f"its beginning {beginning!r} is there at {context.index(beginning)}"
+
+
+LEAST_BEGINNING = 4
+"""Characters of a text that say something about its place."""
 
 
 def _places(context: str, text: str, first: int, last: int) -> list[int]:
@@ -117,11 +178,11 @@ def answer_pairs(answers: Any) -> list[tuple[Any, Any]]:
         if not isinstance(texts, list):
             texts, starts = [texts], [starts]
         if not isinstance(starts, list) or len(starts) != len(texts):
-            raise Fault(Reason.BAD_ANSWER_LIST)
+            raise Fault(Reason.BAD_ANSWER_LIST, instead(answers))
         return list(zip(texts, starts, strict=True))
     if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
         return [(answer.get("text"), answer.get("answer_start")) for answer in answers]
-    raise Fault(Reason.BAD_ANSWER_LIST)
+    raise Fault(Reason.BAD_ANSWER_LIST, instead(answers))
 
 
 def says_something(answers: Any) -> bool:
@@ -146,7 +207,7 @@ def _parsed_answers(cell: str) -> Any:
             return parse(cell)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    raise Fault(Reason.BAD_ANSWER_LIST)
+    raise Fault(Reason.BAD_ANSWER_LIST, instead(cell))
 
 
 def _numpy_literal(cell: str) -> Any:

@@ -33,14 +33,14 @@ _COMPRESSIONS: dict[bytes, Callable[[BinaryIO], Any]] = {
 """How files of each compression begin, and what unpacks them."""
 
 _OTHER_FILES = {
-    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV",
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it; a workbook is read if its name ends in .xlsx",
     b"ARROW1": "an Arrow file: write it as Parquet or JSON lines (Dataset.to_parquet, to_json)",
     b"\xff\xff\xff\xff": "an Arrow stream: write it as Parquet or JSON lines (Dataset.to_parquet, to_json)",
     b"\x80\x04\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
     b"\x80\x05\x95": "a pickle, which could run any program and is never read: write it as JSON lines",
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard: unpack it, or compress it by gzip, bzip2 or xz",
     b"SQLite format 3": "an SQLite database: write the table as CSV",
-    b"%PDF": "a PDF file",
+    b"%PDF": "a PDF file: write its text and the questions as rows of a CSV file",
 }
 """How files begin that hold no rows to read here, and what to do."""
 
@@ -69,13 +69,18 @@ def one_clear_error(path: str) -> Iterator[None]:
             f"{path}: the compressed data are truncated or damaged ({error}); get the file again"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{path}: JSON nested too deeply to be question-answering data") from error
+        raise UserError(
+            f"{path}: JSON nested too deeply to be question-answering data: write it as SQuAD JSON or JSON lines"
+        ) from error
     except IsADirectoryError as error:
         raise UserError(
-            f"{path}: a folder, not a file; a data set that save_to_disk wrote is read after Dataset.to_parquet"
+            f"{path}: a folder, not a file: name a file in it; of a data set that save_to_disk wrote, write Parquet "
+            "(Dataset.to_parquet)"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}): check the path and your permissions"
+        ) from error
 
 
 ENCODING_ADVICE = "convert the file, or name its encoding: --encoding cp1252, say"
@@ -159,11 +164,24 @@ def _encoding_of(data: BinaryIO, path: str, encoding: str | None) -> tuple[str, 
         except UnicodeError:  # an encoding without this character
             return encoding, 0
         except (LookupError, ValueError):
-            raise UserError(f"encoding {encoding} is unknown: a name such as cp1252, latin-1 or utf-16") from None
+            raise UserError(f"encoding {encoding} is unknown: pass a name such as cp1252, latin-1 or utf-16") from None
         return encoding, len(mark) if begin.startswith(mark) else 0
     if begin.startswith(codecs.BOM_UTF8):
         return "utf-8", len(codecs.BOM_UTF8)
     return next((name for mark, name in _BYTE_ORDER_MARKS.items() if begin.startswith(mark)), "utf-8"), 0
+
+
+def line_of_bad_byte(path: str, encoding: str) -> int:
+    """The first line with a byte that the encoding does not know; 0 for encodings whose line ends are not one byte."""
+    if "\n".encode(encoding) != b"\n":
+        return 0
+    with open_binary(path) as data:
+        for number, line in enumerate(iter(lambda: data.readline(RECORD_LIMIT), b""), 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def too_long(path: str, line: int) -> UserError:

@@ -27,7 +27,11 @@ def hub_file(name: str, config: str | None, split: str, folder: Path, cache_dir:
         rows = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir, keep_in_memory=False)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data set {name} (configuration {config}, split {split}) cannot be loaded: {said}") from error
+        which = f"configuration {config}, split {split}" if config else f"split {split}"
+        raise UserError(
+            f"data set {name} ({which}) cannot be loaded: {said.removesuffix('.')}; check --dataset_name, "
+            "--dataset_config and the split, or pass a file"
+        ) from error
     # The paths hold a hash of the data's origin and version; the split selects rows of these files.
     origin = "\n".join([*(file["filename"] for file in rows.cache_files), split])
     digest = hashlib.sha256(origin.encode()).hexdigest()[:16]

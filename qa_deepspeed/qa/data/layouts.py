@@ -7,7 +7,7 @@ Sources: MRQA 2019 (`detected_answers`, `char_spans` with their ends included), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,35 @@ def rows_of_columns(document: Mapping[str, Any], columns: ColumnNames) -> Iterat
 
 
 def splits_of(document: Mapping[str, Any]) -> list[str]:
-    """The names of the splits of a document that is a dict of lists of rows; none for anything else."""
+    """The names of the splits of a document that is a dict of them, each a list of rows or SQuAD JSON of its own; none
+    for anything else."""
     if not document or {"question", "context", "qas", "paragraphs"} & document.keys():
         return []
-    lists = all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in document.values())
-    return list(document) if lists else []
+    return list(document) if all(map(_is_split, document.values())) else []
+
+
+def _is_split(rows: Any) -> bool:
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+SPLITS = {
+    "train": (("train", "training"),),
+    "evaluate": (("validation", "valid", "val", "dev", "development", "eval"), ("test", "testing")),
+}
+"""Purpose -> usual names of its split; those of a later group only where there is none of an earlier one."""
+
+
+def split_for(purpose: str, names: Sequence[str]) -> str | None:
+    """The split of these names that serves a purpose ("train" or "evaluate"); None if that is not clear."""
+    if len(names) == 1:
+        return names[0]
+    for group in SPLITS[purpose]:
+        found = [name for name in names if name.lower() in group]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _context(row: Mapping[str, Any], columns: ColumnNames) -> Any:

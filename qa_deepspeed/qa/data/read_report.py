@@ -8,52 +8,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.qa.data.reasons import Fault, Reason, advice
 from qa_deepspeed.utils.files import replacing
 
-
-class Reason:
-    """Why a question, or one answer of it, cannot be used."""
-
-    NOT_SQUAD = "not an object of the SQuAD layout"
-    BAD_ID = "id neither text nor a whole number"
-    DUPLICATE_ID = "duplicate id"
-    TOO_MANY_CELLS = "more cells than the header has columns"
-    NO_QUESTION = "question missing or not text"
-    EMPTY_QUESTION = "empty question"
-    NO_CONTEXT = "context missing or not text"
-    EMPTY_CONTEXT = "empty context"
-    BROKEN_UNICODE = "half a surrogate pair in the text"
-    NO_ANSWER_LIST = "answers missing"
-    BAD_ANSWER_LIST = "answers not in a known layout"
-    NO_ANSWERS = "no answers (unanswerable questions need --version_2_with_negative)"
-    NO_ANSWERS_BUT_POSSIBLE = "no answers although is_impossible is false"
-    IMPOSSIBLE_WITH_ANSWERS = "is_impossible with answers"
-    BAD_IS_IMPOSSIBLE = "is_impossible neither true nor false"
-    BAD_ANSWER_TEXT = "answer text missing or not text"
-    EMPTY_ANSWER = "empty answer text"
-    BAD_START = "answer_start not a whole number"
-    START_UNKNOWN = "answer_start missing or negative, and the text not exactly once in the context"
-    START_PAST_END = "answer_start past the end of the context"
-    TEXT_ABSENT = "answer text not in the context"
-    AMBIGUOUS = "answer not at answer_start and more than once nearby"
-    NOT_AT_START = "answer not at answer_start"
-
-
-class Fault(Exception):
-    """A question, or one of its answers, cannot be used, for the reason that is its message."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+__all__ = ["Fault", "ReadReport", "Reason", "Rejected", "commonest", "list_counts"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A question that was left out. `example_id` is None where the file gives none."""
+    """A question that was left out. `example_id` is None where the file gives none; `detail` may be empty."""
 
     example_id: str | None
     where: str
     reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """Place, reason, detail and what to do, as one line."""
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.where}: {self.reason}{detail}; {advice(self.reason)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for JSON, without an empty detail."""
+        return {name: value for name, value in asdict(self).items() if value or name != "detail"}
 
 
 _KEYS = {"repaired": "mended"}
@@ -86,10 +63,10 @@ class ReadReport:
     notes: list[str] = field(default_factory=list)
     """Lines on how files were read that cannot be taken literally (`offsets.recount`)."""
 
-    def reject(self, example_id: str | None, where: str, reason: str) -> None:
+    def reject(self, example_id: str | None, where: str, reason: str, detail: str = "") -> None:
         """Count and list one question that cannot be used."""
         self.rejected_by_reason[reason] = self.rejected_by_reason.get(reason, 0) + 1
-        self.rejected.append(Rejected(example_id, where, reason))
+        self.rejected.append(Rejected(example_id, where, reason, detail))
 
     def count_answer_fault(self, reason: str) -> None:
         """Count one faulty answer of a usable question."""
@@ -107,22 +84,27 @@ class ReadReport:
             text += f"; {self.ids_made:,} without an id got one"
         return "; ".join([text, *self.notes])
 
+    def advice(self) -> list[str]:
+        """Lines that say what to do about rejected questions, one for each reason, the commonest first."""
+        return [f"{reason}: {advice(reason)}" for reason in commonest(self.rejected_by_reason)]
+
     def left_out(self) -> list[str]:
         """Lines that name the first rejected questions, for standard error."""
-        shown = [f"left out: {one.where}: {one.reason}" for one in self.rejected[:SHOWN_REJECTED]]
+        shown = [f"left out: {one}" for one in self.rejected[:SHOWN_REJECTED]]
         more = len(self.rejected) - len(shown)
         return [*shown, f"... and {more:,} more"] if more else shown
 
     def write_rejected(self, path: Path) -> None:
-        """Write the rejected questions as JSON lines with the keys id, where and reason."""
+        """Write the rejected questions as JSON lines with the keys id, where and reason, and perhaps detail."""
         with replacing(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as lines:
             for one in self.rejected:
-                row = {"id": one.example_id, "where": one.where, "reason": one.reason}
+                row = {("id" if name == "example_id" else name): value for name, value in one.to_dict().items()}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON, under the keys of `_KEYS`; without those of `_OPTIONAL` that are empty."""
         values = {name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL}
+        values["rejected"] = [one.to_dict() for one in self.rejected]
         return {_KEYS.get(name, name): value for name, value in values.items()}
 
     @classmethod
@@ -132,7 +114,11 @@ class ReadReport:
         return cls(**{**fields, "rejected": [Rejected(**one) for one in fields["rejected"]]})
 
 
+def commonest(counts: Mapping[str, int]) -> list[str]:
+    """The names of some counts, the largest first."""
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
 def list_counts(counts: Mapping[str, int]) -> str:
     """`7 this, 5 that`, the commonest first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {reason}" for reason, count in ordered)
+    return ", ".join(f"{counts[name]:,} {name}" for name in commonest(counts))

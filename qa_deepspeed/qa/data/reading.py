@@ -14,6 +14,7 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
 from qa_deepspeed.qa.data.offsets import recount
 from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
+from qa_deepspeed.qa.data.reasons import LAYOUTS
 from qa_deepspeed.qa.data.validation import Passage, Purpose, Validator
 from qa_deepspeed.utils.errors import UserError
 
@@ -41,7 +42,9 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:
-            raise UserError(f"the number of examples to read must be at least 1, not {self.max_examples}")
+            raise UserError(
+                f"max_train_examples and max_eval_examples must be at least 1, not {self.max_examples}: raise it"
+            )
 
     @staticmethod
     def resolve(patterns: str | Iterable[str]) -> tuple[str, ...]:
@@ -125,19 +128,38 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
         usable_before = report.usable
         rejected_before = dict(report.rejected_by_reason)
         notes: list[str] = []
-        for passage in recount(
-            read_passages(path, source.columns, source.version_2_with_negative, source.encoding), notes
-        ):
-            if _is_taken(source, passage):
-                yield from validator.examples(passage)
-        report.notes += [f"{os.path.basename(path)}: {note}" for note in notes]
+        passages = read_passages(
+            path,
+            source.columns,
+            source.version_2_with_negative,
+            source.encoding,
+            purpose="train" if source.validation else source.purpose,  # a part of the training data is held out
+            notes=notes,
+        )
+        try:
+            for passage in recount(passages, notes):
+                if _is_taken(source, passage):
+                    yield from validator.examples(passage)
+        finally:  # also where only the first questions are read
+            report.notes += [f"{os.path.basename(path)}: {note}" for note in notes]
         if report.usable == usable_before:
-            rejected = {
-                reason: count - rejected_before.get(reason, 0)
-                for reason, count in report.rejected_by_reason.items()
-                if count > rejected_before.get(reason, 0)
-            }
-            why = f"rejected {list_counts(rejected)}" if rejected else "it holds no questions"
-            if source.validation is not None and not rejected:
-                why = f"none of its contexts is drawn for {source.purpose} at validation_split {source.validation[0]}"
-            raise UserError(f"{path}: no usable question: {why}")
+            raise UserError(f"{path}: no usable question: {_why_nothing(path, source, report, rejected_before)}")
+
+
+def _why_nothing(path: str, source: DataSource, report: ReadReport, rejected_before: dict[str, int]) -> str:
+    """Why a file has no usable question, and what to do."""
+    rejected = {
+        reason: count - rejected_before.get(reason, 0)
+        for reason, count in report.rejected_by_reason.items()
+        if count > rejected_before.get(reason, 0)
+    }
+    if rejected:
+        first = str(report.rejected[-sum(rejected.values())]).removeprefix(f"{path}: ")
+        return f"rejected {list_counts(rejected)}; the first: {first}"
+    if source.validation is not None:
+        ratio = source.validation[0]
+        return (
+            f"none of its contexts is drawn for {source.purpose} at validation_split {ratio}: pass another ratio or "
+            "--seed, or a file of its own as --predict_file"
+        )
+    return f"it holds no questions: write some into it; read are {LAYOUTS}"

@@ -11,12 +11,15 @@ from qa_deepspeed.qa.data.answers import (
     answer_pairs,
     checked_start,
     faultless_answers,
+    instead,
     is_missing,
     located_pair,
     says_something,
+    where_instead,
 )
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
-from qa_deepspeed.qa.data.read_report import Fault, ReadReport, Reason
+from qa_deepspeed.qa.data.read_report import ReadReport
+from qa_deepspeed.qa.data.reasons import Fault, Reason
 from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.utils.errors import UserError
 
@@ -38,6 +41,10 @@ class Passage(NamedTuple):
     """Whether a question's place is its number in the passage; else the passage's place is that of its one question."""
     fault: str = ""
     """Why none of its questions can be used, if its cells are not under the names that the file gives them."""
+    detail: str = ""
+    """What says more about `fault`."""
+    names: tuple[Any, ...] = ()
+    """The names that the row or paragraph has, to say which there are where one is missing."""
 
     def where_is(self, index: int) -> str:
         """The place of a question, as the user can look it up."""
@@ -69,32 +76,33 @@ class Validator:
         Raises:
             UserError: a question says is_impossible, but the data are read as SQuAD v1.1.
         """
-        context, context_fault = "", passage.fault
+        context, context_fault = "", Fault(passage.fault, passage.detail) if passage.fault else None
         try:
-            context = self._checked_context(passage.context)
+            context = self._checked_context(passage)
         except Fault as fault:
-            context_fault = context_fault or fault.reason
+            context_fault = context_fault or fault
         for index, fields in enumerate(passage.questions):
             try:
                 if not isinstance(fields, dict):
-                    raise Fault(Reason.NOT_SQUAD)
+                    raise Fault(Reason.NOT_SQUAD, instead(fields))
                 if context_fault:
-                    raise Fault(context_fault)
-                yield self._example(context, fields)
+                    raise context_fault
+                yield self._example(context, fields, tuple(fields) if passage.numbered else passage.names)
             except Fault as fault:
-                self._report.reject(_id_to_show(fields), passage.where_is(index), fault.reason)
+                self._report.reject(_id_to_show(fields), passage.where_is(index), fault.reason, fault.detail)
             except _Version2Marker:
                 raise version_2_error(passage.where_is(index)) from None
 
-    def _example(self, context: str, fields: dict[str, Any]) -> Example:
-        question = _checked_text(fields.get("question"), Reason.NO_QUESTION)
+    def _example(self, context: str, fields: dict[str, Any], names: tuple[Any, ...]) -> Example:
+        """The question as an example; names: of all that the file has of it."""
+        question = _checked_text(fields.get("question"), Reason.NO_QUESTION, names)
         if not question or question.isspace():
             raise Fault(Reason.EMPTY_QUESTION)
         example_id = _checked_id(fields.get("id"))
         made = example_id is None
         if example_id is None:
             example_id = made_id(question, context)
-        answers, repaired, faults = self._answers(context, fields)
+        answers, repaired, faults = self._answers(context, fields, names)
         if not self._seen.add(example_id):
             raise Fault(Reason.DUPLICATE_ID)
         report = self._report
@@ -106,8 +114,8 @@ class Validator:
             report.count_answer_fault(reason)
         return Example(example_id, question, context, answers)
 
-    def _checked_context(self, raw: Any) -> str:
-        context = _checked_text(raw, Reason.NO_CONTEXT)
+    def _checked_context(self, passage: Passage) -> str:
+        context = _checked_text(passage.context, Reason.NO_CONTEXT, passage.names)
         if context.isspace():
             context = ""
         if not context and self._training:
@@ -118,7 +126,9 @@ class Validator:
         self._last_context = context
         return context
 
-    def _answers(self, context: str, fields: dict[str, Any]) -> tuple[tuple[Answer, ...], bool, list[str]]:
+    def _answers(
+        self, context: str, fields: dict[str, Any], names: tuple[Any, ...]
+    ) -> tuple[tuple[Answer, ...], bool, list[str]]:
         """The answers to use, whether one was repaired, and the faults of answers that do not reject the question.
 
         Only an empty list of answers or is_impossible makes a question unanswerable. One without answers, or with none
@@ -140,7 +150,7 @@ class Validator:
             pairs = answer_pairs(fields.get("answers"))
             none_given = not pairs and says_something(fields.get("answers"))
             if self._training:
-                pairs = self._consistent(fields, impossible, pairs)
+                pairs = self._consistent(fields, impossible, pairs, names)
         except Fault as fault:
             self._note(fault, faults)
         answers, repaired, faults = self._located_answers(context, pairs, faults)
@@ -172,11 +182,15 @@ class Validator:
             # Scores are taken on the text as it was given.
             answers.append(Answer(found, place) if self._training or found == text else Answer(text, -1))
         if self._training and pairs and not answers:
-            raise Fault(faults[0])
+            raise Fault(faults[0], where_instead(context, *pairs[0]))
         return tuple(answers), repaired, faults
 
     def _consistent(
-        self, fields: dict[str, Any], impossible: bool | None, pairs: list[tuple[Any, Any]]
+        self,
+        fields: dict[str, Any],
+        impossible: bool | None,
+        pairs: list[tuple[Any, Any]],
+        names: tuple[Any, ...],
     ) -> list[tuple[Any, Any]]:
         """The answers to train on, if there being some or none agrees with everything else that the row says."""
         if impossible:
@@ -185,7 +199,7 @@ class Validator:
                 raise Fault(Reason.IMPOSSIBLE_WITH_ANSWERS)
             return []
         if fields.get("answers") is None:
-            raise Fault(Reason.NO_ANSWER_LIST)
+            raise Fault(Reason.NO_ANSWER_LIST, instead(None, names))
         if not pairs and not self._version_2:
             raise Fault(Reason.NO_ANSWERS)
         if not pairs and impossible is False:
@@ -199,6 +213,8 @@ def _checked_id(value: Any) -> str | None:
         return None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if not isinstance(value, str):
+        raise Fault(Reason.BAD_ID)
     text = _checked_text(value, Reason.BAD_ID)
     return None if text.isspace() else text
 
@@ -208,9 +224,9 @@ def made_id(question: str, context: str) -> str:
     return hashlib.sha256(f"{question}\0{context}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
-def _checked_text(value: Any, reason: str) -> str:
+def _checked_text(value: Any, reason: str, names: tuple[Any, ...] = ()) -> str:
     if not isinstance(value, str):
-        raise Fault(reason)
+        raise Fault(reason, instead(value, names))
     if not value.isascii() and _HALF_SURROGATE.search(value):
         raise Fault(Reason.BROKEN_UNICODE)
     return value
@@ -225,7 +241,7 @@ def _checked_is_impossible(value: Any) -> bool | None:
     known: dict[Any, bool] = {"true": True, "1": True, "false": False, "0": False, 1: True, 0: False}
     key = value.strip().lower() if isinstance(value, str) else value
     if not isinstance(key, (str, int, float)) or key not in known:
-        raise Fault(Reason.BAD_IS_IMPOSSIBLE)
+        raise Fault(Reason.BAD_IS_IMPOSSIBLE, instead(value))
     return known[key]
 
 

@@ -18,6 +18,7 @@ from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples, resolve_files
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import REPOSITORY
+from tests.unit.qa.data.test_messages import names_a_way_out
 
 CONTEXTS = [
     "Der Rhein entspringt\nin Graubünden, „wo er jung ist“ 😀.",
@@ -212,7 +213,10 @@ NOT_DATA = {
     "utf16.json": ('{"data": []}'.encode("utf-16")[2:], "not JSON|not UTF-8"),
     "deep.json": (b"[" * 200_000, "nested too deeply"),
     "huge_number.json": (b'{"data": [' + b"9" * 5000 + b"]}", "not JSON: Exceeds the limit"),
-    "open_quote.csv": (b'id,question,context\n1,?,"never closed\n', "line 2 begins a row that is not CSV"),
+    "open_quote.csv": (
+        b'id,question,context\n1,?,"never closed\n',
+        "line 2: a cell of the row that begins there has a quotation",
+    ),
     "text.parquet": (b"id,question,context\n" * 9, "not Parquet, or damaged"),
 }
 
@@ -226,6 +230,7 @@ def test_an_unreadable_file_is_one_line_that_names_file_and_place(tmp_path, name
         read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+    assert names_a_way_out(str(caught.value))
 
 
 @pytest.mark.parametrize(

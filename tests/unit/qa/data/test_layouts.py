@@ -19,6 +19,7 @@ from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource, read_examples
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import SHARED
+from tests.unit.qa.data.test_messages import names_a_way_out
 
 CONTEXT = "The kiln was built in 1871 by Ida Brook. It fired roof tiles."
 FOUND = [("Who built it?", "Ida Brook", 30), ("When?", "1871", 22)]
@@ -112,11 +113,46 @@ def test_mrqa_lines(tmp_path: Path) -> None:
     assert [answer.text for answer in examples[0].answers] == ["Ida Brook", "other"]
 
 
-def test_several_splits_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "purpose", "taken"),
+    [
+        (("train", "validation"), "train", "train"),
+        (("train", "validation"), "evaluate", "validation"),
+        (("Train", "dev", "test"), "train", "Train"),
+        (("Train", "dev", "test"), "evaluate", "dev"),
+        (("train", "test"), "evaluate", "test"),
+        (("train", "validation", "dev"), "evaluate", None),
+        (("one", "other"), "train", None),
+        (("validation", "test"), "train", None),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_split_is_read_by_its_purpose(
+    tmp_path: Path, names: tuple[str, ...], purpose: str, taken: str | None, nested: bool
+) -> None:
     path = tmp_path / "d.json"
-    path.write_text(json.dumps({"train": rows(), "test": rows()}))
-    with pytest.raises(UserError, match=r"several splits \(train, test\)"):
-        read(path)
+    made = {name: [{**row, "question": f"{row['question']} {name}"} for row in rows()] for name in names}
+    path.write_text(json.dumps({name: {"data": one} for name, one in made.items()} if nested else made))
+    if taken is None:
+        with pytest.raises(UserError, match=f"holds the splits {', '.join(names)}, and which") as caught:
+            read(path, purpose)
+        assert names_a_way_out(str(caught.value))
+        return
+    examples, report = read(path, purpose)
+    assert [one.question for one in examples] == [f"{question} {taken}" for question, _, _ in FOUND]
+    assert report.notes == [f"d.json: of its splits {', '.join(names)} it is {taken} that is read to {purpose} on"]
+
+
+def test_the_held_out_part_of_a_file_of_splits_is_of_the_training_split(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    contexts = [f"Answer {number} is here." for number in range(40)]
+    made = [
+        {"id": text, "question": "?", "context": text, "answers": [{"text": "Answer", "answer_start": 0}]}
+        for text in contexts
+    ]
+    path.write_text(json.dumps({"train": made, "test": rows()}))
+    parts = [read(path, purpose, validation=(0.3, 1))[0] for purpose in ("train", "evaluate")]
+    assert sorted(one.context for part in parts for one in part) == sorted(contexts) and all(parts)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -289,7 +325,7 @@ def test_hangul_syllables_and_their_letters_are_one_text(tmp_path: Path, forms: 
 OTHERS = {
     "d.json.zst": (b"\x28\xb5\x2f\xfd\x00", "compressed by Zstandard: unpack it"),
     "d.zip": (b"PK\x03\x04rest", "zip archive or an Excel workbook"),
-    "d.xlsx": (b"PK\x03\x04rest", "save the sheet as CSV"),
+    "d.json.xlsx": (b"PK\x03\x04rest", "save the sheet as CSV"),
     "d.arrow": (b"ARROW1\x00\x00", "an Arrow file"),
     "d.pkl": (b"\x80\x04\x95\x00", "a pickle, which could run any program"),
     "d.json": (b"%PDF-1.7", "a PDF file"),
@@ -300,8 +336,9 @@ OTHERS = {
 def test_other_kinds_of_files_are_named(tmp_path: Path, name: str) -> None:
     content, message = OTHERS[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read(tmp_path / name)
+    assert names_a_way_out(str(caught.value))
 
 
 def test_a_folder_is_named(tmp_path: Path) -> None:

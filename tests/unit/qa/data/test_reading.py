@@ -257,7 +257,9 @@ def test_nothing_usable_is_an_error_that_counts_the_reasons(tmp_path):
     with pytest.raises(UserError) as caught:
         read(path)
     assert str(caught.value) == (
-        f"{path}: no usable question: rejected 2 answer text not in the context, 1 empty question"
+        f"{path}: no usable question: rejected 2 answer text not in the context, 1 empty question; the first: "
+        "data[0].paragraphs[0].qas[0]: answer text not in the context ('x': nothing like it is there); copy the answer "
+        "from the context, or remove it"
     )
     with pytest.raises(UserError, match="no usable question: it holds no questions"):
         read(write_squad(path, []))
@@ -266,7 +268,9 @@ def test_nothing_usable_is_an_error_that_counts_the_reasons(tmp_path):
 def test_each_of_several_files_must_hold_something(tmp_path):
     good = write_squad(tmp_path / "a.json", [{"context": "1867", "qas": [question("a"), question("b", "x")]}])
     bad = write_squad(tmp_path / "b.json", [{"context": "1867", "qas": [question("c", "x")]}])
-    with pytest.raises(UserError, match="b.json: no usable question: rejected 1 answer text not in the context$"):
+    with pytest.raises(
+        UserError, match="b.json: no usable question: rejected 1 answer text not in the context; the first: data"
+    ):
         read([good, bad])
 
 
