@@ -1,4 +1,4 @@
-"""`qa-deepspeed ensemble`: one set of answers out of the n-best files of several runs."""
+"""`qa-deepspeed ensemble`: one set of answers out of the n-best files of several runs, scored with --gold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from qa_deepspeed.cli.score import metric_lines
 from qa_deepspeed.qa.decoding.predictions import (
     NBEST_FILE,
     NO_SPAN_NULL_ODDS,
@@ -18,16 +19,28 @@ from qa_deepspeed.qa.decoding.predictions import (
     columns_of,
     write_predictions,
 )
-from qa_deepspeed.qa.metrics.prediction_files import read_nbest
+from qa_deepspeed.qa.metrics.normalization import METRIC_LANGUAGES
+from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_nbest, read_predictions
+from qa_deepspeed.qa.metrics.squad import score
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import refuse_same_file
+from qa_deepspeed.utils.units import plural
 
 LEAST_PROBABILITY = 1e-30  # stands for "not listed" under the logarithm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `ensemble`."""
-    parser.add_argument("nbest", metavar="NBEST", nargs="+", help="nbest_predictions.json of each run, same questions")
+    parser.add_argument(
+        "nbest",
+        metavar="RUN",
+        nargs="+",
+        help="each run's folder, or its nbest_predictions.json, of the same questions",
+    )
+    parser.add_argument("--gold", metavar="FILE", help="score the answers against this file")
+    parser.add_argument(
+        "--metric_language", choices=METRIC_LANGUAGES, default="en", help="with --gold: normalization (default en)"
+    )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the prediction files are written")
     parser.add_argument("--n_best_size", type=int, default=20, help="answers kept of each question")
     parser.add_argument(
@@ -48,14 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("an ensemble takes the n-best files of two runs or more")
     if arguments.n_best_size < 1:
         raise UserError(f"--n_best_size is {arguments.n_best_size}; it must be 1 or more")
+    paths = [_nbest_file(Path(given)) for given in arguments.nbest]
     for name in (PREDICTIONS_FILE, NBEST_FILE, NULL_ODDS_FILE):
-        refuse_same_file(Path(arguments.output_dir) / name, arguments.nbest)
-    runs = [read_nbest(path) for path in arguments.nbest]
-    for path, one in zip(arguments.nbest[1:], runs[1:], strict=True):
+        refuse_same_file(Path(arguments.output_dir) / name, paths)
+    gold = read_gold(arguments.gold) if arguments.gold else None
+    runs = [read_nbest(str(path)) for path in paths]
+    for path, one in zip(paths[1:], runs[1:], strict=True):
         different = runs[0].keys() ^ one.keys()
         if different:
             raise UserError(
-                f"{path}: its questions are not those of {arguments.nbest[0]} ({len(different)} are in one only, "
+                f"{path}: its questions are not those of {paths[0]} ({len(different)} are in one only, "
                 f"such as {min(different)}); give n-best files of one data set"
             )
     settings = DecodeSettings(
@@ -64,8 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
         null_score_diff_threshold=arguments.null_score_diff_threshold,
     )
     written = write_predictions(combine(runs, settings), Path(arguments.output_dir), settings)
-    print(f"{len(runs[0])} questions of {len(runs)} runs; written: {', '.join(map(str, written.values()))}")
+    print(f"{plural(len(runs[0]), 'question')} of {len(runs)} runs; written: {', '.join(map(str, written.values()))}")
+    if gold is not None:
+        ids = {question.example_id for question in gold.questions}
+        answers = {key: text for key, text in read_predictions(str(written[PREDICTIONS_FILE])).items() if key in ids}
+        version_2 = gold.version_2
+        metrics = score(gold.questions, answers, version_2_with_negative=version_2, language=arguments.metric_language)
+        print("\n".join(metric_lines(metrics, version_2)))
     return 0
+
+
+def _nbest_file(path: Path) -> Path:
+    """The n-best file of a run's folder, or the file itself."""
+    if path.is_dir() and not (path / NBEST_FILE).is_file():
+        raise UserError(f"{path}: holds no {NBEST_FILE}: evaluate the run first (qa-deepspeed evaluate)")
+    return path / NBEST_FILE if path.is_dir() else path
 
 
 def combine(runs: list[dict[str, list[NBestEntry]]], settings: DecodeSettings) -> Iterator[Prediction]:

@@ -23,10 +23,13 @@ NAMES_SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `score`."""
     parser.add_argument(
-        "gold", metavar="GOLD", nargs="?", help="SQuAD v1.1 or v2.0 JSON; the file says which rules apply"
+        "gold", metavar="GOLD", nargs="?", help="SQuAD JSON, or any file that evaluate reads; it says which rules apply"
     )
     parser.add_argument(
-        "predictions", metavar="PREDICTIONS", nargs="?", help='JSON {question id: answer text, "" for none}'
+        "predictions",
+        metavar="PREDICTIONS",
+        nargs="?",
+        help='JSON {question id: answer text, "" for none}, or the lines that predict writes',
     )
     parser.add_argument("--null_odds", metavar="FILE", help="JSON {question id: number}, high if there is no answer")
     parser.add_argument(
@@ -80,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gold is None or arguments.predictions is None:
         raise UserError("score takes a gold file and a predictions file: qa-deepspeed score GOLD PREDICTIONS")
     gold = read_gold(arguments.gold)
+    for line in gold.left_out:
+        print(line, file=sys.stderr)
     predictions = _without(gold, read_predictions(arguments.predictions))
     null_odds = read_null_odds(arguments.null_odds) if arguments.null_odds else None
     if null_odds is not None and not gold.version_2:
@@ -110,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(metrics | {name: listed for name, listed in names.items() if listed}))
     else:
-        print("\n".join(_table(metrics, gold.version_2)))
+        print("\n".join(metric_lines(metrics, gold.version_2)))
     return 0
 
 
@@ -148,7 +153,8 @@ def _intervals(gold: GoldFile, predictions: dict[str, str], language: str) -> di
     return found
 
 
-def _table(metrics: dict[str, Any], version_2: bool) -> list[str]:
+def metric_lines(metrics: dict[str, Any], version_2: bool) -> list[str]:
+    """Metrics as a table for people."""
     width = max(map(len, metrics))
     rows = [f"rules of SQuAD {'v2.0' if version_2 else 'v1.1'}"]
     rows += [f"{name:<{width}}  {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]

@@ -6,32 +6,89 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS, NBestEntry
 from qa_deepspeed.qa.metrics.squad import Gold
 from qa_deepspeed.utils.errors import UserError
 
 
 class GoldFile(NamedTuple):
+    """The questions of a gold file, and what else scores and comparisons need of them."""
+
     questions: list[Gold]
     version_2: bool
     contexts: dict[str, str]  # by question id
     wording: dict[str, str]  # the question's text by question id
     without_gold: list[str]  # ids of questions whose gold answers are not known; they are not among the others
+    left_out: tuple[str, ...] = ()  # lines about rows that cannot be read
 
 
 def read_gold(path: str) -> GoldFile:
-    """All questions of nested SQuAD JSON, in file order, including those that training would reject.
+    """All questions of a gold file, in file order.
 
-    The rules of v2.0 apply if `version` is 2 or a question has `is_impossible`. Unanswerable is what has an empty list
-    of answers or is_impossible; no question of v1.1 is.
+    In nested SQuAD JSON those are among them that training would reject, and the rules of v2.0 apply if `version` is 2
+    or a question has `is_impossible`; no question of v1.1 is unanswerable. Any other file that evaluations read is read
+    as they do, and the rules of v2.0 apply if a question is unanswerable. Unanswerable is what has an empty list of
+    answers or is_impossible.
 
     Raises:
-        UserError: the file cannot be read, is not SQuAD JSON, or has questions but no gold answers; the message names
-            the place.
+        UserError: the file cannot be read, or has questions but no gold answers; the message names the place.
     """
-    document = _read_json(path)
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise UserError(f"{path}: not SQuAD JSON: an object with a list of articles under 'data' is expected")
+    document = _nested_document(path)
+    gold = _gold_of_rows(path) if document is None else _gold_of_articles(document, path)
+    if gold.without_gold and not gold.questions:
+        raise UserError(
+            f"{path}: none of its {len(gold.without_gold)} questions has gold answers (a list under 'answers'): there "
+            "is nothing to score against"
+        )
+    return gold
+
+
+def _nested_document(path: str) -> dict[str, Any] | None:
+    """The document of a file of nested SQuAD JSON; None for any other format that evaluations read."""
+    if not path.lower().endswith(".json"):
+        return None
+    try:
+        document = _read_json(path)
+    except UserError:
+        if _is_json_lines(path):
+            return None
+        raise
+    data = document.get("data", document) if isinstance(document, dict) else document
+    articles = data if isinstance(data, list) and all(isinstance(one, dict) for one in data) else []
+    nested = any("paragraphs" in one for one in articles)
+    if isinstance(document, dict) and isinstance(document.get("data"), list) and (nested or not articles):
+        return document
+    if articles or (isinstance(document, dict) and document and "data" not in document):
+        return None
+    raise UserError(f"{path}: not SQuAD JSON: an object with a list of articles under 'data' is expected")
+
+
+def _is_json_lines(path: str) -> bool:
+    """Whether the first line that is not blank is JSON itself."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = next((line for line in file if line.strip()), "")
+            return isinstance(json.loads(first), (dict, list))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _gold_of_rows(path: str) -> GoldFile:
+    report = ReadReport()
+    source = DataSource((path,), "evaluate", version_2_with_negative=True)
+    gold = GoldFile([], False, {}, {}, [])
+    for example in read_examples(source, report):
+        gold.contexts[example.example_id], gold.wording[example.example_id] = example.context, example.question
+        if example.has_gold:
+            texts = tuple(answer.text for answer in example.answers)
+            gold.questions.append(Gold(example.example_id, texts))
+        else:
+            gold.without_gold.append(example.example_id)
+    return gold._replace(version_2=report.unanswerable > 0, left_out=tuple(report.left_out()))
+
+
+def _gold_of_articles(document: dict[str, Any], path: str) -> GoldFile:
     gold = GoldFile([], _says_version_2(document.get("version")), {}, {}, [])
     impossible_seen = False
     for i, article in enumerate(document["data"]):
@@ -51,26 +108,45 @@ def read_gold(path: str) -> GoldFile:
     else:
         without = gold.without_gold + [one.example_id for one in gold.questions if not one.texts]
         gold = gold._replace(questions=[one for one in gold.questions if one.texts], without_gold=without)
-    if gold.without_gold and not gold.questions:
-        raise UserError(
-            f"{path}: none of its {len(gold.without_gold)} questions has gold answers (a list under 'answers'): there "
-            "is nothing to score against"
-        )
     return gold
 
 
 def read_predictions(path: str) -> dict[str, str]:
-    """{question id: answer text}.
+    """{question id: answer text}, from a JSON object or from the lines that `predict` writes.
 
     Raises:
         UserError: the file cannot be read or holds anything else.
     """
+    if _is_json_lines(path) and (lines := _predicted_lines(path)):
+        return lines
     values = _read_object(path, "answer texts by question id")
     for example_id, text in values.items():
         if not isinstance(text, str):
             hint = "; is this an n-best file? give predictions.json" if isinstance(text, list) else ""
             raise UserError(f"{path}: the prediction of {example_id!r} is {_kind(text)}, not a text{hint}")
     return values
+
+
+def _predicted_lines(path: str) -> dict[str, str]:
+    """{question id: answer text} of JSON lines with `id`, and `answer` or `answers`; none for another file."""
+    found: dict[str, str] = {}
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            best = row["answers"][0] if isinstance(row, dict) and isinstance(row.get("answers"), list) else row
+            if not isinstance(row, dict) or "id" not in row or not isinstance(best, dict) or "answer" not in best:
+                if not found:
+                    return {}
+                raise UserError(
+                    f"{path}: line {number}: not a line of predict, with id and answer: write the file again"
+                )
+            found[str(row["id"])] = str(best["answer"])
+    return found
 
 
 def read_null_odds(path: str) -> dict[str, float]:

@@ -103,3 +103,19 @@ def test_the_runs_own_files_are_not_overwritten(tmp_path, through_a_link):
         ensemble.run(Namespace(nbest=paths, output_dir=str(out), n_best_size=20))
     assert (tmp_path / "a/nbest_predictions.json").read_text() == as_file(RUNS[0])
     assert not (tmp_path / "a/predictions.json").exists()
+
+
+def test_folders_of_runs_are_taken_and_scored(tmp_path, capsys):
+    for i, run in enumerate(RUNS):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "nbest_predictions.json").write_text(as_file(run))
+    gold = tmp_path / "gold.json"
+    asked = [{"id": "a", "answers": [{"text": "y"}]}, {"id": "b", "answers": []}, {"id": "c", "answers": []}]
+    gold.write_text(json.dumps({"version": "v2.0", "data": [{"paragraphs": [{"context": "x y z", "qas": asked}]}]}))
+    folders = (tmp_path / "0", tmp_path / "1", "--output_dir", tmp_path / "o", "--version_2_with_negative")
+    assert call(*folders, "--gold", gold) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["exact", "100.0000"] in lines and ["missing", "1"] in lines
+    (tmp_path / "2").mkdir()
+    with pytest.raises(UserError, match="2: holds no nbest_predictions.json: evaluate the run first"):
+        call(tmp_path / "2", *folders)

@@ -1,5 +1,7 @@
 """The `score` sub-command on real and on broken files."""
 
+import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -206,3 +208,62 @@ def test_questions_without_gold_are_not_scored(capsys, files, version):
     (none,) = files(none=article(unknown, version=version))
     code, _, err = call(capsys, none, answers)
     assert code == 2 and "none of its 1 questions has gold answers" in err
+
+
+ROWS = [
+    {"id": "a", "question": "?", "context": "The Rhine is long.", "answers": {"text": ["Rhine"], "answer_start": [4]}},
+    {"id": "b", "question": "?", "context": "The Rhine is long.", "answers": {"text": [], "answer_start": []}},
+]
+
+
+def written(path, rows):
+    """Rows as a file of the kind that the name says."""
+    if path.suffix == ".csv":
+        cells = [[row["id"], row["question"], row["context"], json.dumps(row["answers"])] for row in rows]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["id", "question", "context", "answers"], *cells])
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(json.dumps({"version": "2.0", "data": article_of(rows)}).encode()))
+    elif path.name == "lines.json" or path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(
+            json.dumps({"list.json": rows, "rows.json": {"data": rows}, "split.json": {"dev": rows}}[path.name])
+        )
+    return str(path)
+
+
+def article_of(rows):
+    asked = [{**row, "answers": [{"text": text, "answer_start": 4} for text in row["answers"]["text"]]} for row in rows]
+    return [{"paragraphs": [{"context": rows[0]["context"], "qas": asked}]}]
+
+
+@pytest.mark.parametrize(
+    "name", ["d.csv", "d.jsonl", "lines.json", "list.json", "rows.json", "split.json", "squad.json.gz"]
+)
+def test_gold_in_every_format_that_evaluations_read(capsys, files, tmp_path, name):
+    gold = written(tmp_path / name, ROWS)
+    (predictions,) = files(predictions={"a": "Rhine", "b": ""})
+    metrics, err = metrics_of(capsys, gold, predictions)
+    assert (metrics["exact"], metrics["total"], metrics["NoAns_total"], err) == (100.0, 2, 1, "")
+
+
+def test_rows_of_a_gold_file_that_cannot_be_read_are_said(capsys, files, tmp_path):
+    gold = written(tmp_path / "d.jsonl", [*ROWS, {**ROWS[0], "id": "c", "context": None}])
+    (predictions,) = files(predictions={"a": "Rhine", "b": ""})
+    metrics, err = metrics_of(capsys, gold, predictions)
+    assert metrics["total"] == 2 and "left out: " in err and "line 3: context missing" in err
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_lines_of_predict_are_predictions(capsys, files, tmp_path, top_k):
+    answers = {"a": {"score": 0.5, "start": 4, "end": 9, "answer": "Rhine"}, "b": {"score": 1, "answer": ""}}
+    lines = [{"id": key, **(one if top_k == 1 else {"answers": [one, one]})} for key, one in answers.items()]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (gold,) = files(gold=V2)
+    assert metrics_of(capsys, gold, str(path))[0]["exact"] == 100.0
+    path.write_text(json.dumps(lines[0]))
+    assert metrics_of(capsys, gold, str(path))[0]["total"] == 1
+    path.write_text(json.dumps(lines[0]) + "\n{}\n")
+    assert "line 2: not a line of predict" in call(capsys, gold, str(path))[2]
