@@ -8,8 +8,8 @@ adds the n-best list and the null odds of `evaluate`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,12 +17,16 @@ import torch
 from transformers import PreTrainedModel
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.inference.documents import Contexts, for_all_documents
+from qa_deepspeed.inference.forward import batches_of, changes_in_forward, chosen_device, chosen_dtype, on_all_cores
 from qa_deepspeed.inference.inputs import (
     IGNORED_ARGUMENTS,
     for_each_question,
     require_known_arguments,
+    require_truth,
     require_whole_number,
 )
+from qa_deepspeed.inference.settings import SPELLINGS, ModelLimits, under_pipeline_names, window_settings
 from qa_deepspeed.models import null_threshold
 from qa_deepspeed.models.facts import ModelFacts, positions
 from qa_deepspeed.models.heads import head_of
@@ -41,7 +45,7 @@ from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode
 from qa_deepspeed.qa.decoding.pipeline import PipelineSettings, decode_like_pipeline
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS
 from qa_deepspeed.qa.features.batching import Batch, make_batch
-from qa_deepspeed.qa.features.build import FeatureSettings, check_settings
+from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import family_of, model_columns
 from qa_deepspeed.qa.features.in_memory import AnswerStore, FeatureMaker
 from qa_deepspeed.utils.errors import UserError
@@ -50,14 +54,16 @@ from qa_deepspeed.utils.progress import ProgressBar
 if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing since Python 3.11
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_536, 49_152
-"""Tokens per forward pass where no batch_size is given; larger batches speed up GPUs, but not CPUs."""
 
-WINDOW_SETTINGS = {"max_seq_length", "doc_stride", "doc_stride_is", "max_query_length"}
-"""Settings of the training that shape windows, if the model's config has all of them."""
+@dataclass(frozen=True)
+class _Call:
+    """Settings of one call."""
 
-MAX_PARALLEL_BATCHES = 8
-"""Batches in progress at the same time on CPUs: with more, Python's interpreter lock limits the speed."""
+    decoding: PipelineSettings
+    windows: FeatureSettings
+    n_best_size: int | None
+    batch_size: int | None
+    progress: bool | None
 
 
 class QuestionAnswerer:
@@ -84,7 +90,7 @@ class QuestionAnswerer:
             UserError: the tokenizer does not fit the model, or device or batch_size is not valid.
         """
         require_whole_number("batch_size", batch_size, 1)
-        self.device = _device(device)
+        self.device = chosen_device(device)
         try:
             self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]
         except (AssertionError, RuntimeError) as error:
@@ -125,7 +131,7 @@ class QuestionAnswerer:
         check_vocabulary(str(name), config, tokenizer)
         model, fresh = load_model(options, config)
         require_trained_weights(str(name), model, fresh)
-        model = model.to(_dtype(dtype or config.dtype))
+        model = model.to(chosen_dtype(dtype or config.dtype))
         return cls(cast(PreTrainedModel, model), tokenizer, device=device, batch_size=batch_size)
 
     def __call__(
@@ -133,12 +139,14 @@ class QuestionAnswerer:
         *inputs: Any,
         question: str | Sequence[str] | None = None,
         context: str | Sequence[str] | None = None,
+        contexts: Contexts | None = None,
         top_k: int = 1,
         handle_impossible_answer: bool | None = None,
         max_answer_len: int | None = None,
         align_to_words: bool = True,
         max_seq_len: int | None = None,
         doc_stride: int | None = None,
+        doc_stride_is: str | None = None,
         max_question_len: int | None = None,
         n_best_size: int | None = None,
         batch_size: int | None = None,
@@ -148,19 +156,24 @@ class QuestionAnswerer:
         """Answer questions about contexts.
 
         Lengths that are not given are those the model was trained with, if its config holds them
-        (`models.trained_settings`), else the pipeline's.
+        (`models.trained_settings`), else the pipeline's. The names of training and evaluation (max_seq_length,
+        max_answer_length, max_query_length, per_gpu_eval_batch_size, version_2_with_negative) are accepted too;
+        `describe` says what a call uses.
 
         Pass `question` and `context` (each a string or a list; one context serves a list of questions), or one input:
-        a dict with these keys, a list of such dicts, or an iterator of them, which gives an iterator of results.
+        a dict with these keys, a list of such dicts, or an iterator of them, which gives an iterator of results. Or
+        pass a question and `contexts`, all of which are searched.
 
         Args:
-            top_k: answers per question.
+            contexts: documents to search: texts, `(name, text)` pairs, or a dict of texts by name.
+            top_k: answers per question; with `contexts`, documents per question.
             handle_impossible_answer: whether "" is an answer; default: if the model's config holds a threshold, or was
                 trained on unanswerable questions.
             max_answer_len: longest answer in tokens; default: 15.
             align_to_words: widen answers to whole words; pass False for text that is written without blanks.
             max_seq_len: tokens of a window, question included; default: the model's maximum, at most 384.
             doc_stride: tokens by which neighbouring windows of a long context overlap; default: 128 or half a window.
+            doc_stride_is: "overlap", or "step" from window to window; default: as the model was trained, else overlap.
             max_question_len: longest question in tokens; default: what a window has room for.
             n_best_size: adds to each result `null_odds` (null score minus the best span's score) and `nbest`, a list of
                 this many spans and the null entry (text "", logits of the null position), each with text, probability,
@@ -169,95 +182,120 @@ class QuestionAnswerer:
             progress: whether to show progress; default: if the standard error stream is a terminal.
         Returns:
             For one question, a dict of score, start, end (characters of the context) and answer, or a list of such
-            dicts, best first, where there are several answers; for a list of questions, a list of these.
+            dicts, best first, where there are several answers; for a list of questions, a list of these. With
+            `contexts`, each dict has also `document`, its name or number, and `null_odds` (`documents.best_documents`).
         Raises:
             UserError: an input or the value of an argument is not valid; the message names it.
             TypeError: an unknown argument.
         """
         require_known_arguments("QuestionAnswerer", others, call_arguments(), IGNORED_ARGUMENTS)
-        require_whole_number("top_k", top_k, 1, optional=False)
-        require_whole_number("max_answer_len", max_answer_len, 1)
-        require_whole_number("n_best_size", n_best_size, 1)
-        require_whole_number("batch_size", batch_size, 1)
-        if n_best_size is not None and top_k > 1:
+        call = self._call(
+            others,
+            top_k=top_k,
+            handle_impossible_answer=handle_impossible_answer,
+            max_answer_len=max_answer_len,
+            align_to_words=align_to_words,
+            max_seq_len=max_seq_len,
+            doc_stride=doc_stride,
+            doc_stride_is=doc_stride_is,
+            max_question_len=max_question_len,
+            n_best_size=n_best_size,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if contexts is None:
+            return for_each_question(lambda examples: self._answers(examples, call), inputs, question, context)
+        if context is not None or n_best_size is not None:
+            raise UserError("contexts are searched by themselves: leave out context and n_best_size")
+        alone = replace(call.decoding, top_k=1, handle_impossible_answer=False)
+        one_each = replace(call, decoding=alone, n_best_size=1)
+        threshold = (self.threshold or 0.0) if call.decoding.handle_impossible_answer else None
+        return for_all_documents(
+            lambda examples: self._answers(examples, one_each), inputs, question, contexts, top_k, threshold
+        )
+
+    def describe(self, **arguments: Any) -> str:
+        """The settings that a call with these arguments uses, in one line, under the names of training."""
+        require_known_arguments("describe", arguments, call_arguments(), set())
+        call = self._call(arguments, **{"top_k": 1, **{k: v for k, v in arguments.items() if k not in SPELLINGS}})
+        windows, decoding = call.windows, call.decoding
+        odds = 0.0 if self.threshold is None else self.threshold
+        impossible = f"null_score_diff_threshold {odds:g}" if decoding.handle_impossible_answer else "always an answer"
+        return (
+            f"max_seq_length {windows.max_seq_length}, doc_stride {windows.doc_stride} ({windows.doc_stride_is}), "
+            f"max_query_length {windows.max_query_length}, max_answer_length {decoding.max_answer_len}, {impossible}"
+        )
+
+    def _call(self, others: Mapping[str, Any], **given: Any) -> _Call:
+        """The checked settings of a call; `others` may have arguments under their other spelling."""
+        values = {**dict.fromkeys(call_arguments()), "align_to_words": True, **given}
+        values = under_pipeline_names(values, others)
+        for name in ("top_k", "max_answer_len", "n_best_size", "batch_size"):
+            require_whole_number(name, values[name], 1, optional=name != "top_k")
+        for name in ("handle_impossible_answer", "align_to_words"):
+            require_truth(name, values[name])
+        top_k, impossible = values["top_k"], values["handle_impossible_answer"]
+        if values["n_best_size"] is not None and top_k > 1:
             raise UserError("n_best_size gives one answer per question: omit top_k")
-        if handle_impossible_answer is None:
-            handle_impossible_answer = self.threshold is not None or self._trained.get("version_2_with_negative", False)
-        longest_answer: int = max_answer_len or self._trained.get("max_answer_length", 15)
-        settings = PipelineSettings(
+        if impossible is None:
+            impossible = self.threshold is not None or self._trained.get("version_2_with_negative", False)
+        longest_answer: int = values["max_answer_len"] or self._trained.get("max_answer_length", 15)
+        decoding = PipelineSettings(
             top_k,
             longest_answer,
-            handle_impossible_answer,
-            align_to_words,
+            impossible,
+            values["align_to_words"],
             self.threshold,
             self._head.null_score_is_odds,
         )
-        windows = self._window_settings(max_seq_len, doc_stride, max_question_len)
+        windows = self._window_settings(
+            values["max_seq_len"], values["doc_stride"], values["max_question_len"], values["doc_stride_is"]
+        )
+        return _Call(decoding, windows, values["n_best_size"], values["batch_size"], values["progress"])
 
-        def answer(examples: list[Example]) -> Iterator[Any]:
-            store = self._features.features(examples, windows)
-            count = max(settings.spans_of_a_window, n_best_size or 0)
-            found, normalizer = self._candidates(store, count, longest_answer, batch_size, progress)
-            results = decode_like_pipeline(found, normalizer, store, settings)
-            if n_best_size is None:
-                yield from (answers[0] if len(answers) == 1 else answers for answers in results)
-                return
-            odds = self._head.null_score_is_odds
-            lists = decode(found, store, DecodeSettings(n_best_size, longest_answer, True, null_score_is_odds=odds))
-            for (best,), prediction in zip(results, lists, strict=True):
-                nbest = [dict(zip(NBEST_FIELDS, entry, strict=True)) for entry in prediction.nbest]
-                yield {**best, "null_odds": prediction.null_odds, "nbest": nbest}
-
-        return for_each_question(answer, inputs, question, context)
+    def _answers(self, examples: list[Example], call: _Call) -> Iterator[Any]:
+        """The results of some questions, in their order."""
+        decoding, n_best_size = call.decoding, call.n_best_size
+        store = self._features.features(examples, call.windows)
+        count = max(decoding.spans_of_a_window, n_best_size or 0)
+        found, normalizer = self._candidates(store, count, decoding.max_answer_len, call.batch_size, call.progress)
+        results = decode_like_pipeline(found, normalizer, store, decoding)
+        if n_best_size is None:
+            yield from (answers[0] if len(answers) == 1 else answers for answers in results)
+            return
+        odds = self._head.null_score_is_odds
+        lists = decode(
+            found, store, DecodeSettings(n_best_size, decoding.max_answer_len, True, null_score_is_odds=odds)
+        )
+        for (best,), prediction in zip(results, lists, strict=True):
+            nbest = [dict(zip(NBEST_FIELDS, entry, strict=True)) for entry in prediction.nbest]
+            yield {**best, "null_odds": prediction.null_odds, "nbest": nbest}
 
     def _window_settings(
-        self, max_seq_len: int | None, doc_stride: int | None, max_question_len: int | None
+        self,
+        max_seq_len: int | None,
+        doc_stride: int | None,
+        max_question_len: int | None,
+        doc_stride_is: str | None = None,
     ) -> FeatureSettings:
-        """The settings that the model was trained with, or the pipeline's defaults.
-
-        By the latter a question is truncated only where a window needs room for new context tokens.
-        """
-        require_whole_number("max_seq_len", max_seq_len, 1)
-        require_whole_number("doc_stride", doc_stride, 0)
-        require_whole_number("max_question_len", max_question_len, 1)
-        longest_row = positions(self.model.config) or self.tokenizer.model_max_length
-        trained = self._trained
-        if max_seq_len is None and doc_stride is None and trained.keys() >= WINDOW_SETTINGS:
-            settings = FeatureSettings(
-                min(trained["max_seq_length"], longest_row),
-                trained["doc_stride"],
-                trained["doc_stride_is"],
-                max_question_len or trained["max_query_length"],
-            )
-            check_settings(settings, self._features.template.special_tokens)
-            return settings
-        if max_seq_len is None:
-            max_seq_len = min(self.tokenizer.model_max_length, longest_row, trained.get("max_seq_length", 384))
-        if max_seq_len > longest_row:
-            raise UserError(f"max_seq_len {max_seq_len} is more than the {longest_row} positions of the model")
-        if doc_stride is None:
-            doc_stride = min(max_seq_len // 2, 128)
-        room = max_seq_len - self._features.template.special_tokens - doc_stride - 1
-        if room < 1:
-            raise UserError(
-                f"doc_stride {doc_stride} leaves no room for a question in max_seq_len {max_seq_len}: "
-                "lower doc_stride or raise max_seq_len"
-            )
-        return FeatureSettings(max_seq_len, doc_stride, "overlap", min(room, max_question_len or room))
+        tokenizer_limit = self.tokenizer.model_max_length
+        longest_row = positions(self.model.config) or tokenizer_limit
+        limits = ModelLimits(longest_row, tokenizer_limit, self._features.template.special_tokens)
+        return window_settings(max_seq_len, doc_stride, doc_stride_is, max_question_len, self._trained, limits)
 
     def _candidates(
         self, store: AnswerStore, count: int, max_answer_len: int, rows: int | None, progress: bool | None
     ) -> tuple[Candidates, np.ndarray]:
         """The top `count` spans of every window, and the normalizers for `decode_like_pipeline`, `[features]`."""
         parts: list[dict[str, np.ndarray]] = [_no_candidates(count)]
-        batches = list(_batches(store.lengths, rows or self._batch_size, self.device))
+        batches = list(batches_of(store.lengths, rows or self._batch_size, self.device))
 
         def forward(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
             batch = make_batch(store.take, batch_rows, self._layout).to(self.device)
             return self._forward(batch, count, max_answer_len)
 
         with ProgressBar("answering", len(store), "window", progress is not False, lines=bool(progress)) as bar:
-            parallel = self.device.type == "cpu" and not _changes_in_forward(self.model)
+            parallel = self.device.type == "cpu" and not changes_in_forward(self.model)
             for part in on_all_cores(forward, batches) if parallel else map(forward, batches):
                 parts.append(part)
                 bar.advance(len(part["feature_id"]))
@@ -283,41 +321,14 @@ class QuestionAnswerer:
 
 
 def call_arguments() -> set[str]:
-    """Names of the arguments of `QuestionAnswerer.__call__`."""
-    return set(inspect.signature(QuestionAnswerer.__call__).parameters) - {"self", "inputs", "others"}
-
-
-def _changes_in_forward(model: torch.nn.Module) -> bool:
-    """Whether a forward pass changes the model: some rotary embeddings adapt their frequencies to the row length."""
-    kinds = (str(getattr(module, "rope_type", "")) for module in model.modules())
-    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
+    """Names of the arguments of `QuestionAnswerer.__call__`, in both spellings."""
+    own = set(inspect.signature(QuestionAnswerer.__call__).parameters) - {"self", "inputs", "others"}
+    return own | SPELLINGS.keys()
 
 
 def as_tokenizer(given: Any) -> Any:
     """`given` itself, or the tokenizer of that folder or hub name."""
     return load_tokenizer(RunOptions(model_name_or_path=given)) if isinstance(given, str) else given
-
-
-def _device(device: torch.device | str | int | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, int):
-        return torch.device("cpu" if device < 0 else f"cuda:{device}")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type == "meta":
-        raise UserError(f"there is no device '{device}'; pass cpu, cuda or cuda:0")
-    return found
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of this name; float32 for None, as in a config without a dtype."""
-    kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise UserError(f"there is no dtype '{dtype}'; pass float32, bfloat16 or float16")
-    return kind
 
 
 def _no_candidates(count: int) -> dict[str, np.ndarray]:
@@ -333,33 +344,3 @@ def _no_candidates(count: int) -> dict[str, np.ndarray]:
         "null_end_logit": scores,
         "normalizer": scores,
     }
-
-
-def _batches(lengths: np.ndarray, rows: int | None, device: torch.device) -> Iterator[np.ndarray]:
-    """Batches of windows of similar length, longest first: `rows` windows each, or by tokens for the device."""
-    order = np.argsort(-lengths, kind="stable")
-    tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    begin = 0
-    while begin < len(order):
-        size = rows or max(1, tokens // int(lengths[order[begin]]))
-        yield order[begin : begin + size]
-        begin += size
-
-
-def on_all_cores(work: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[Any]:
-    """Yield `work(part)` of each part, in order; threads work on several parts at once, one per core.
-
-    They are as many as torch has threads, at most `MAX_PARALLEL_BATCHES`. A core that runs a whole forward pass waits
-    for no other core; cores that split every operation of one pass do.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, len(parts), MAX_PARALLEL_BATCHES)
-    if workers < 2:
-        yield from map(work, parts)
-        return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
-    try:
-        yield from pool.map(work, parts)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # new threads inherit the number that was set last

@@ -8,6 +8,8 @@ from itertools import islice
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.utils.errors import UserError
 
@@ -42,6 +44,12 @@ def require_whole_number(name: str, value: Any, least: int, optional: bool = Tru
         raise UserError(f"{name} must be a whole number, not {value!r}")
     if value < least:
         raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+def require_truth(name: str, value: Any) -> None:
+    """Raise UserError, naming the argument, unless `value` is True, False or None."""
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise UserError(f"{name} must be True or False, not {value!r}")
 
 
 def for_each_question(answer: AnswerFunction, inputs: tuple[Any, ...], question: Any, context: Any) -> Any:

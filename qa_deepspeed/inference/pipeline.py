@@ -9,6 +9,7 @@ import torch
 
 from qa_deepspeed.inference.answerer import QuestionAnswerer, as_tokenizer, call_arguments
 from qa_deepspeed.inference.inputs import IGNORED_ARGUMENTS, require_known_arguments
+from qa_deepspeed.inference.settings import SPELLINGS
 from qa_deepspeed.utils.errors import UserError
 
 IGNORED_AT_CREATION = {"framework", "use_fast"}
@@ -22,7 +23,11 @@ class _AnswererWithDefaults(QuestionAnswerer):
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:
         """Answer questions as `QuestionAnswerer` does; `arguments` override the defaults."""
-        return super().__call__(*inputs, **(self.defaults | arguments))
+        return super().__call__(*inputs, **(self.defaults | _in_one_spelling(arguments)))
+
+
+def _in_one_spelling(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {SPELLINGS.get(name, name): value for name, value in arguments.items()}
 
 
 def pipeline(
@@ -60,5 +65,5 @@ def pipeline(
         raise UserError("model is required: pass a folder or hub name, or a loaded model together with tokenizer=")
     else:
         answerer = _AnswererWithDefaults(model, as_tokenizer(tokenizer), device=device, batch_size=batch_size)
-    answerer.defaults = {name: value for name, value in call.items() if name in known}
+    answerer.defaults = _in_one_spelling({name: value for name, value in call.items() if name in known})
     return answerer

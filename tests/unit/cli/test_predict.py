@@ -16,6 +16,7 @@ from qa_deepspeed.cli.main import main
 from qa_deepspeed.inference import inputs
 from qa_deepspeed.qa.features import example_store
 from tests.unit.inference.test_answerer import CONTEXT, QUESTION, answerer
+from tests.unit.inference.test_documents import folder_of_documents
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +102,38 @@ def test_one_question_and_standard_input(
     assert json.loads(shown.out)["id"] == "first" and "standard input: line 1" in shown.err
 
 
+def test_one_question_about_the_documents_of_a_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = folder_of_documents(tmp_path)
+    asked = ("--model_name_or_path", model, "--question", QUESTION, "--documents", str(tmp_path))
+    expected = answerer("bert")(QUESTION, contexts=texts, top_k=3, max_answer_len=4)
+    for length in ("--max_answer_len", "--max_answer_length"):
+        assert predict(*asked, "--top_k", "3", length, "4") == 0
+        shown = capsys.readouterr()
+        line = json.loads(shown.out)
+        assert [(one["document"], one["answer"]) for one in line["answers"]] == [
+            (one["document"], one["answer"]) for one in expected
+        ]
+        assert "answering with max_seq_length 384, doc_stride 128 (overlap), " in shown.err
+        assert "max_answer_length 4, always an answer" in shown.err and "empty.txt: no text" in shown.err
+    out = tmp_path / "answers.json"
+    assert predict(*asked, "--max_answer_len", "4", "--output", str(out)) == 0
+    assert json.loads(out.read_text()) == {"1": expected[0]["answer"]}
+    everything = ("--null_score_diff_threshold", "-1000", "--version_2_with_negative")
+    assert predict(*asked, *everything) == 0
+    assert json.loads(capsys.readouterr().out)["document"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--question", "x", "--documents", "gone"], "gone: no such file"),
+        (["--question", "x", "--documents", "gone", "--context", "y"], "with --context or --documents"),
+        (["--documents", "gone"], "with --context or --documents"),
+        (["--question", "x", "--documents", "setup.cfg"], "not a kind of document"),
+        (["--question", "x", "--documents", "README.md", "--n_best_size", "2"], "--n_best_size is for one context"),
+        (["--question", "x", "--documents", "README.md", "--output", "README.md"], "is the file that is read"),
         ([], "pass a file of questions"),
         (["--question", "x"], "pass a file of questions"),
         (["-", "--question", "x", "--context", "y"], "pass a file of questions"),

@@ -231,6 +231,20 @@ def test_every_form_of_input_gives_the_same_result() -> None:
         ({"question": QUESTION, "context": "x", "top_k": 2, "n_best_size": 2}, "omit top_k"),
         ({"question": QUESTION, "context": "x", "max_seq_len": 20, "doc_stride": 20}, "no room"),
         ({"question": QUESTION, "context": "x", "max_seq_len": 10**6}, "positions of the model"),
+        ({"question": QUESTION, "context": "x", "max_answer_length": "2"}, "max_answer_len must be a whole number"),
+        (
+            {"question": QUESTION, "context": "x", "align_to_words": "no"},
+            "align_to_words must be True or False, not 'no'",
+        ),
+        ({"question": QUESTION, "context": "x", "handle_impossible_answer": 1}, "must be True or False, not 1"),
+        (
+            {"question": QUESTION, "context": "x", "doc_stride_is": "shared"},
+            "must be 'step' or 'overlap', not 'shared'",
+        ),
+        (
+            {"question": QUESTION, "context": "x", "max_seq_len": 9, "max_seq_length": 9},
+            "is another name of max_seq_len",
+        ),
     ],
 )
 def test_an_invalid_argument_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
@@ -239,7 +253,7 @@ def test_an_invalid_argument_is_refused_by_name(arguments: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("topk", "top_k"), ("max_answer_length", "max_answer_len"), ("max_seq_length", "max_seq_len")]
+    ("name", "meant"), [("topk", "top_k"), ("max_answer_lenght", "max_answer_length"), ("max_seqlen", "max_seq_len")]
 )
 def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(name: str, meant: str) -> None:
     expected = f"takes no argument '{name}'; did you mean '{meant}'"
@@ -247,6 +261,32 @@ def test_an_unknown_argument_is_refused_with_the_one_that_is_meant(name: str, me
         answerer("bert")(question=QUESTION, context="x", **{name: 2})
     with pytest.raises(TypeError, match=f"pipeline {expected}"):
         pipeline("question-answering", "no-such-folder", **{name: 2})
+
+
+def test_both_spellings_of_an_argument_mean_the_same() -> None:
+    pipelines = {"max_seq_len": 40, "doc_stride": 8, "max_answer_len": 2, "max_question_len": 9, "batch_size": 1}
+    trainings = dict(zip(("max_seq_length", "doc_stride", "max_answer_length", "max_query_length",
+                          "per_gpu_eval_batch_size"), pipelines.values(), strict=True))  # fmt: skip
+    qa, asked = answerer("bert"), {"question": QUESTION, "context": CONTEXT}
+    said = "max_seq_length 40, doc_stride 8 (overlap), max_query_length 9, max_answer_length 2, "
+    assert qa(**asked, **pipelines) == qa(**asked, **trainings) != qa(**asked)
+    assert qa.describe(**pipelines) == qa.describe(**trainings) == f"{said}always an answer"
+    both = [qa(**asked, **{name: True}) for name in ("handle_impossible_answer", "version_2_with_negative")]
+    assert both[0] == both[1]
+    assert qa.describe(**trainings, version_2_with_negative=True) == f"{said}null_score_diff_threshold 0"
+    with pytest.raises(TypeError, match="describe takes no argument 'max_lenght'"):
+        qa.describe(max_lenght=3)
+
+
+def test_the_pipeline_takes_defaults_in_either_spelling(saved: Path) -> None:
+    made = pipeline("question-answering", str(saved), max_answer_length=2)
+    asked = {"question": QUESTION, "context": CONTEXT}
+    assert made(**asked) == answerer("bert")(**asked, max_answer_len=2)
+    assert (
+        made(**asked, max_answer_len=9)
+        == made(**asked, max_answer_length=9)
+        == answerer("bert")(**asked, max_answer_len=9)
+    )
 
 
 def test_an_unknown_argument_without_a_similar_one_is_refused_alone() -> None:
@@ -432,7 +472,11 @@ def test_settings_of_the_training_are_the_defaults(stride_is: str) -> None:
     long_context = " ".join([CONTEXT] * 4)
     best = trained(question=QUESTION, context=long_context, n_best_size=5)
     assert best == trained(question=QUESTION, context=long_context, n_best_size=5, max_answer_len=2)
-    assert trained._window_settings(50, 8, None).max_seq_length == 50
+    assert trained._window_settings(50, 8, None) == FeatureSettings(50, 8, stride_is, 9)  # type: ignore[arg-type]
+    assert trained._window_settings(None, 8, None, "overlap").doc_stride_is == "overlap"
+    assert trained._window_settings(60, None, None).doc_stride == 6
+    assert trained._window_settings(16, None, None).doc_stride == 8  # the trained stride does not fit
+    assert trained._window_settings(30, 25, None).max_query_length < 9  # the question yields to the stride
     plain = QuestionAnswerer(one.model, one.tokenizer)
     assert plain._window_settings(None, None, None) == one._window_settings(None, None, None)
     del trained._trained["max_query_length"]  # a config that lacks one of them, or was edited
