@@ -29,7 +29,7 @@ divide_cores "$GPUS"
 case ${LAUNCHER:-deepspeed} in
     deepspeed)
         [ "$NODES" = 1 ] || fail "NODES=$NODES needs LAUNCHER=torchrun here, or multinode.sh"
-        command=(deepspeed --num_accelerators "$GPUS" --master_port "$PORT" --module qa_deepspeed train "$@")
+        command=(deepspeed --quiet --num_accelerators "$GPUS" --master_port "$PORT" --module qa_deepspeed train "$@")
         ;;
     torchrun)
         if [ -n "${RENDEZVOUS:-}" ]; then

@@ -57,7 +57,7 @@ start() {
         start_by_ssh "$@"
         return
     fi
-    local command=(deepspeed --hostfile "$live" --launcher "$LAUNCHER" --master_port "$PORT") first
+    local command=(deepspeed --quiet --hostfile "$live" --launcher "$LAUNCHER" --master_port "$PORT") first
     [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
     [ "$SSH_PORT" -eq 22 ] || command+=(--ssh_port "$SSH_PORT")
     if [ "$LAUNCHER" = openmpi ]; then

@@ -26,7 +26,7 @@ from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estima
 from qa_deepspeed.engine.optim import default_schedule
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
-from qa_deepspeed.models.loading import head_kind, quiet_transformers
+from qa_deepspeed.models.loading import head_kind, quiet_transformers, require_weights
 from qa_deepspeed.models.lora import LoraSettings
 from qa_deepspeed.runs.folder import lock_run_dir
 from qa_deepspeed.runs.identity import run_fingerprint
@@ -116,8 +116,7 @@ def check(
         look("hostfile", lambda checked: _read_hosts(checked, Path(hostfile)))
     for topic, function in TOPICS:
         look(topic, function)
-    faults = "1 fault" if len(bad) == 1 else f"{len(bad)} faults"
-    print(f"the run would not start: {faults}, see above" if bad else "the run would start")
+    print(f"the run would not start: {plural(len(bad), 'fault')}, see above" if bad else "the run would start")
     return 1 if bad else 0
 
 
@@ -180,6 +179,7 @@ def _at(config: dict[str, Any], key: str) -> Any:
 def _model(checked: PreflightState) -> list[str]:
     facts = model_facts(checked.options)
     head_kind(facts.config, checked.options.qa_head)  # an error where the model has no such head
+    require_weights(checked.options)
     checked.facts = facts
     resolved = _known(checked.resolved)
     kind = torch.bfloat16 if _element(resolved) == 2 else torch.float32
@@ -211,8 +211,8 @@ def _data(checked: PreflightState) -> list[str]:
             lines.append(f"{purpose}: {run_options.data_file(purpose)}, not in the cache: features are built first")
         else:
             lines.append(
-                f"{purpose}: {run_options.data_file(purpose)}, {counts['examples']:,} questions, "
-                f"{counts['features']:,} features in the cache ({fingerprint[:12]})"
+                f"{purpose}: {run_options.data_file(purpose)}, {plural(counts['examples'], 'question')}, "
+                f"{plural(counts['features'], 'feature')} in the cache ({fingerprint[:12]})"
             )
     return lines
 
@@ -227,7 +227,7 @@ def _schedule(checked: PreflightState) -> list[str]:
     rates = learning_rates(run_options, steps)
     peak = max(rates, key=lambda step: rates[step])  # of equal rates the first step
     every = save_interval(run_options.save_steps, steps)
-    lines = [f"{steps:,} optimizer steps, " + (f"a checkpoint every {every}" if every else "no checkpoint")]
+    lines = [f"{plural(steps, 'optimizer step')}, " + (f"a checkpoint every {every}" if every else "no checkpoint")]
     if resolved.config.get("scheduler"):
         lines.append(f"learning rate by the config's scheduler, {resolved.config['scheduler'].get('type')}")
     else:
@@ -237,7 +237,7 @@ def _schedule(checked: PreflightState) -> list[str]:
         )
     during = (steps - 1) // run_options.logging_steps if run_options.evaluate_during_training else 0
     evaluations = during + (run_options.do_eval or run_options.evaluate_during_training)
-    return [*lines, f"{evaluations} evaluations"]
+    return [*lines, plural(evaluations, "evaluation")]
 
 
 def learning_rates(run_options: RunOptions, steps: int) -> dict[int, float]:
@@ -262,7 +262,10 @@ def _memory(checked: PreflightState) -> list[str]:
     available = free_host_memory()
     if on_cpu:
         wanted = estimate_cpu_memory(*arguments).host * checked.ranks_here
-        lines = [f"{wanted / GIB:.2f} GiB for {checked.ranks_here} ranks on this host, {available / GIB:.2f} GiB free"]
+        lines = [
+            f"{wanted / GIB:.2f} GiB for {plural(checked.ranks_here, 'rank')} on this host, "
+            f"{available / GIB:.2f} GiB free"
+        ]
         if wanted > available:
             raise UserError(
                 f"{lines[0]}: take fewer ranks, a smaller per_gpu_train_batch_size or another config "
@@ -307,8 +310,8 @@ def _disk(checked: PreflightState) -> list[str]:
     wanted += int(CACHE_PER_INPUT * sum(os.path.getsize(name) for name in unbuilt if name and os.path.exists(name)))
     free = shutil.disk_usage(_nearest_folder(Path(run_options.output_dir))).free
     line = (
-        f"at most {wanted / GIB:.2f} GiB ({kept} checkpoints of {one / GIB:.2f} GiB, the model), {free / GIB:.1f} "
-        "GiB free"
+        f"at most {wanted / GIB:.2f} GiB ({plural(kept, 'checkpoint')} of {one / GIB:.2f} GiB, the model), "
+        f"{free / GIB:.1f} GiB free"
     )
     if wanted > free:
         raise UserError(f"{line}: make room, or lower the number of checkpoints with --save_total_limit")

@@ -16,6 +16,7 @@ from qa_deepspeed.models.loading import quiet_transformers
 from qa_deepspeed.training.features import load_features, notes
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import plural
 
 HELPER_SECONDS = 5.0
 """How long a helper may take to end when there is nothing left to build."""
@@ -79,7 +80,7 @@ def _build(run_options: RunOptions, purposes: list[Any]) -> list[str]:
         counts = store.counts
         source = run_options.data_file(purpose) or run_options.dataset_name
         lines.append(
-            f"{source}: {counts['examples']:,} questions, {counts['features']:,} features "
+            f"{source}: {plural(counts['examples'], 'question')}, {plural(counts['features'], 'feature')} "
             f"({'built' if store.built else 'found'} in {time.perf_counter() - began:.1f} s, "
             f"{store.fingerprint[:12]}); {store.report.summary()}"
         )

@@ -6,13 +6,14 @@ import argparse
 
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.utils.errors import LostRankError, UserError
+from qa_deepspeed.utils.errors import LostRankError
 
 DEPRECATED = {
     "fp16_opt_level": "apex levels are DeepSpeed precisions now: O0 float32, O1 torch_autocast, O2 fp16",
     "threads": "--threads is ignored: tokenizers use RAYON_NUM_THREADS threads, by default all cores",
     "server_ip": "--server_ip is ignored: attach a debugger with python -m debugpy --listen PORT -m qa_deepspeed ...",
     "server_port": "--server_port is ignored: see --server_ip",
+    "report_to": "--report_to is ignored: TensorBoard and metrics.jsonl are always written",
 }
 """The note that is printed when a deprecated flag is given; launchers set local_rank, which needs none."""
 
@@ -20,7 +21,6 @@ DEPRECATED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the sub-command that `parser` is for."""
     add_run_arguments(parser)
-    parser.add_argument("--deepspeed", nargs="?", const="", help="accepted: this trainer always uses DeepSpeed")
 
 
 def start_run(arguments: argparse.Namespace) -> RunOptions:
@@ -29,8 +29,6 @@ def start_run(arguments: argparse.Namespace) -> RunOptions:
     Raises:
         UserError: options that cannot be read.
     """
-    if arguments.deepspeed:
-        raise UserError(f"--deepspeed takes no file here: pass it as --deepspeed_config {arguments.deepspeed}")
     run_options = read_run_options(arguments)
     from qa_deepspeed.utils import dist
 

@@ -8,8 +8,6 @@ MOVED = {
     "dataloader_drop_last": "removed: every row of an epoch is used",
     "do_predict": "qa-deepspeed predict here",
     "eval_steps": "--logging_steps here",
-    "eval_strategy": "--evaluate_during_training here",
-    "evaluation_strategy": "--evaluate_during_training here",
     "fsdp": "removed: ZeRO-3 partitions parameters, --deepspeed_config zero3",
     "greater_is_better": "not needed: the direction follows from the metric",
     "group_by_length": "always done here",
@@ -26,7 +24,6 @@ MOVED = {
     "optim": "set it in the optimizer section of the DeepSpeed config",
     "pad_to_max_length": "removed: rows are padded to the longest of their batch",
     "preprocessing_num_workers": "--num_proc of qa-deepspeed prepare",
-    "report_to": "not needed: TensorBoard and metrics.jsonl are always written",
     "run_name": "the name of --output_dir",
     "save_strategy": "--save_steps here, 0 for none",
     "test_file": "qa-deepspeed predict FILE",
@@ -46,6 +43,11 @@ ALIASES = {
     "validation_file": "predict_file",
 }
 """Flag or YAML key of run_qa.py or TrainingArguments -> the option of the same meaning."""
+
+STRATEGIES = {"eval_strategy": "evaluate_during_training", "evaluation_strategy": "evaluate_during_training"}
+"""Flag or YAML key of TrainingArguments with the values of `STRATEGY_VALUES` -> the option that is true or false."""
+
+STRATEGY_VALUES = {"no": "false", "steps": "true"}
 
 SHORT_NAMES = {
     "batch_size": "per_gpu_train_batch_size",

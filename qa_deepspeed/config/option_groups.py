@@ -292,3 +292,11 @@ class DeprecatedOptions:
         deprecated=True,
     )
     server_port: str | None = option(None, RUN, "ignored: see server_ip", deprecated=True)
+    report_to: str | None = option(
+        None,
+        RUN,
+        "ignored: TensorBoard and metrics.jsonl are always written, and nothing is sent anywhere",
+        choices=("tensorboard", "none"),
+        several=True,
+        deprecated=True,
+    )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
+from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES, STRATEGIES, STRATEGY_VALUES
 from qa_deepspeed.utils.errors import UserError
 
 Options = TypeVar("Options")
@@ -85,6 +85,37 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
                 help=_help_text(wanted[name]),
                 **extra,
             )
+            strategies = [f"--{alias}" for alias, alias_of in STRATEGIES.items() if alias_of == name]
+            if strategies:
+                group.add_argument(
+                    *strategies,
+                    dest=name,
+                    type=_strategy,
+                    default=argparse.SUPPRESS,
+                    metavar="{no,steps}",
+                    help=f"the same as {name} false or true",
+                )
+
+
+def _strategy(value: Any) -> str:
+    """True or false as text, for a value of TrainingArguments' eval_strategy."""
+    word = "no" if value is False else str(value).lower()  # YAML takes no for false
+    if word not in STRATEGY_VALUES:
+        raise argparse.ArgumentTypeError(f"must be no or steps, not {value!r}: evaluations come by steps here")
+    return STRATEGY_VALUES[word]
+
+
+def _under_our_names(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Settings with the options' names in place of their aliases."""
+    renamed: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in STRATEGIES:
+            try:
+                value = _strategy(value)
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"option '{name}' in {origin} {error}") from None
+        renamed[STRATEGIES.get(name, ALIASES.get(name, name))] = value
+    return renamed
 
 
 def _placeholder(kind: type, metadata: Mapping[str, Any]) -> str:
@@ -132,16 +163,22 @@ def build(
     kinds = typing.get_type_hints(options_class)
     values: dict[str, Any] = {}
     from_file, texts = _read_yaml(yaml_path) if yaml_path else ({}, {})
+    from_file, texts = (_under_our_names(one, str(yaml_path)) for one in (from_file, texts))
     for name in texts.keys() & in_file.keys():
         if _plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
             from_file[name] = texts[name]  # a folder 1.10 or 007 is no number
-    for origin, settings, known in ((yaml_path, from_file, in_file), ("the command line", given, of_command)):
-        settings = {ALIASES.get(name, name): value for name, value in settings.items()}
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise UserError("; ".join(f"unknown option '{name}' in {origin}{hint(name, known)}" for name in unknown))
+    origins = ((str(yaml_path), from_file, in_file), ("the command line", given, of_command))
+    unknown = [
+        f"unknown option '{name}' in {origin}{hint(name, known)}"
+        for origin, settings, known in origins
+        for name in settings
+        if name not in known
+    ]
+    if unknown:
+        raise UserError("; ".join(unknown))
+    for origin, settings, known in origins:
         for name, raw in settings.items():
-            values[name] = _convert(name, raw, kinds[name], known[name].metadata, str(origin))
+            values[name] = _convert(name, raw, kinds[name], known[name].metadata, origin)
     from_file_only = frozenset(from_file).intersection(values).difference(given)
     internal = {"given": frozenset(values), "given_in_file": from_file_only, "config_file": yaml_path}
     names = {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]  # a dataclass

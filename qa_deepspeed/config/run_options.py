@@ -74,6 +74,24 @@ class RunOptions(
         return (named,) if os.path.exists(named) else tuple(part for part in named.split(",") if part)
 
 
+def missing_options(options: RunOptions, trains: bool) -> list[str]:
+    """Flags that a run needs and that are not given, each with its meaning; one that trains, or only evaluates."""
+    evaluates = options.do_eval or options.evaluate_during_training or not trains
+    needed = {
+        "--model_name_or_path (a folder of a model, or a name on the hub)": bool(options.model_name_or_path),
+        "--train_file (or --dataset_name, or --data_dir)": not trains or _names_data(options, "train"),
+        "--predict_file (or --validation_split 0.1)"
+        if trains
+        else "--predict_file (or --dataset_name, or --data_dir)": (not evaluates or _names_data(options, "evaluate")),
+        "--output_dir (a folder for the model, checkpoints and predictions)": not trains or bool(options.output_dir),
+    }
+    return [flag for flag, given in needed.items() if not given]
+
+
+def _names_data(options: RunOptions, purpose: str) -> bool:
+    return bool(options.data_file(purpose) or options.dataset_name)
+
+
 MINIMUM = {
     "logging_steps": 1,
     "per_gpu_eval_batch_size": 1,

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.models.loading import check_vocabulary, load_config, load_tokenizer
+from qa_deepspeed.models.loading import check_attention, check_vocabulary, load_config, load_tokenizer
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import Family, family_of
 from qa_deepspeed.utils.errors import UserError
@@ -37,9 +37,11 @@ def model_facts(options: RunOptions) -> ModelFacts:
     """Config, tokenizer and family of the options' model.
 
     Raises:
-        UserError: as in models/loading.py; the tokenizer is another model's; max_seq_length exceeds the positions.
+        UserError: as in models/loading.py; the tokenizer is another model's; max_seq_length exceeds the positions; the
+            model cannot work with attn_implementation.
     """
     config = load_config(options)
+    check_attention(options, config)
     tokenizer = load_tokenizer(options)
     check_vocabulary(options.model_name_or_path, config, tokenizer)
     family = family_of(config, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,6 +36,10 @@ LOADING_ERRORS = (
 for weights that are truncated or have other shapes."""
 
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Files that hold weights."""
+
+
 def quiet_transformers(verbose: bool) -> None:
     """Silence Transformers' load reports and progress bars unless `verbose`."""
     if not verbose:
@@ -51,8 +56,6 @@ def load_config(options: RunOptions) -> PretrainedConfig:
     if not options.model_name_or_path:
         raise UserError("--model_name_or_path is required: a folder of a model or a name on the hub")
     name = options.config_name or _name_with(options, "config.json")
-    if str(name).startswith(("/", "./", "../", "~")) and not Path(str(name)).exists():
-        raise UserError(f"{name}: no such folder; check the path of the model")
     config: PretrainedConfig = _from_pretrained(AutoConfig, name, options)
     if options.model_type and options.model_type.lower() != config.model_type:
         raise UserError(
@@ -188,7 +191,41 @@ def _model_class(config: PretrainedConfig, qa_head: str | None) -> Any:
     return getattr(transformers, beam)
 
 
+def check_attention(options: RunOptions, config: PretrainedConfig) -> None:
+    """Raises UserError if the model cannot work with `attn_implementation`; no weights are loaded.
+
+    Transformers checks the name when it makes a model, which is after features are built.
+    """
+    if options.attn_implementation is None:
+        return
+    try:
+        with torch.device("meta"):
+            kind = _model_class(config, options.qa_head)
+            model_of_class(kind, copy.deepcopy(config), torch.float32, attn_implementation=options.attn_implementation)
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"attn_implementation {options.attn_implementation} cannot be used: {_reason(error)}; leave it out for the "
+            "fastest one available"
+        ) from None
+
+
+def require_weights(options: RunOptions) -> None:
+    """Raises UserError if `model_name_or_path` is a folder without weights."""
+    name = str(base_of(options.model_name_or_path) or options.model_name_or_path)
+    if Path(name).is_dir() and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
+        raise UserError(f"{name}: holds no weights ({' or '.join(WEIGHTS)}): pass the folder of a saved model")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of Transformers says, in its first line or two."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).removesuffix(".")
+
+
 def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **extra: Any) -> Any:
+    is_path = str(name).startswith(("/", "./", "../", "~")) or str(name).count("/") > 1  # the hub has no such names
+    if is_path and not Path(str(name)).exists():
+        raise UserError(f"{name}: no such folder; check the path of the model")
     hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
         # without a value Transformers asks on the terminal whether to run the Python code that a model brings
@@ -200,7 +237,5 @@ def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **e
                 f"the {what} of '{name}' needs Python code that comes with the model, which is never run: use a model "
                 "of an architecture that Transformers has"
             ) from None
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         hint = "" if what == "weights" else "; is that the folder of a model, or its name on the hub?"
-        raise UserError(f"cannot load the {what} of '{name}': {reason.removesuffix('.')}{hint}") from None
+        raise UserError(f"cannot load the {what} of '{name}': {_reason(error)}{hint}") from None

@@ -148,10 +148,10 @@ def keep_used_renamings(model: Any) -> None:
         model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
-def model_of_class(kind: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of a Transformers class, auto class or not, with weights drawn at random."""
+def model_of_class(kind: Any, config: Any, dtype: torch.dtype, **more: Any) -> Any:
+    """A model of a Transformers class, auto class or not, with weights drawn at random; `more` goes to Transformers."""
     make = getattr(kind, "from_config", None) or kind._from_config
-    return make(config, dtype=dtype)
+    return make(config, dtype=dtype, **more)
 
 
 # Attention and layers

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES
+from qa_deepspeed.config.migration import ALIASES, MOVED, SHORT_NAMES, STRATEGIES
 from qa_deepspeed.config.run_options import RunOptions
 from tests.paths import REPOSITORY
 
@@ -36,7 +36,6 @@ RUN_BY = {
     r"launch/quickstart\.sh": "tests/distributed/test_quickstart.py",
     r"launch/kubernetes\.yaml": "tests/unit/launch/test_kubernetes.py",
     r"qa_deepspeed\.torchrun": "tests/distributed/test_torchrun.py",
-    r"^torchrun .* -m qa_deepspeed train": "tests/distributed/test_command_line.py",
     r"^qa-deepspeed (train|evaluate)": "tests/distributed/test_command_line.py",
     r"^qa-deepspeed compare": "tests/unit/cli/test_compare.py",
     r"^qa-deepspeed export": "tests/distributed/checkpoint_scenes.py",
@@ -95,10 +94,10 @@ def test_every_flag_of_run_qa_is_in_the_migration_table() -> None:
     section = (REPOSITORY / "launch/MIGRATING.md").read_text().split("## From run_qa.py")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)(?: FILE)?`", section))
     ours = {field.name for field in dataclasses.fields(RunOptions)}
-    assert not {*RUN_QA.split(), *MOVED, *ALIASES} - named
+    assert not {*RUN_QA.split(), *MOVED, *ALIASES, *STRATEGIES} - named
     assert set(RUN_QA.split()) <= ours | MOVED.keys() | ALIASES.keys()
     assert not ours & (MOVED.keys() | ALIASES.keys())
-    assert set(ALIASES.values()) | set(SHORT_NAMES.values()) <= ours
+    assert set(ALIASES.values()) | set(SHORT_NAMES.values()) | set(STRATEGIES.values()) <= ours
     same = set(re.findall(r"`(\w+)`", section.split("A file of arguments")[0]))
     assert len(same) > 25 and not same - ours
 

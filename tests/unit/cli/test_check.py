@@ -21,6 +21,7 @@ from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.runs.lock import RunLock
 from qa_deepspeed.training.features import load_features
+from qa_deepspeed.utils.errors import UserError
 from tests.unit import small_tokenizers
 from tests.unit.reference_features import write_squad
 
@@ -44,6 +45,7 @@ def run(tmp_path: Path) -> RunOptions:
     config = small_tokenizers.config("bert")
     config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size = 32, 2, 2, 64
     config.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").touch()  # no weights are read
     given: dict[str, Any] = dict(
         model_name_or_path=str(tmp_path / "model"),
         train_file=write_squad(tmp_path / "train.json", ROWS),
@@ -123,6 +125,22 @@ def test_lora_is_counted_as_what_it_trains(run: RunOptions, capsys: pytest.Captu
         assert check(options, port=free_port()) == 0
         printed.append(capsys.readouterr().out)
     assert "of them trained" not in printed[0] and re.search(r"[\d,]+ parameters, [\d,]+ of them trained", printed[1])
+
+
+def test_what_train_refuses_for_the_model_is_refused_here(
+    run: RunOptions, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """An attention that Transformers does not have, before any weights are read; and a folder without weights."""
+    wrong = changed(run, attn_implementation="fastest")
+    (fault,) = faults(capsys, wrong)
+    with pytest.raises(UserError, match="attn_implementation fastest cannot be used: .*; leave it out") as refused:
+        load_features(wrong, "train", model_facts(wrong))
+    assert fault.endswith(str(refused.value))
+    assert check(changed(run, attn_implementation="eager"), port=free_port()) == 0
+    capsys.readouterr()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (fault,) = faults(capsys, run)
+    assert re.search(r"model: holds no weights \(.*\): pass the folder of a saved model", fault)
 
 
 def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:

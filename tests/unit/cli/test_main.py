@@ -21,17 +21,17 @@ OPTIONS = {
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
-        "evaluate_during_training flat_parameters fp16 fp16_opt_level gather global_batch_size "
-        "gradient_accumulation_steps gradient_checkpointing id_column is_impossible_column label_smoothing lang_id "
-        "learning_rate load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank "
-        "lora_target_modules lr_scheduler_type max_answer_length max_eval_examples max_grad_norm max_query_length "
-        "max_seq_length max_steps max_time max_tokens_per_batch max_train_examples merge_duplicate_texts "
-        "metric_for_best_model metric_language model_name_or_path model_type n_best_size no_cuda "
-        "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
+        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing id_column is_impossible_column "
+        "label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps lora_alpha "
+        "lora_dropout lora_rank lora_target_modules lr_scheduler_type max_answer_length max_eval_examples "
+        "max_grad_norm max_query_length max_seq_length max_steps max_time max_tokens_per_batch max_train_examples "
+        "merge_duplicate_texts metric_for_best_model metric_language model_name_or_path model_type n_best_size "
+        "no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
-        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed "
-        "server_ip server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
+        "report_to resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit "
+        "seed server_ip server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
         "validation_split verbose_logging version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "evaluate": (
@@ -42,16 +42,18 @@ OPTIONS = {
         "max_answer_length max_eval_examples max_query_length max_seq_length merge_duplicate_texts metric_language "
         "model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_gpu_eval_batch_size predict_file predict_split "
-        "print_config qa_head question_column seed server_ip server_port threads timeout tokenizer_name use_cpu "
-        "validation_file verbose_logging version_2_with_negative"
+        "print_config qa_head question_column report_to seed server_ip server_port threads timeout tokenizer_name "
+        "use_cpu validation_file verbose_logging version_2_with_negative"
     ),
     "predict": (
-        "align_to_words batch_size context context_column device doc_stride dtype encoding handle_impossible_answer "
-        "id_column max_answer_len max_seq_len model_name_or_path n_best_size output question question_column top_k"
+        "align_to_words batch_size context context_column device doc_stride doc_stride_is documents dtype encoding "
+        "handle_impossible_answer id_column max_answer_len max_answer_length max_query_length max_question_len "
+        "max_seq_len max_seq_length model_name_or_path n_best_size null_score_diff_threshold output "
+        "per_device_eval_batch_size per_gpu_eval_batch_size question question_column top_k version_2_with_negative"
     ),
     "score": "confidence explain json metric_language null_odds null_odds_threshold",
     "compare": "gold json",
-    "ensemble": "n_best_size null_score_diff_threshold output_dir version_2_with_negative",
+    "ensemble": "gold metric_language n_best_size null_score_diff_threshold output_dir version_2_with_negative",
     "export": "dtype max_shard_size merge_lora",
     "audit": (
         "answer_start_column answer_text_column answers answers_column cache_dir config config_name context_column "
@@ -71,21 +73,21 @@ OPTIONS = {
     "check": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
-        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed_config do_eval do_lower_case do_train "
-        "doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
-        "evaluate_during_training flat_parameters fp16 fp16_opt_level gather global_batch_size "
-        "gradient_accumulation_steps gradient_checkpointing hostfile id_column is_impossible_column label_smoothing "
-        "lang_id learning_rate load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank "
-        "lora_target_modules lr_scheduler_type master_port max_answer_length max_eval_examples max_grad_norm "
-        "max_query_length max_seq_length max_steps max_time max_tokens_per_batch max_train_examples "
-        "merge_duplicate_texts metric_for_best_model metric_language model_name_or_path model_type n_best_size "
-        "no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
-        "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
-        "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column ranks "
-        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed "
-        "server_ip server_port ssh_port threads timeout tokenizer_name train_file train_split use_cpu "
-        "validation_file validation_split verbose_logging version_2_with_negative warmup_steps weight_decay "
-        "windows_without_answer"
+        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
+        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
+        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing hostfile id_column "
+        "is_impossible_column label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps "
+        "lora_alpha lora_dropout lora_rank lora_target_modules lr_scheduler_type master_port max_answer_length "
+        "max_eval_examples max_grad_norm max_query_length max_seq_length max_steps max_time max_tokens_per_batch "
+        "max_train_examples merge_duplicate_texts metric_for_best_model metric_language model_name_or_path "
+        "model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir "
+        "overwrite_cache overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size "
+        "per_gpu_eval_batch_size per_gpu_train_batch_size predict_file predict_split print_config push_to_hub "
+        "qa_head question_column ranks report_to resume_from_checkpoint resume_with_changes save_on_time save_retry "
+        "save_steps save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name train_file "
+        "train_split use_cpu validation_file validation_split verbose_logging version_2_with_negative warmup_steps "
+        "weight_decay windows_without_answer"
     ),
     "plan": (
         "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level "
@@ -95,8 +97,8 @@ OPTIONS = {
         "per_gpu_train_batch_size print_config qa_head tokenizer_name use_cpu verbose_logging"
     ),
     "convert": (
-        "answer_start_column answer_text_column answers_column context_column encoding id_column is_impossible_column "
-        "question_column"
+        "answer_start_column answer_text_column answers_column context_column encoding id_column "
+        "is_impossible_column question_column"
     ),
     "sample": "dev_articles seed train_articles",
 }
@@ -226,6 +228,18 @@ def test_help_and_versions_import_nothing_heavy() -> None:
             "--warmup_steps here, a number of steps; unknown argument --optim",
         ),
         (["tain"], "unknown command 'tain'; did you mean 'train'?"),
+        (
+            ["train", "--do_eval"],
+            "missing: --model_name_or_path (a folder of a model, or a name on the hub), --train_file (or "
+            "--dataset_name, or --data_dir), --predict_file (or --validation_split 0.1), --output_dir (a folder for",
+        ),
+        (["train", "--data_dir", "d", "--model_name_or_path", "m"], "missing: --output_dir (a folder for the model"),
+        (
+            ["evaluate", "--output_dir", "o"],
+            "or a name on the hub), --predict_file (or --dataset_name, or --data_dir) ",
+        ),
+        (["train", "--eval_strategy", "epoch"], "must be no or steps, not 'epoch': evaluations come by steps here"),
+        (["train", "--report_to", "wandb"], "'report_to' in the command line must be one of tensorboard, none, not"),
     ],
 )
 def test_errors_name_the_right_place(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +263,31 @@ def test_print_config_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[s
     expected = options.build(RunOptions, "train", flags, str(file))
     assert options.build(RunOptions, "train", {}, str(again)) == expected
     assert set(yaml.safe_load(out)) == set(expected.given)
+
+
+@pytest.mark.parametrize("name", ["eval_strategy", "evaluation_strategy"])
+def test_strategies_of_training_arguments_are_accepted(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "run.yaml"
+    for value, expected in (("steps", True), ("no", False), ("'no'", False)):
+        file.write_text(f"{name}: {value}\nper_device_train_batch_size: 4\nreport_to: [tensorboard]\n")
+        found = options.build(RunOptions, "train", {}, str(file))
+        assert found.evaluate_during_training is expected and found.report_to == "tensorboard"
+        assert found.origin("evaluate_during_training") == found.origin("per_gpu_train_batch_size") == str(file)
+        given = parser_of("train").parse_args([f"--{name}", value.strip("'"), "--evaluate_during_training"])
+        assert given.evaluate_during_training == "true"
+        given = parser_of("train").parse_args(["--evaluate_during_training", f"--{name}", value.strip("'")])
+        assert given.evaluate_during_training == str(expected).lower()
+    file.write_text(f"{name}: epoch\n")
+    with pytest.raises(UserError, match=f"option '{name}' in {file} must be no or steps, not 'epoch'"):
+        options.build(RunOptions, "train", {}, str(file))
+
+
+def test_unknown_names_of_file_and_command_line_are_one_error(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: adamw_torch\nlr: 1\n")
+    with pytest.raises(UserError) as caught:
+        options.build(RunOptions, "train", {"model": "x"}, str(file))
+    assert str(caught.value).count("unknown option") == 3 and "did you mean 'learning_rate'" in str(caught.value)
 
 
 def test_a_value_comes_from_the_command_line_the_file_or_the_default(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_an_example_passes_check(
     wanted = read(path)
     model_type = MODEL_TYPES[str(wanted.model_name_or_path)]
     AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").touch()  # no weights are read
     small_tokenizers.tokenizer({"mistral": "llama"}.get(model_type, model_type)).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(preflight, "free_host_memory", lambda: 2**50)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))

@@ -58,7 +58,7 @@ def test_local_by_deepspeed_runs_what_it_shows(tmp_path: Path, stand_ins: Path) 
     done = run("local.sh", "--output_dir", "my run", cwd=tmp_path, stand_ins=stand_ins, GPUS="2", CONFIG="zero3")
     assert done.returncode == 0, done.stderr
     (command,) = shown(done)
-    wanted = "--num_accelerators 2 --master_port 29500 --module qa_deepspeed train --deepspeed_config zero3"
+    wanted = "--quiet --num_accelerators 2 --master_port 29500 --module qa_deepspeed train --deepspeed_config zero3"
     assert command == ["deepspeed", *wanted.split(), "--output_dir", "my run"]
     assert done.stdout.splitlines()[1:] == ["ran", *command[1:]]
 
@@ -114,7 +114,7 @@ def test_a_name_that_is_no_host_reaches_no_launcher(tmp_path: Path, stand_ins: P
 def test_multinode_leaves_out_hosts_that_do_not_answer_and_starts_again(tmp_path: Path, stand_ins: Path) -> None:
     """node2 is gone after the first launch; the second, on node1 alone, ends well."""
     program(stand_ins, "ssh", f'[ ! -e {tmp_path}/lost ] || case " $* " in *" node2 "*) exit 255 ;; esac')
-    program(stand_ins, "deepspeed", f'cat "$2"; [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 247; }}')
+    program(stand_ins, "deepspeed", f'cat "$3"; [ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 247; }}')
     done = run(
         "multinode.sh",
         "--max_restarts",
@@ -128,8 +128,8 @@ def test_multinode_leaves_out_hosts_that_do_not_answer_and_starts_again(tmp_path
     )
     assert done.returncode == 0, done.stderr
     first, second = shown(done)
-    assert first == second and first[3:5] == ["--launcher", "pdsh"]
-    assert first[7:9] == ["--master_addr", "10.0.0.1"] and first[-3:] == ["train", "--global_batch_size", "8"]
+    assert first == second and first[4:6] == ["--launcher", "pdsh"]
+    assert first[8:10] == ["--master_addr", "10.0.0.1"] and first[-3:] == ["train", "--global_batch_size", "8"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("node")]
     assert lines == ["node1 slots=2", "node2 slots=4", "node1 slots=2"]
     assert "ended with status 247; restart 1 of 1" in done.stderr and "node2 does not answer" in done.stderr
