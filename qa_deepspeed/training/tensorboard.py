@@ -45,9 +45,22 @@ LAYOUT = {
 No two curves in a chart of evaluations: where each has one point, TensorBoard 2.21 draws neither.
 """
 
-NOT_CURVES = re.compile(r"(epoch|total|not_scored|thresh|threshold)$")
-"""Values without a curve: counts and thresholds, which would hide the scores among them. metrics.jsonl has them all,
-the text `report/scores` those of the evaluation."""
+NOT_CURVES = re.compile(r"(epoch|total|not_scored|thresh|threshold)$|^eval/(un)?tuned_")
+"""Values without a curve: counts, thresholds and scores on the way to a threshold, which would hide the scores among
+them. metrics.jsonl has them all, the text `report/scores` those of the evaluation."""
+
+OVERVIEW = {
+    "train/loss": "Overview/1 loss",
+    "eval/f1": "Overview/2 F1",
+    "eval/loss": "Overview/3 development loss",
+    "speed/tokens_per_second": "Overview/4 tokens per second",
+    "speed/mfu": "Overview/5 MFU",
+}
+"""Curves that are shown once more at the top: TensorBoard sorts groups by name, capital letters first."""
+
+RIGHT_CURVE = "report/precision and recall of right answers, by confidence"
+ANSWERABLE_CURVE = "report/precision and recall of answerable questions, by null odds"
+"""Tags in the tab "PR Curves", which shows nothing else of them."""
 
 WRITER_THREADS = "tensorboard."
 """Beginning of the module names of the threads that write events."""
@@ -72,6 +85,8 @@ class TensorBoard:
         for name, value in values.items():
             if not NOT_CURVES.search(name):
                 self._writer.add_scalar(name, value, step)
+            if name in OVERVIEW:
+                self._writer.add_scalar(OVERVIEW[name], value, step)
         self._writer.flush()
 
     def evaluation(self, step: int, result: EvaluationResult) -> None:
@@ -130,10 +145,10 @@ def show_evaluation(writer: SummaryWriter, step: int, result: EvaluationResult) 
     for name, chosen in (("right", result.correct), ("wrong", ~result.correct)):
         if chosen.any():
             writer.add_histogram(f"report/answer_probability_if_{name}", result.confidence[chosen], step)
-    writer.add_pr_curve("report/answer_is_right", result.correct, result.confidence, step)
+    writer.add_pr_curve(RIGHT_CURVE, result.correct, result.confidence, step)
     if result.null_odds is not None:
         odds = np.clip(result.null_odds, -MAX_ODDS, MAX_ODDS)
         for name, chosen in (("answerable", result.has_answer), ("unanswerable", ~result.has_answer)):
             if chosen.any():
                 writer.add_histogram(f"report/null_odds_if_{name}", odds[chosen], step)
-        writer.add_pr_curve("report/question_has_answer", result.has_answer, 1 / (1 + np.exp(odds)), step)
+        writer.add_pr_curve(ANSWERABLE_CURVE, result.has_answer, 1 / (1 + np.exp(odds)), step)

@@ -14,7 +14,7 @@ from qa_deepspeed.qa.report.charts import figures
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder
 from qa_deepspeed.qa.report.samples import SAMPLES
 from qa_deepspeed.training.reporter import MetricsLogger
-from qa_deepspeed.training.tensorboard import LAYOUT, write_evaluation
+from qa_deepspeed.training.tensorboard import ANSWERABLE_CURVE, LAYOUT, RIGHT_CURVE, write_evaluation
 from tests.unit.training.events import events
 
 CONTEXTS = [f"Paragraph {number} names the number {number} and nothing | else." for number in range(8)]
@@ -50,12 +50,35 @@ def test_evaluation_shows_probabilities_odds_and_samples(tmp_path: Path, result:
     )
     assert right.num == result.correct.sum() and wrong.num == 50 - right.num
     assert {f"report/null_odds_if_{name}" for name in ("answerable", "unanswerable")} <= set(tags["histograms"])
-    assert {"report/answer_is_right", "report/question_has_answer"} <= set(tags["tensors"])
+    assert {RIGHT_CURVE, ANSWERABLE_CURVE} <= set(tags["tensors"])
     (text,) = found.Tensors("report/samples/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
     assert shown.count("- **") == SAMPLES and "Which number, 49?" in shown and "answer: *no answer*" in shown
     hyper = found.summary_metadata["_hparams_/session_start_info"]
     assert b"learning_rate" in hyper.plugin_data.content
+
+
+def test_the_first_group_is_loss_f1_tokens_and_mfu(tmp_path: Path, result: EvaluationResult) -> None:
+    """TensorBoard sorts groups by name, capital letters first; curves keep their own tags beside."""
+    names = ["train/loss", "eval/f1", "eval/loss", "speed/tokens_per_second", "speed/mfu"]
+    values = {name: 1.0 + place for place, name in enumerate([*names, "memory/gpu_GiB", "eval/exact"])}
+    logger = MetricsLogger(tmp_path, 10, 0)
+    logger.log(5, values, "")
+    logger.evaluation(5, result)
+    logger.close()
+    found = events(tmp_path)
+    tags = [tag for kind in ("scalars", "images", "histograms") for tag in found.Tags()[kind]]
+    shown = sorted(tags)[:5]
+    assert shown == [
+        "Overview/1 loss",
+        "Overview/2 F1",
+        "Overview/3 development loss",
+        "Overview/4 tokens per second",
+        "Overview/5 MFU",
+    ]
+    for tag, name in zip(shown, names, strict=True):
+        assert [event.value for event in found.Scalars(tag)] == [values[name]]
+    assert set(values) <= set(found.Tags()["scalars"])
 
 
 def test_layout_uses_the_tag_prefixes(tmp_path: Path) -> None:
