@@ -1,4 +1,4 @@
-"""`qa-deepspeed compare`: runs side by side, what differs, and whether F1 differs by more than chance."""
+"""`qa-deepspeed compare`: runs side by side, what differs, and whether F1 differs by more than chance; a page of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.qa.decoding.predictions import NBEST_FILE, PREDICTIONS_FILE
 from qa_deepspeed.qa.metrics.compare import explain
-from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_predictions
+from qa_deepspeed.qa.metrics.prediction_files import GoldFile, read_gold, read_nbest, read_predictions
+from qa_deepspeed.qa.report.comparison import SIGNIFICANT, SystemAnswers, comparison_page, verdict
+from qa_deepspeed.qa.report.page import now
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.files import output_file
 from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
-
-CHANCE = 0.05
-"""A difference with a smaller p value is called more than chance."""
 
 ABSENT = "-"
 
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="SQuAD JSON of the questions that the runs answered (default: the predict_file that they name)",
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="with two runs: write a page (HTML) of the questions that one wins and the other loses",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -50,13 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if len(arguments.runs) < 2:
         raise UserError("compare needs two runs or more: qa-deepspeed compare RUN RUN ...")
+    if arguments.report and len(arguments.runs) != 2:
+        raise UserError("--report FILE shows two runs: name two, the first to compare the other with")
     records = [_read(Path(folder)) for folder in arguments.runs]
     first = Path(arguments.runs[0])
-    tests = [
-        _significance(first, Path(other), records, arguments.gold, number)
-        for number, other in enumerate(arguments.runs[1:], 1)
+    pairs = [
+        _pair(first, Path(other), records, arguments.gold, number) for number, other in enumerate(arguments.runs[1:], 1)
     ]
+    tests = [_significance(pair) for pair in pairs]
     sections = {title: _rows(records, part, only_different) for title, part, only_different in SECTIONS}
+    if arguments.report:
+        _write_page(pairs[0], Path(arguments.report), sections)
     if arguments.json:
         print(json.dumps({"runs": arguments.runs, **sections, "significance": tests}))
         return 0
@@ -65,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(_table(title, arguments.runs, rows)) + "\n")
     for test in tests:
         print(_test_in_words(test))
+    if arguments.report:
+        print(f"page: {arguments.report}")
     return 0
 
 
@@ -130,34 +143,81 @@ def _cell(value: Any) -> str:
     return text[:SHOWN_DIGITS] + "..." if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def _significance(
-    one: Path, other: Path, records: list[dict[str, Any]], gold: str | None, number: int
-) -> dict[str, Any]:
-    """The paired test of the two runs' F1, or why there is none."""
-    names = {"a": str(one), "b": str(other)}
+@dataclass(frozen=True)
+class _Pair:
+    """Two runs' answers to the same questions, or why they cannot be compared question by question."""
+
+    one: Path
+    other: Path
+    reason: str = ""
+    gold: GoldFile | None = None
+    gold_path: str = ""
+    a: dict[str, str] | None = None
+    b: dict[str, str] | None = None
+    differences: dict[str, Any] | None = None
+    language: str = "en"
+
+
+def _pair(one: Path, other: Path, records: list[dict[str, Any]], gold: str | None, number: int) -> _Pair:
     options = [records[index].get("options", {}) for index in (0, number)]
     files = [given.get("predict_file") for given in options]
     if gold is None and files[0] != files[1]:
-        return {**names, "reason": f"they answered different files ({files[0]} and {files[1]}); name one with --gold"}
+        reason = f"they answered different files ({files[0]} and {files[1]}); name one with --gold"
+        return _Pair(one, other, reason)
     path = gold or files[0]
     if not path or not Path(path).is_file():
-        return {**names, "reason": f"the questions they answered are not at {path}; name the file with --gold"}
+        return _Pair(one, other, f"the questions they answered are not at {path}; name the file with --gold")
+    language = options[0].get("metric_language", "en")
     try:
-        a, b = (read_predictions(str(folder / "predictions.json")) for folder in (one, other))
-        report = explain(read_gold(path), a, b, options[0].get("metric_language", "en"))
+        a, b = (read_predictions(str(folder / PREDICTIONS_FILE)) for folder in (one, other))
+        questions = read_gold(path)
+        return _Pair(one, other, "", questions, path, a, b, explain(questions, a, b, language), language)
     except UserError as error:
-        return {**names, "reason": str(error)}
+        return _Pair(one, other, str(error))
+
+
+def _significance(pair: _Pair) -> dict[str, Any]:
+    """The paired test of the two runs' F1, or why there is none."""
+    names = {"a": str(pair.one), "b": str(pair.other)}
+    if pair.differences is None:
+        return {**names, "reason": pair.reason}
     kept = ("total", "f1_a", "f1_b", "f1_difference", "f1_difference_interval", "f1_p_value")
-    return {**names, **{name: report[name] for name in kept}, "more_than_chance": report["f1_p_value"] < CHANCE}
+    found = {name: pair.differences[name] for name in kept}
+    return {**names, **found, "more_than_chance": found["f1_p_value"] < SIGNIFICANT}
 
 
 def _test_in_words(test: dict[str, Any]) -> str:
     if "reason" in test:
         return f"{test['b']} against {test['a']}: whether F1 differs by more than chance is unknown: {test['reason']}"
-    low, high = test["f1_difference_interval"]
-    verdict = "significant" if test["more_than_chance"] else "not significant"
-    return (
-        f"{test['b']} against {test['a']}: F1 {test['f1_b']:.2f} against {test['f1_a']:.2f} on {test['total']} "
-        f"questions, {test['f1_difference']:+.2f} (95% interval {low:+.2f} to {high:+.2f}, p = "
-        f"{test['f1_p_value']:.3f}): {verdict}"
+    return verdict(test["a"], test["b"], test)
+
+
+def _write_page(pair: _Pair, path: Path, sections: dict[str, dict[str, list[Any]]]) -> None:
+    """Write the page of two runs.
+
+    Raises:
+        UserError: their answers cannot be compared, or the file cannot be written.
+    """
+    if pair.gold is None or pair.a is None or pair.b is None or pair.differences is None:
+        raise UserError(f"no page of {pair.other} against {pair.one}: {pair.reason}")
+    folders = (pair.one, pair.other)
+    names = _short_names(*folders)
+    one, other = (
+        SystemAnswers(name, answers, read_nbest(str(folder / NBEST_FILE)) if (folder / NBEST_FILE).exists() else {})
+        for name, folder, answers in zip(names, folders, (pair.a, pair.b), strict=True)
     )
+    about = {"Runs": f"{pair.one} and {pair.other}", "Data": pair.gold_path, "Date": now()}
+    settings = [
+        [name, *map(_cell, row)]
+        for title, _, only_different in SECTIONS
+        if only_different
+        for name, row in sections[title].items()
+    ]
+    document = comparison_page(pair.gold, (one, other), pair.differences, pair.language, about, settings)
+    with output_file(path) as file:
+        file.write(document)
+
+
+def _short_names(one: Path, other: Path) -> tuple[str, str]:
+    """The names of the folders, or their paths where those are equal."""
+    return (one.name, other.name) if one.name != other.name else (str(one), str(other))

@@ -196,6 +196,16 @@ def as_yaml(options: Any, command: str) -> str:
     return "\n".join(lines)
 
 
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that sets these options; those that are None are left out."""
+    words = []
+    for name, given in values.items():
+        value = str(given).lower() if isinstance(given, bool) else str(given)
+        if given is not None:  # null in a YAML file
+            words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    return words
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint '; did you mean X?' for a misspelt name, or ''."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

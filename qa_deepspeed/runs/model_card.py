@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.options import as_flags
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.utils.files import write_text
 from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
@@ -272,12 +273,8 @@ def training_command(options: RunOptions, record: Mapping[str, Any]) -> str:
         in_data_dir = options.data_dir and purpose in (record.get("data") or {})
         if options.data_file(purpose) and (option in options.given or in_data_dir):
             values[option] = _data_name(options, purpose)
-    words = _launcher(record["hardware"])
-    for name in sorted(values):
-        value = str(values[name]).lower() if isinstance(values[name], bool) else str(values[name])
-        if values[name] is not None:  # null in a YAML file
-            words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
-    return shlex.join([*words, "--output_dir", "OUTPUT_DIR"])
+    flags = as_flags({name: values[name] for name in sorted(values)})
+    return shlex.join([*_launcher(record["hardware"]), *flags, "--output_dir", "OUTPUT_DIR"])
 
 
 def _launcher(hardware: Mapping[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ from qa_deepspeed.runs.folder import writable_folder
 from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
 from qa_deepspeed.training.features import load_features, notes, require_gold
 from qa_deepspeed.training.reporter import may_be_lost
-from qa_deepspeed.training.scoring import answer_and_score, decoder, evaluation_options, save_logits
+from qa_deepspeed.training.scoring import about_evaluation, answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.training.tensorboard import FOLDER, write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
@@ -79,13 +79,21 @@ class Evaluation:
         return {} if self.result is None else self.result.report
 
 
-def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, output_dir: Path) -> Evaluation:
+def evaluate(
+    reader: EvalModel,
+    data: EvaluationData,
+    options: RunOptions,
+    output_dir: Path,
+    about: Mapping[str, str] | None = None,
+) -> Evaluation:
     """Answer every question and score the answers. Collective.
 
     Rank 0 writes predictions.json, nbest_predictions.json, null_odds.json (with version_2_with_negative), metrics.json,
     report.json, report.html and, with `--gather full`, logits.npz into `output_dir`, which must exist. A threshold that
     was tuned goes into the config of the model in `output_dir`, if there is one.
 
+    Args:
+        about: what report.html says of the model (`scoring.about_evaluation`); None for that of `evaluate`.
     Raises:
         UserError: as `evaluation_head`.
         StorageError: the disk is full or fails; on every rank.
@@ -103,7 +111,15 @@ def evaluate(reader: EvalModel, data: EvaluationData, options: RunOptions, outpu
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
         further = {} if gathered.loss is None else {LOSS: gathered.loss}
-        metrics, result = answer_and_score(predict, data.store, options, head.null_score_is_odds, output_dir, further)
+        metrics, result = answer_and_score(
+            predict,
+            data.store,
+            options,
+            head.null_score_is_odds,
+            output_dir,
+            further,
+            about or about_evaluation(options, "evaluate"),
+        )
         if options.null_score_diff_threshold == AUTO:
             save_null_threshold(output_dir, metrics["null_score_diff_threshold"])
         results.extend([] if result is None else [result])
@@ -152,7 +168,9 @@ def evaluate_checkpoints(
         target = run_dir / "evaluations" / folder.name
         target.mkdir(parents=True, exist_ok=True)
         reader = model_of_checkpoint(folder, facts, resolved, device)
-        results[folder.name] = evaluate(reader, data, options, target).metrics
+        steps = str(read_loop_state(folder).step)
+        about = about_evaluation(options, "evaluate", str(folder), steps)
+        results[folder.name] = evaluate(reader, data, options, target, about).metrics
         dist.log0(f"{folder.name}: {describe(results[folder.name])}")
     return results
 

@@ -27,6 +27,7 @@ from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.evaluate import Evaluation, EvaluationData, describe, evaluate
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
 from qa_deepspeed.training.reporter import NullMetricsLogger
+from qa_deepspeed.training.scoring import about_evaluation
 from qa_deepspeed.training.stopping import Preempted, StopController
 from qa_deepspeed.training.throughput import ThroughputMeter
 from qa_deepspeed.utils import dist
@@ -204,7 +205,9 @@ def evaluate_and_report(
 ) -> Evaluation:
     """Evaluate after optimizer step `number` and log the scores and the report. Collective."""
     began = time.perf_counter()
-    evaluation = evaluate(model, data, run.options, run.output_dir)
+    base = f"{run.options.model_name_or_path}, fine-tuned"
+    about = about_evaluation(run.options, "train", base, f"{number:,} of {run.steps:,}")
+    evaluation = evaluate(model, data, run.options, run.output_dir, about)
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
     metrics = evaluation.metrics
     numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

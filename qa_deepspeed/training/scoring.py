@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.options import as_flags
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.decoding.classic import classic_text, decode_classic
 from qa_deepspeed.qa.decoding.exact import Candidates, decode
@@ -18,7 +20,7 @@ from qa_deepspeed.qa.decoding.hf import decode_like_transformers
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings, Prediction, write_predictions
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.metrics.squad import Scorer
-from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, page
+from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, now, page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
 from qa_deepspeed.runs.evaluation_folder import METRICS_FILE
 from qa_deepspeed.utils.errors import UserError
@@ -74,6 +76,7 @@ def answer_and_score(
     null_score_is_odds: bool,
     output_dir: Path,
     further: Mapping[str, Any],
+    about: Mapping[str, str],
 ) -> tuple[dict[str, Any], EvaluationResult | None]:
     """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html.
 
@@ -84,6 +87,7 @@ def answer_and_score(
 
     Args:
         further: metrics that do not come from the answers, added to the others.
+        about: what report.html says of the model, by name (`about_evaluation`).
     """
     settings = _decode_settings(options, null_score_is_odds)
     untuned: dict[str, Any] = {}
@@ -95,7 +99,7 @@ def answer_and_score(
     builder = ResultBuilder(options.version_2_with_negative, options.metric_language, questions, output_dir)
     with ProgressBar("decoding and scoring", questions, "question") as bar:
         predictions = _counted(predict(settings), bar)
-        observed = builder.observe(store.examples, predictions, _windows_of_examples(store))
+        observed = builder.observe(store.examples, predictions, _windows_of_examples(store), _data_name(options))
         write_predictions(observed, output_dir, settings)
     metrics = builder.metrics() | untuned | dict(further)
     if options.version_2_with_negative:
@@ -103,8 +107,28 @@ def answer_and_score(
     write_json(output_dir / METRICS_FILE, metrics)
     result = builder.result(metrics)
     if result is not None:
-        _write_report(result, output_dir, f"Evaluation on {options.data_file('evaluate') or options.dataset_name}")
+        _write_report(result, output_dir, f"Evaluation on {Path(_data_name(options)).name}", about)
     return metrics, result
+
+
+def about_evaluation(options: RunOptions, command: str, model: str | None = None, steps: str = "") -> dict[str, str]:
+    """What report.html says of an evaluation, by name.
+
+    Args:
+        command: "train" or "evaluate". model: None for `model_name_or_path`. steps: optimizer steps, in words.
+    """
+    named = {name: getattr(options, name) for name in sorted(options.given)}
+    return {
+        "Model": model or str(options.model_name_or_path),
+        "Data": _data_name(options),
+        "Date": now(),
+        **({"Steps": steps} if steps else {}),
+        "Command": shlex.join(["qa-deepspeed", command, *as_flags(named)]),
+    }
+
+
+def _data_name(options: RunOptions) -> str:
+    return str(options.data_file("evaluate") or options.dataset_name)
 
 
 def _decode_settings(options: RunOptions, null_score_is_odds: bool) -> DecodeSettings:
@@ -136,9 +160,10 @@ def _counted(predictions: Iterator[Prediction], bar: ProgressBar) -> Iterator[Pr
         yield prediction
 
 
-def _write_report(result: EvaluationResult, output_dir: Path, title: str) -> None:
+def _write_report(result: EvaluationResult, output_dir: Path, title: str, about: Mapping[str, str]) -> None:
     write_json(output_dir / REPORT_FILE, result.report)
-    write_text(output_dir / PAGE_FILE, page(result.report, title), errors="xmlcharrefreplace")
+    document = page(result.report, result.questions, title, about)
+    write_text(output_dir / PAGE_FILE, document, errors="xmlcharrefreplace")
 
 
 def _windows_of_examples(store: FeatureStore) -> Iterator[int]:

@@ -55,7 +55,9 @@ def test_the_wheel_carries_all_code_all_configs_and_the_sample_text(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = REPOSITORY / "qa_deepspeed"
     wanted = {
-        str(file.relative_to(REPOSITORY)) for suffix in ("py", "yaml", "j2") for file in package.rglob(f"*.{suffix}")
+        str(file.relative_to(REPOSITORY))
+        for suffix in ("py", "yaml", "j2", "css", "js")
+        for file in package.rglob(f"*.{suffix}")
     }
     wanted |= {f"qa_deepspeed/ds_configs/{file.name}" for file in (REPOSITORY / "ds_configs").glob("*.json")}
     assert len(wanted) > 10

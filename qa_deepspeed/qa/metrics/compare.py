@@ -50,9 +50,9 @@ def explain(gold: GoldFile, a: dict[str, str], b: dict[str, str], language: str)
     differences = []
     for i, question in enumerate(questions):
         text_a, text_b = a.get(question.example_id), b.get(question.example_id)
-        exact_a, f1_a = _scored(text_a, question.texts, gold.version_2, language)
+        exact_a, f1_a = score_or_nothing(text_a, question.texts, gold.version_2, language)
         exact_b, f1_b = (
-            (exact_a, f1_a) if text_a == text_b else _scored(text_b, question.texts, gold.version_2, language)
+            (exact_a, f1_a) if text_a == text_b else score_or_nothing(text_b, question.texts, gold.version_2, language)
         )
         scores[:, i] = exact_a, exact_b, f1_a, f1_b
         if text_a != text_b:
@@ -105,5 +105,6 @@ def explanation_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _scored(text: str | None, golds: tuple[str, ...], version_2: bool, language: str) -> tuple[int, float]:
+def score_or_nothing(text: str | None, golds: tuple[str, ...], version_2: bool, language: str) -> tuple[int, float]:
+    """Exact match and F1 of an answer, 0 for a question without one."""
     return (0, 0.0) if text is None else score_answer(text, golds, version_2, language)

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from qa_deepspeed.qa.data.examples import Answer
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS, NBestEntry
 from qa_deepspeed.qa.metrics.squad import Gold
@@ -20,7 +21,17 @@ class GoldFile(NamedTuple):
     contexts: dict[str, str]  # by question id
     wording: dict[str, str]  # the question's text by question id
     without_gold: list[str]  # ids of questions whose gold answers are not known; they are not among the others
+    starts: dict[str, tuple[int, ...]]  # by question id, where the file says that each gold text begins; -1 if nowhere
     left_out: tuple[str, ...] = ()  # lines about rows that cannot be read
+
+    def places(self, question: Gold) -> list[Answer]:
+        """The gold texts of a question with their places, -1 where the context does not have the text there."""
+        context = self.contexts[question.example_id]
+        starts = self.starts[question.example_id]
+        return [
+            Answer(text, start if start >= 0 and context.startswith(text, start) else -1)
+            for text, start in zip(question.texts, starts, strict=True)
+        ]
 
 
 def read_gold(path: str) -> GoldFile:
@@ -77,19 +88,20 @@ def _is_json_lines(path: str) -> bool:
 def _gold_of_rows(path: str) -> GoldFile:
     report = ReadReport()
     source = DataSource((path,), "evaluate", version_2_with_negative=True)
-    gold = GoldFile([], False, {}, {}, [])
+    gold = GoldFile([], False, {}, {}, [], {})
     for example in read_examples(source, report):
         gold.contexts[example.example_id], gold.wording[example.example_id] = example.context, example.question
         if example.has_gold:
             texts = tuple(answer.text for answer in example.answers)
             gold.questions.append(Gold(example.example_id, texts))
+            gold.starts[example.example_id] = tuple(answer.start for answer in example.answers)
         else:
             gold.without_gold.append(example.example_id)
     return gold._replace(version_2=report.unanswerable > 0, left_out=tuple(report.left_out()))
 
 
 def _gold_of_articles(document: dict[str, Any], path: str) -> GoldFile:
-    gold = GoldFile([], _says_version_2(document.get("version")), {}, {}, [])
+    gold = GoldFile([], _says_version_2(document.get("version")), {}, {}, [], {})
     impossible_seen = False
     for i, article in enumerate(document["data"]):
         for j, paragraph in enumerate(_list(article, "paragraphs", f"{path}: data[{i}]")):
@@ -98,6 +110,7 @@ def _gold_of_articles(document: dict[str, Any], path: str) -> GoldFile:
                 one = _gold(question, f"{where}.qas[{k}]")
                 if one.texts or question.get("answers") is not None or question.get("is_impossible"):
                     gold.questions.append(one)
+                    gold.starts[one.example_id] = _starts(question.get("answers"), len(one.texts))
                 else:
                     gold.without_gold.append(one.example_id)
                 gold.contexts[one.example_id] = str(paragraph.get("context", ""))
@@ -216,6 +229,16 @@ def _gold(question: Any, where: str) -> Gold:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: the answers of question {question['id']} are not a list of texts")
     return Gold(str(question["id"]), tuple(texts))
+
+
+def _starts(answers: Any, count: int) -> tuple[int, ...]:
+    """The starts of `count` answers whose texts have been read; -1 where there is no whole number."""
+    if isinstance(answers, dict):
+        found = answers.get("answer_start")
+    else:
+        found = [answer.get("answer_start") if isinstance(answer, dict) else None for answer in answers or []]
+    starts = found if isinstance(found, list) and len(found) == count else [None] * count
+    return tuple(start if isinstance(start, int) and not isinstance(start, bool) else -1 for start in starts)
 
 
 def _read_object(path: str, of_what: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from qa_deepspeed.qa.metrics.normalization import normalized_tokens
 from qa_deepspeed.qa.metrics.records import QuestionRecords
 from qa_deepspeed.qa.metrics.significance import intervals_of_sums
 from qa_deepspeed.qa.metrics.thresholds import QUESTIONS_AT_ONCE, by_odds
+from qa_deepspeed.qa.report.questions import NBEST_SHOWN, GivenAnswer
 
 CALIBRATION_BINS = 10
 CURVE_POINTS = 200
@@ -58,16 +59,23 @@ class Analysis:
         self._cells: dict[tuple[str, str], _Cell] = {}  # by slice and value
         self._mistakes: list[tuple[float, int, dict[str, Any]]] = []
 
-    def add(self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float) -> None:
-        """Add one question with its scores; `windows` is the number of its features."""
+    def add(
+        self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float
+    ) -> tuple[GivenAnswer, dict[str, str]]:
+        """Add one question with its scores; `windows` is the number of its features.
+
+        Returns:
+            The answer with its place and confidence, and the question's value of each slice that it is in.
+        """
         golds = tuple(answer.text for answer in example.answers)
-        nbest = prediction.nbest
-        confidence = next((probability for text, probability, *_ in nbest if text == prediction.text), 0.0)
+        answer = given_answer(prediction, f1)
+        confidence = answer.confidence or 0.0
         if example.context != self._context:  # the questions of a paragraph are adjacent
             self._paragraphs += 1
             self._context = example.context
         cells = [NO_CELL] * len(SLICES)
-        for place, value in enumerate(self._slices_of(example, golds, windows)):
+        values = self._slices_of(example, golds, windows)
+        for place, value in enumerate(values):
             if value is not None:
                 cell = self._cell(SLICES[place], value)
                 cell.questions += 1
@@ -76,7 +84,8 @@ class Analysis:
                 cells[place] = cell.number
         self._records.append((confidence, self._paragraphs - 1, cells))
         if not exact:
-            self._remember_mistake(example, prediction, golds, confidence, f1)
+            self._remember_mistake(example, answer, golds, confidence)
+        return answer, {name: value for name, value in zip(SLICES, values, strict=True) if value is not None}
 
     def _cell(self, name: str, value: str) -> _Cell:
         cell = self._cells.get((name, value))
@@ -97,7 +106,7 @@ class Analysis:
         )
 
     def _remember_mistake(
-        self, example: Example, prediction: Prediction, golds: tuple[str, ...], confidence: float, f1: float
+        self, example: Example, answer: GivenAnswer, golds: tuple[str, ...], confidence: float
     ) -> None:
         # the question's number breaks ties, in favour of the earlier mistake
         key = (confidence, -len(self._records))
@@ -107,10 +116,10 @@ class Analysis:
             "example_id": example.example_id,
             "question": example.question,
             "gold": list(dict.fromkeys(golds)),
-            "prediction": prediction.text,
+            "prediction": answer.text,
             "probability": confidence,
-            "f1": f1,
-            "context": _snippet(example, prediction, golds),
+            "f1": answer.f1,
+            "context": _snippet(example, answer, golds),
         }
         if len(self._mistakes) == MAX_MISTAKES:
             heapq.heappushpop(self._mistakes, (*key, mistake))
@@ -182,6 +191,18 @@ class Analysis:
             with_intervals = {"intervals": intervals[cell.number]} if intervals[cell.number] else {}
             found.setdefault(name, {})[value] = {"questions": cell.questions, **scores, **with_intervals}
         return found
+
+
+def given_answer(prediction: Prediction, f1: float) -> GivenAnswer:
+    """The answer of a prediction, with the place and probability of the best n-best entry that has its text."""
+    texts, probabilities, _, _, starts = prediction.nbest_columns
+    try:
+        place = texts.index(prediction.text)
+        start, confidence = int(starts[place]), float(probabilities[place])
+    except ValueError:
+        start, confidence = -1, 0.0
+    best = zip(texts[:NBEST_SHOWN], starts[:NBEST_SHOWN].tolist(), probabilities[:NBEST_SHOWN].tolist(), strict=True)
+    return GivenAnswer(prediction.text, start, f1, confidence, tuple(best))
 
 
 def question_word(question: str) -> str:
@@ -269,10 +290,10 @@ def _natural_order(name: str, value: str) -> tuple[int, int, str]:
     return SLICES.index(name), int(digits.group()) if digits else 0, value
 
 
-def _snippet(example: Example, prediction: Prediction, golds: tuple[str, ...]) -> str:
+def _snippet(example: Example, answer: GivenAnswer, golds: tuple[str, ...]) -> str:
     """The context around the predicted answer, or around the first gold answer if the prediction is empty."""
-    begin = next((start for text, *_, start in prediction.nbest if text == prediction.text and text), -1)
-    length = len(prediction.text)
+    begin = answer.start if answer.text else -1
+    length = len(answer.text)
     if begin < 0 and golds:
         begin, length = max(example.context.find(golds[0]), 0), len(golds[0])
     begin = max(begin, 0)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qa_deepspeed.qa.report.words import SLICES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 640, 320
 """Pixels of a chart in TensorBoard; the SVG has the same proportions."""
 
+PAGE_WIDTH = 460
+"""Pixels of a chart that the page shows too: its text can be read on a narrow screen."""
+
 DPI = 100
-PLOT_AREA = (0.11, 0.23, 0.85, 0.64)
+PLOT_AREA, PAGE_AREA = (0.11, 0.23, 0.85, 0.64), (0.16, 0.17, 0.78, 0.71)
 """Left, bottom, width and height of the axes as fractions of the figure. A fixed area needs no layout pass, and the
 charts of all evaluations align."""
 
@@ -46,17 +51,43 @@ PERCENT_TICKS: Ticks = ((0.0, 0.25, 0.5, 0.75, 1.0), ("0%", "25%", "50%", "75%",
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
+THEME = {"fill: #ffffff": "fill: none", "#000000": "currentColor", "#dddddd": "var(--line)"}
+"""Colours of the SVG that follow the page's theme, dark or light."""
+
+CAPTIONS = {
+    "calibration": "Bars: how often answers with this confidence are right. On the line, confidence is a probability; "
+    "below it the model is too sure.",
+    "precision_recall": "How much of what is answered is right (precision), and how much of what can be answered is "
+    "answered (recall), when questions are answered in the order of their null odds.",
+}
+"""What a chart shows, by its name."""
+
+
 def figures(report: Mapping[str, Any]) -> dict[str, Figure]:
-    """The charts of a report (`Analysis.report`) by name."""
+    """The charts of a report (`Analysis.report`) by name; none that would have a single bar."""
     with _style():
-        drawn = {"calibration": _calibration(report["calibration"])}
-        if "precision_recall" in report:
-            drawn["precision_recall"] = _precision_recall(report["precision_recall"])
-        return drawn | {f"by_{name}": _slice(name, values) for name, values in report["slices"].items()}
+        return _confidence_figures(report) | {
+            f"by_{name}": _slice(name, values) for name, values in report["slices"].items() if len(values) > 1
+        }
+
+
+def page_figures(report: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
+    """Name, caption and figure of the charts that the page shows."""
+    with _style():
+        return [(name, CAPTIONS[name], figure) for name, figure in _confidence_figures(report).items()]
+
+
+def _confidence_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
+    drawn = {}
+    if len(report["calibration"]["bins"]) > 1:
+        drawn["calibration"] = _calibration(report["calibration"])
+    if any(len(curve["recall"]) > 1 for curve in report.get("precision_recall", {}).values()):
+        drawn["precision_recall"] = _precision_recall(report["precision_recall"])
+    return drawn
 
 
 def svg(name: str, figure: Figure) -> str:
-    """The figure as an SVG element for an HTML page; all text in it is escaped.
+    """The figure as an SVG element for an HTML page, in the colours of its theme; all text in it is escaped.
 
     Args:
         name: goes in front of every id, so that several figures can stand in one page.
@@ -66,7 +97,10 @@ def svg(name: str, figure: Figure) -> str:
         figure.savefig(file, format="svg", metadata=NO_METADATA)
     written = file.getvalue()
     element = written[written.index("<svg") :]  # an XML declaration and a doctype have no place inside HTML
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", element)
+    for colour, themed in THEME.items():
+        element = element.replace(colour, themed)
+    named = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", element)
+    return named.replace("<svg ", f'<svg role="img" aria-label="{name.replace("_", " ")}" ', 1)
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -74,7 +108,8 @@ def pixels(figure: Figure) -> np.ndarray:
     file = io.BytesIO()
     with _style():
         figure.savefig(file, format="rgba")
-    return np.frombuffer(file.getvalue(), np.uint8).reshape(HEIGHT, WIDTH, 4)[:, :, :3]
+    width, height = (round(size) for size in figure.bbox.size)
+    return np.frombuffer(file.getvalue(), np.uint8).reshape(height, width, 4)[:, :, :3]
 
 
 @contextmanager
@@ -88,21 +123,22 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _axes(title: str, across: str, up: str, x_ticks: Ticks = PERCENT_TICKS) -> tuple[Figure, Axes]:
-    """A figure with axes from 0 to 100%, or with other x_ticks."""
+def _axes(title: str, across: str, up: str, x_ticks: Ticks | None = None) -> tuple[Figure, Axes]:
+    """A figure for the page with axes from 0 to 100%, or a wider one with other x_ticks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI)
-    axes = figure.add_axes(PLOT_AREA)
+    width, area = (PAGE_WIDTH, PAGE_AREA) if x_ticks is None else (WIDTH, PLOT_AREA)
+    figure = Figure(figsize=(width / DPI, HEIGHT / DPI), dpi=DPI)
+    axes = figure.add_axes(area)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=across, ylabel=up)
     axes.set_title(title, loc="left", fontsize=10, y=1.02)  # a fixed height saves a fifth of the drawing time
-    axes.set_xticks(*x_ticks)
+    axes.set_xticks(*(x_ticks or PERCENT_TICKS))
     axes.set_yticks(*PERCENT_TICKS)
     return figure, axes
 
 
 def _calibration(found: Mapping[str, Any]) -> Figure:
-    title = f"Calibration (expected calibration error {found['expected_calibration_error']:.3f})"
+    title = f"Is confidence right? (expected calibration error {found['expected_calibration_error']:.3f})"
     figure, axes = _axes(title, "confidence in the answer", "exact match")
     bins = found["bins"]
     begins = [one["from"] + 0.01 for one in bins]
@@ -112,10 +148,15 @@ def _calibration(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
+CURVES = {"exact": "exact match", "f1": "F1", "oracle": "question is answerable"}
+"""What counts as right, by the name of a curve."""
+
+
 def _precision_recall(curves: Mapping[str, Any]) -> Figure:
     figure, axes = _axes("Precision and recall over the null odds", "recall", "precision")
     for name, curve in curves.items():
-        axes.plot(curve["recall"], curve["precision"], label=f"{name} (average {curve['average_precision']:.1f})")
+        label = f"{CURVES[name]} (average {curve['average_precision']:.1f})"
+        axes.plot(curve["recall"], curve["precision"], label=label)
     axes.legend(loc="lower left", frameon=False)
     return figure
 
@@ -124,8 +165,8 @@ def _slice(name: str, values: Mapping[str, Mapping[str, Any]]) -> Figure:
     # one word a line, so that long neighbours do not overlap
     labels = ["\n".join([*value.split(), f"{cell['questions']:,}"]) for value, cell in values.items()]
     places = list(range(len(values)))
-    title = f"Scores by {name.replace('_', ' ')} (lines: 95% intervals; below: number of questions)"
-    figure, axes = _axes(title, "", "", (places, labels))
+    below = "value, and its number of questions; lines: 95% intervals"
+    figure, axes = _axes(SLICES.get(name, name), below, "", (places, labels))
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.grid(False, axis="x")
     for offset, metric, label in ((-0.4, "exact", "EM"), (0.0, "f1", "F1")):
@@ -136,7 +177,8 @@ def _slice(name: str, values: Mapping[str, Mapping[str, Any]]) -> Figure:
             offset + 0.19,
             [cell["intervals"][metric] if "intervals" in cell else None for cell in values.values()],
         )
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
+    legend = {"ncols": 2, "frameon": False, "borderpad": 0, "handletextpad": 0.4, "columnspacing": 1.8}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **legend)
     return figure
 
 

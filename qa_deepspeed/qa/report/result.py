@@ -13,6 +13,8 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer
 from qa_deepspeed.qa.report.analysis import Analysis
+from qa_deepspeed.qa.report.errors import CLASSES, RIGHT, ErrorCounts, error_class, gold_doubt
+from qa_deepspeed.qa.report.questions import QuestionRecord, QuestionTable
 from qa_deepspeed.qa.report.samples import Sample, sample_numbers
 
 
@@ -22,7 +24,7 @@ class EvaluationResult:
 
     report: the content of report.json, with `metrics` and `intervals`. correct: the answer given is an exact match.
     has_answer: the question has a gold answer. confidence: the probability of the answer given, in its n-best list.
-    null_odds: None for v1.1 data.
+    null_odds: None for v1.1 data. questions: what report.html lists.
     """
 
     report: dict[str, Any]
@@ -31,6 +33,7 @@ class EvaluationResult:
     confidence: np.ndarray
     null_odds: np.ndarray | None
     samples: list[Sample]
+    questions: QuestionTable
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -49,14 +52,20 @@ class ResultBuilder:
         self._analysis = Analysis(version_2_with_negative, language, folder)
         self._sampled = sample_numbers(questions)
         self._samples: list[Sample] = []
+        self._errors = ErrorCounts()
+        self._table = QuestionTable(CLASSES)
         self._scored = self._not_scored = 0
 
     def observe(
-        self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int]
+        self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int], file: str = ""
     ) -> Iterator[Prediction]:
         """Pass the predictions through, adding each with its example and its number of windows.
 
         Questions whose gold answers are not known are counted only.
+
+        Args:
+            file: where the questions come from, as the page names it; the page has a column of files if there are
+                several.
         """
         triples = zip(examples, predictions, windows, strict=True)
         for number, (example, prediction, window_count) in enumerate(triples):
@@ -65,11 +74,32 @@ class ResultBuilder:
                 self._not_scored += 1
             else:
                 self._scored += 1
-                self._analysis.add(example, prediction, window_count, *scores)
+                self._analyse(example, prediction, window_count, *scores, file)
                 if number in self._sampled:
                     golds = tuple(answer.text for answer in example.answers)
                     self._samples.append(Sample(example.question, golds, prediction.text, scores[1]))
             yield prediction
+
+    def _analyse(
+        self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float, file: str
+    ) -> None:
+        answer, slices = self._analysis.add(example, prediction, windows, exact, f1)
+        error = error_class(example, answer.text, answer.start, exact, f1)
+        self._errors.add(error, f1)
+        self._table.add(
+            QuestionRecord(
+                example_id=example.example_id,
+                question=example.question,
+                context=example.context,
+                golds=example.answers,
+                answers=[answer],
+                outcome=error,
+                wrong=error != RIGHT,
+                slices=slices,
+                note="" if error == RIGHT else gold_doubt(example),
+                file=file,
+            )
+        )
 
     def metrics(self) -> dict[str, Any]:
         """The metrics of the questions so far (`Scorer.result`), and the number of those `not_scored`, if any."""
@@ -82,12 +112,13 @@ class ResultBuilder:
             return None
         records = self._scorer.records()
         return EvaluationResult(
-            report={"metrics": metrics, **self._analysis.report(records)},
+            report={"metrics": metrics, "errors": self._errors.report(), **self._analysis.report(records)},
             correct=records["exact"] > 0,
             has_answer=records["has_answer"],
             confidence=self._analysis.confidence(),
             null_odds=records["odds"] if self._v2 else None,
             samples=self._samples,
+            questions=self._table,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,41 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert compare(one, tmp_path) == 2 and capsys.readouterr().err.count("\n") == 1
     (tmp_path / "run.json").write_text("[]")
     assert compare(one, tmp_path) == 2 and "not the record" in capsys.readouterr().err
+
+
+def page_data(path: Path) -> dict[str, Any]:
+    """The JSON inside a page."""
+    data: dict[str, Any] = json.loads(
+        re.findall('<script type="application/json" id="data">(.*)</script>', path.read_text())[0]
+    )
+    return data
+
+
+def test_the_page_of_two_runs_has_won_and_lost_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make_run(tmp_path / "one", 30), make_run(tmp_path / "other", 50, learning_rate=1e-3)
+    answers = json.loads((other / "predictions.json").read_text())
+    (other / "predictions.json").write_text(json.dumps({**answers, "0": "wrong", "55": "55"}))
+    nbest = [{"text": "55", "probability": 0.75, "start_logit": 1.0, "end_logit": 1.0, "start": 7}]
+    (other / "nbest_predictions.json").write_text(json.dumps({"55": nbest}))
+    assert compare(one, other, "--report", tmp_path / "page.html") == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"page: {tmp_path}/page.html\n")
+    data = page_data(tmp_path / "page.html")
+    assert data["systems"] == ["one", "other"]
+    outcomes = {row[0]: data["outcomes"][row[4]][0] for row in data["rows"]}
+    expected = {n: "both_right" if n < 30 else "won" if n < 50 else "both_wrong" for n in range(QUESTIONS)}
+    assert outcomes == {str(n): outcome for n, outcome in {**expected, 0: "lost", 55: "won"}.items()}
+    (row,) = (row for row in data["rows"] if row[0] == "55")
+    assert row[3] == [[7, 2]] and row[5] == [["wrong", None, 0.0, []], [[7, 2], 0.75, 1.0, [[[7, 2], 0.75]]]]
+    document = (tmp_path / "page.html").read_text()
+    verdict = next(line for line in printed.splitlines() if "against" in line).replace(f"{tmp_path}/", "")
+    assert verdict in document and "learning_rate" in document
+
+
+def test_no_page_is_written_where_there_is_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make_run(tmp_path / "one", 50), make_run(tmp_path / "other", 20, predict_file="another.json")
+    target = tmp_path / "page.html"
+    assert compare(one, other, "--report", target) == 2 and "different files" in capsys.readouterr().err
+    assert compare(one, other, one, "--report", target) == 2 and "two runs" in capsys.readouterr().err
+    assert compare(one, one, "--report", tmp_path / "gone" / "page.html") == 2
+    assert "there is no folder" in capsys.readouterr().err and not target.exists()

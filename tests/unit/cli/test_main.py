@@ -52,7 +52,7 @@ OPTIONS = {
         "per_device_eval_batch_size per_gpu_eval_batch_size question question_column top_k version_2_with_negative"
     ),
     "score": "confidence explain json metric_language null_odds null_odds_threshold",
-    "compare": "gold json",
+    "compare": "gold json report",
     "ensemble": "gold metric_language n_best_size null_score_diff_threshold output_dir version_2_with_negative",
     "export": "dtype max_shard_size merge_lora",
     "audit": (

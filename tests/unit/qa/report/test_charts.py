@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from qa_deepspeed.qa.report.charts import HEIGHT, WIDTH, figures, pixels, svg
+from qa_deepspeed.qa.report.charts import HEIGHT, PAGE_WIDTH, WIDTH, figures, page_figures, pixels, svg
 from tests.unit.qa.report.reports import HOSTILE, hostile_report
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -56,7 +57,7 @@ def test_curves_equal_the_report(report: dict[str, Any]) -> None:
 
 def test_svg_is_deterministic_and_small(report: dict[str, Any]) -> None:
     once, again = ({name: svg(name, figure) for name, figure in figures(report).items()} for _ in range(2))
-    assert once == again and len(once) == 7
+    assert once == again and len(once) == 4
     assert sum(map(len, once.values())) < 150_000
     assert "DejaVu" in once["calibration"] and ">confidence in the answer</text>" in once["calibration"]
 
@@ -71,8 +72,8 @@ def test_matplotlibrc_of_the_user_changes_nothing(report: dict[str, Any]) -> Non
 
 def test_texts_are_escaped_and_not_parsed_as_math(report: dict[str, Any]) -> None:
     cell = {"questions": 1, "exact": 50.0, "f1": 60.0}
-    name = f"$x_1${HOSTILE.replace(' ', '')}"
-    figure = figures({**report, "slices": {"kind": {name: cell}}})["by_kind"]
+    name = f"$x_1${''.join(HOSTILE.split())}"
+    figure = figures({**report, "slices": {"kind": {name: cell, "other": cell}}})["by_kind"]
     root = ElementTree.fromstring(svg("x", figure))
     assert not list(root.iter(f"{SVG}script"))
     texts = ["".join(text.itertext()) for text in root.iter() if text.tag in (f"{SVG}text", f"{SVG}tspan")]
@@ -81,12 +82,28 @@ def test_texts_are_escaped_and_not_parsed_as_math(report: dict[str, Any]) -> Non
 
 def test_charts_fit_their_frame(report: dict[str, Any]) -> None:
     """The border is white, the inside is not."""
-    for figure in figures(report).values():
+    for name, figure in figures(report).items():
         image = pixels(figure)
-        assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
+        width = WIDTH if name.startswith("by_") else PAGE_WIDTH
+        assert image.shape == (HEIGHT, width, 3) and image.dtype == np.uint8
         for border in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
             assert (border == 255).all()
         assert (image < 128).any()
+
+
+def test_no_chart_has_a_single_bar(report: dict[str, Any]) -> None:
+    one_bin = {**report["calibration"], "bins": report["calibration"]["bins"][:1]}
+    curves = {name: {**curve, "recall": [], "precision": []} for name, curve in report["precision_recall"].items()}
+    slices = {"windows": {"1": report["slices"]["windows"]["1"]}, "answerable": report["slices"]["answerable"]}
+    bare = {**report, "calibration": one_bin, "precision_recall": curves, "slices": slices}
+    assert list(figures(bare)) == ["by_answerable"] and page_figures(bare) == []
+
+
+def test_colours_follow_the_theme_of_the_page(report: dict[str, Any]) -> None:
+    for name, caption, figure in page_figures(report):
+        drawn = svg(name, figure)
+        assert "currentColor" in drawn and "var(--line)" in drawn and caption
+        assert not {"#ffffff", "#000000", "#dddddd"} & set(re.findall("#[0-9a-f]{6}", drawn))
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
