@@ -214,7 +214,7 @@ def _split(document: dict[str, Any], names: list[str], path: str, reading: _Read
             "name one of them train, one validation, or write the one to read into a file of its own"
         )
     if len(names) > 1:
-        reading.notes.append(f"of its splits {', '.join(names)} it is {name} that is read to {reading.purpose} on")
+        reading.notes.append(f"holds the splits {', '.join(names)}: {name} is read to {reading.purpose} on")
     entries = document[name]
     return (entries["data"], f"{name}.data") if isinstance(entries, dict) else (entries, name)
 

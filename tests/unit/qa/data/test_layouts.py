@@ -140,7 +140,7 @@ def test_a_split_is_read_by_its_purpose(
         return
     examples, report = read(path, purpose)
     assert [one.question for one in examples] == [f"{question} {taken}" for question, _, _ in FOUND]
-    assert report.notes == [f"d.json: of its splits {', '.join(names)} it is {taken} that is read to {purpose} on"]
+    assert report.notes == [f"d.json: holds the splits {', '.join(names)}: {taken} is read to {purpose} on"]
 
 
 def test_the_held_out_part_of_a_file_of_splits_is_of_the_training_split(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.data.read_report import ReadReport
@@ -95,24 +93,3 @@ def test_a_file_in_code_points_with_a_few_wrong_answers_stays_as_it_is(tmp_path:
     wrong = [(CONTEXTS[1], [("number", CONTEXTS[1].index("number") + 1)])]
     _, report = read(write(tmp_path / "d.json", wrong + right))
     assert report.notes == [] and report.repaired == 1
-
-
-LETTERS = st.text(alphabet="ab é東😀\r\n", max_size=30)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(
-    name=st.sampled_from(list(COUNTS)),
-    parts=st.lists(st.tuples(LETTERS, st.integers(0, 9), LETTERS), min_size=1, max_size=8),
-)
-def test_any_file_comes_back_equal(tmp_path: Path, name: str, parts: list[tuple[str, int, str]]) -> None:
-    """Every answer is a word of its own in its context, so that it has one right place."""
-    paragraphs, places = [], []
-    for before, number, after in parts:
-        context = f"{before} answer{number}. {after.replace('answer', '')}"
-        assume("\r\n" not in context.replace("\r\n", "") or True)
-        start = context.index("answer")
-        paragraphs.append((context, [(f"answer{number}", COUNTS[name](context, start))]))
-        places.append(start)
-    examples, report = read(write(tmp_path / "d.json", paragraphs))
-    assert [one.answers[0].start for one in examples] == places or not report.notes
