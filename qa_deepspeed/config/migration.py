@@ -37,12 +37,15 @@ MOVED = {
 ALIASES = {
     "dataset_config_name": "dataset_config",
     "ddp_timeout": "timeout",
+    "max_answer_len": "max_answer_length",
+    "max_question_len": "max_query_length",
+    "max_seq_len": "max_seq_length",
     "per_device_eval_batch_size": "per_gpu_eval_batch_size",
     "per_device_train_batch_size": "per_gpu_train_batch_size",
     "use_cpu": "no_cuda",
     "validation_file": "predict_file",
 }
-"""Flag or YAML key of run_qa.py or TrainingArguments -> the option of the same meaning."""
+"""Flag or YAML key of run_qa.py, TrainingArguments or the pipeline -> the option of the same meaning."""
 
 STRATEGIES = {"eval_strategy": "evaluate_during_training", "evaluation_strategy": "evaluate_during_training"}
 """Flag or YAML key of TrainingArguments with the values of `STRATEGY_VALUES` -> the option that is true or false."""

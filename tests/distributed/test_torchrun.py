@@ -39,6 +39,16 @@ def test_the_status_is_that_of_the_rank_that_failed_first(tmp_path: Path, code: 
     assert done.returncode == status, done.stderr[-3000:]
 
 
+def test_the_last_line_is_the_error_of_the_rank(tmp_path: Path) -> None:
+    """Of a user's mistake there is nothing more to say; a rank that was killed has said nothing itself."""
+    for code, last in (
+        ("if not rank:\n    sys.exit(print('error: x', file=sys.stderr, flush=True) or 2)\ntime.sleep(60)", "error: x"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "exitcode: -9"),
+    ):
+        done = run([*TORCHRUN, "--standalone", "--nproc_per_node", "2", ranks(tmp_path, code)], tmp_path)
+        assert last in done.stderr.splitlines()[-1]
+
+
 def test_a_torchrun_that_is_stopped_asks_for_a_requeue_where_the_run_did(tmp_path: Path) -> None:
     stop = f"def stop(*_):\n    open({str(tmp_path / 'requeue')!r}, 'w').close()\n    sys.exit(75)\n"
     script = ranks(tmp_path, f"{stop}signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)")
