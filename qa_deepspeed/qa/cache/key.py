@@ -58,8 +58,8 @@ def cache_key(
     if source.max_examples is None or source.purpose == "evaluate":
         del read["seed"]
     # Settings that earlier versions lack are part of the key only if they are used.
-    for name in ("encoding", "validation"):
-        if read[name] is None:
+    for name in ("encoding", "validation", "by_file"):
+        if not read[name]:
             del read[name]
     for name in ("answer_text", "answer_start"):
         if read["columns"][name] is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from qa_deepspeed.qa.cache.entry import CacheEntry, ProgressCallback
 from qa_deepspeed.qa.cache.key import InputDigests, cache_key, file_identity
+from qa_deepspeed.qa.data.files import distinct_names
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column
 from qa_deepspeed.qa.features.build import FeatureSettings, build_features, check_settings
@@ -74,6 +75,16 @@ def look_up(
     lookup = _find_entry(source, tokenizer, family, settings, cache_dir)
     manifest = lookup.entry.manifest()
     return lookup.fingerprint, None if manifest is None else manifest["counts"]
+
+
+def look_up_rows_by_file(
+    source: DataSource, tokenizer: Any, family: Family, settings: FeatureSettings, cache_dir: Path
+) -> np.ndarray:
+    """`FeatureStore.rows_by_file` of features that the cache has, by `look_up`. Raises: UserError as there."""
+    lookup = _find_entry(source, tokenizer, family, settings, cache_dir)
+    manifest = lookup.entry.manifest()
+    assert manifest is not None, "look_up has found the features"
+    return _open(lookup.entry, manifest, False, source, lookup.template, family, settings).rows_by_file
 
 
 @dataclass(frozen=True)
@@ -209,6 +220,8 @@ def _open(
         examples=ExampleStore(
             splits_of(np.array([shard["examples"]["examples"] for shard in shards], dtype=np.int64)), examples
         ),
+        files=distinct_names(source.files) if source.by_file else (),
+        examples_by_file=manifest["report"].get("examples_by_file", ()),
     )
 
 

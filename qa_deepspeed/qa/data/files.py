@@ -1,15 +1,20 @@
-"""Open a data file: compression, encoding, and one line for what is no data file."""
+"""Data files: weights behind their names, names that tell them apart; compression, encoding, what is no data file."""
 
 from __future__ import annotations
 
 import bz2
 import codecs
+import glob
 import gzip
 import io
 import lzma
+import math
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
 from qa_deepspeed.utils.errors import UserError
@@ -190,3 +195,43 @@ def too_long(path: str, line: int) -> UserError:
         f"{path}: line {line}: more than {RECORD_LIMIT // 2**30} GiB in one line or document; write "
         "one question a line (JSON lines)"
     )
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Path or glob pattern, and weight, of `squad.json=2`; the weight is 1 where none is given.
+
+    A path that exists, or a pattern that matches files, has no weight: a file name may hold `=`.
+
+    Raises:
+        UserError: the weight is not a finite number above 0.
+    """
+    path, equals, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    whole = os.path.expanduser(text)
+    if not equals or os.path.exists(whole) or glob.glob(whole, recursive=True):
+        return text, 1.0
+    if not 0 < weight < math.inf:
+        raise UserError(f"{text}: the weight of a file must be a number above 0, not {number}")
+    return path, weight
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """The last component of each path, after as many of its folders as tell it apart from the others: `squad/dev.json`.
+
+    A path that is given twice has the same name twice.
+    """
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    lengths = [1] * len(parts)
+    while True:
+        ends = [part[-length:] for part, length in zip(parts, lengths, strict=True)]
+        counts = Counter(ends)
+        longer = [
+            length + 1 if counts[end] > 1 and length < len(part) else length
+            for part, length, end in zip(parts, lengths, ends, strict=True)
+        ]
+        if longer == lengths:
+            return [os.path.join(*end) for end in ends]
+        lengths = longer

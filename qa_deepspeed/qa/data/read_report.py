@@ -38,7 +38,7 @@ _KEYS = {"repaired": "mended"}
 
 SHOWN_REJECTED = 20
 
-_OPTIONAL = ("ids_made", "notes")
+_OPTIONAL = ("ids_made", "notes", "examples_by_file")
 """Fields that reports of earlier versions lack."""
 
 _FIELDS = {key: name for name, key in _KEYS.items()}
@@ -62,6 +62,8 @@ class ReadReport:
     """Questions without an id, which got one (`validation.made_id`)."""
     notes: list[str] = field(default_factory=list)
     """Lines on how files were read that cannot be taken literally (`offsets.recount`)."""
+    examples_by_file: list[int] = field(default_factory=list)
+    """Examples taken of each file, where they are counted (`DataSource.by_file`); files that were not reached lack."""
 
     def reject(self, example_id: str | None, where: str, reason: str, detail: str = "") -> None:
         """Count and list one question that cannot be used."""

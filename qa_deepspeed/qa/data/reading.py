@@ -15,6 +15,7 @@ from qa_deepspeed.qa.data.formats import ColumnNames, read_passages
 from qa_deepspeed.qa.data.offsets import recount
 from qa_deepspeed.qa.data.read_report import ReadReport, Rejected, list_counts
 from qa_deepspeed.qa.data.reasons import LAYOUTS
+from qa_deepspeed.qa.data.seen_ids import SeenIds
 from qa_deepspeed.qa.data.validation import Passage, Purpose, Validator
 from qa_deepspeed.utils.errors import UserError
 
@@ -29,6 +30,8 @@ class DataSource:
     For evaluation: the first N that can be evaluated; the seed plays no part.
     `validation`: ratio and seed of the contexts that are held out of the files for evaluation; training takes the
     others, so that no context is on both sides. None: both take all.
+    `by_file`: the files are data sets of their own: the report counts the examples of each, and an id that an earlier
+    file has too gets the number of its file in front (`2/ID`); otherwise the later question is rejected.
     """
 
     files: tuple[str, ...]
@@ -39,6 +42,7 @@ class DataSource:
     columns: ColumnNames = ColumnNames()
     encoding: str | None = None
     validation: tuple[float, int] | None = None
+    by_file: bool = False
 
     def __post_init__(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:
@@ -83,15 +87,24 @@ def read_examples(source: DataSource, report: ReadReport) -> Iterator[Example]:
         UserError: a file cannot be read, is SQuAD v2.0 without `version_2_with_negative`, or has nothing usable.
     """
     if source.max_examples is None:
-        yield from _usable(source, report)
+        yield from _counted(_usable(source, report), report)
     elif source.purpose == "evaluate":
-        yield from _first(source, report, source.max_examples)
+        yield from _counted(_first(source, report, source.max_examples), report)
     else:
         count = sum(1 for _ in _usable(source, report))
         chosen = _chosen(count, source.max_examples, source.seed)
-        for index, example in enumerate(_usable(replace(source, max_examples=None), ReadReport())):
-            if chosen[index]:
-                yield example
+        again = ReadReport()
+        usable = enumerate(_usable(replace(source, max_examples=None), again))
+        yield from _counted((example for index, example in usable if chosen[index]), again)
+        report.examples_by_file = again.examples_by_file
+
+
+def _counted(examples: Iterator[Example], report: ReadReport) -> Iterator[Example]:
+    """Count the examples of each file, where `_usable` has begun to."""
+    for example in examples:
+        if report.examples_by_file:
+            report.examples_by_file[-1] += 1
+        yield example
 
 
 def _first(source: DataSource, report: ReadReport, limit: int) -> Iterator[Example]:
@@ -122,9 +135,36 @@ def _is_taken(source: DataSource, passage: Passage) -> bool:
     return held_out == (source.purpose == "evaluate")
 
 
+class _IdsOfFiles:
+    """Makes the ids of several files distinct. `number`: of the current file, from 1; `renamed`: of its ids."""
+
+    def __init__(self) -> None:
+        self._seen = SeenIds()
+        self.number = self.renamed = 0
+
+    def begin_file(self) -> None:
+        """The following examples are those of the next file."""
+        self.number, self.renamed = self.number + 1, 0
+
+    def distinct(self, example: Example) -> Example:
+        """The example, with the number of its file before its id if an earlier file has the id."""
+        if self._seen.add(example.example_id):
+            return example
+        self.renamed += 1
+        example_id = f"{self.number}/{example.example_id}"
+        while not self._seen.add(example_id):
+            example_id = f"{self.number}/{example_id}"
+        return replace(example, example_id=example_id)
+
+
 def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
     validator = Validator(source.purpose, source.version_2_with_negative, report)
+    ids = _IdsOfFiles()
     for path in source.files:
+        if source.by_file:
+            validator = Validator(source.purpose, source.version_2_with_negative, report)
+            report.examples_by_file.append(0)
+            ids.begin_file()
         usable_before = report.usable
         rejected_before = dict(report.rejected_by_reason)
         notes: list[str] = []
@@ -139,8 +179,11 @@ def _usable(source: DataSource, report: ReadReport) -> Iterator[Example]:
         try:
             for passage in recount(passages, notes):
                 if _is_taken(source, passage):
-                    yield from validator.examples(passage)
+                    found = validator.examples(passage)
+                    yield from map(ids.distinct, found) if source.by_file else found
         finally:  # also where only the first questions are read
+            if ids.renamed:
+                notes.append(f"{ids.renamed:,} ids that an earlier file has too begin with {ids.number}/ here")
             report.notes += [f"{os.path.basename(path)}: {note}" for note in notes]
         if report.usable == usable_before:
             raise UserError(f"{path}: no usable question: {_why_nothing(path, source, report, rejected_before)}")

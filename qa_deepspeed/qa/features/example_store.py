@@ -119,6 +119,18 @@ class ExampleStore:
         parts = [has_gold(self._open_shard(shard)) for shard in range(len(self._splits) - 1)]
         return np.concatenate([np.zeros(0, dtype=bool), *parts])
 
+    def unplaced(self) -> np.ndarray:
+        """Whether an example has gold answers, none of which has a place in its context, bool `[examples]`."""
+        parts = [np.zeros(0, dtype=bool)]
+        for shard in range(len(self._splits) - 1):
+            columns = self._open_shard(shard)
+            splits, starts = columns.array("answer_splits"), columns.array("answer_starts")
+            answers = np.diff(splits)
+            owner = np.repeat(np.arange(len(answers)), answers)
+            placed = np.bincount(owner[starts >= 0], minlength=len(answers))
+            parts.append((answers > 0) & (placed == 0) & has_gold(columns))
+        return np.concatenate(parts)
+
     @property
     def ids(self) -> list[str]:
         """The id of every example, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,7 +107,7 @@ class FeatureStore:
     fingerprint: the content key. counts: features, examples and what became of them. built: whether this process's
     call found the entry missing. special_tokens: how many each row has. lengths int32 `[features]`: tokens of each
     unpadded row. example_index int64 `[features]`: index into `examples`, which includes examples without a feature (no
-    tokens in the context).
+    tokens in the context). files: the names of the files, where examples are known by file (`DataSource.by_file`).
     """
 
     def __init__(
@@ -124,12 +124,16 @@ class FeatureStore:
         index: ColumnTable,
         open_shard: Callable[[int], ColumnTable],
         examples: ExampleStore,
+        files: Sequence[str] = (),
+        examples_by_file: Sequence[int] = (),
     ):
-        """shard_splits int64 `[shards + 1]`: features before each shard."""
+        """shard_splits int64 `[shards + 1]`: features before each shard. examples_by_file: of the first of `files`."""
         self.fingerprint = fingerprint
         self.counts = counts
         self.built = built
         self.examples = examples
+        self.files = tuple(files)
+        self._examples_by_file = tuple(examples_by_file)
         self.lengths = index.array("lengths")
         self.example_index = index.array("example_index")
         self._load_report = report
@@ -148,6 +152,20 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def file_of_examples(self) -> np.ndarray | None:
+        """The number of each example's file among `files`, int32 `[examples]`; None where it is not known."""
+        if not self.files:
+            return None
+        return np.repeat(np.arange(len(self._examples_by_file), dtype=np.int32), self._examples_by_file)
+
+    @property
+    def rows_by_file(self) -> np.ndarray:
+        """The number of features of each file, int64 `[files]`; of all together where `files` is empty."""
+        owner = self.file_of_examples()
+        if owner is None:
+            return np.array([len(self)])
+        return np.bincount(owner[self.example_index], minlength=len(self.files))
 
     @cached_property
     def report(self) -> ReadReport:
