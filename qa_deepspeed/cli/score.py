@@ -6,13 +6,22 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qa_deepspeed.qa.decoding.predictions import NBEST_FILE
 from qa_deepspeed.qa.metrics.compare import explain, explanation_lines, paragraph_numbers
 from qa_deepspeed.qa.metrics.normalization import METRIC_LANGUAGES
-from qa_deepspeed.qa.metrics.prediction_files import GoldFile, read_gold, read_null_odds, read_predictions
+from qa_deepspeed.qa.metrics.prediction_files import (
+    GoldFile,
+    best_spans,
+    read_gold,
+    read_nbest,
+    read_null_odds,
+    read_predictions,
+)
 from qa_deepspeed.qa.metrics.significance import confidence_interval
 from qa_deepspeed.qa.metrics.squad import score, score_answer
 from qa_deepspeed.utils.errors import UserError
@@ -89,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     null_odds = read_null_odds(arguments.null_odds) if arguments.null_odds else None
     if null_odds is not None and not gold.version_2:
         raise UserError(f"{arguments.gold} is SQuAD v1.1 data, where every question has an answer: drop --null_odds")
+    spans, remark = (None, "") if null_odds is None else _best_spans(Path(arguments.predictions), predictions)
     metrics = score(
         gold.questions,
         predictions,
@@ -96,7 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.null_odds_threshold,
         version_2_with_negative=gold.version_2,
         language=arguments.metric_language,
+        best_spans=spans,
     )
+    if remark:
+        print(remark, file=sys.stderr)
     ids = {question.example_id for question in gold.questions}
     names = {
         "missing_ids": list(dict.fromkeys(q.example_id for q in gold.questions if q.example_id not in predictions)),
@@ -117,6 +130,25 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(metric_lines(metrics, gold.version_2)))
     return 0
+
+
+def _best_spans(path: Path, predictions: dict[str, str]) -> tuple[dict[str, str] | None, str]:
+    """The best spans of the evaluation that wrote the predictions, from the n-best lists beside them, and a remark.
+
+    None and why, where there are none.
+    """
+    beside = path.with_name(NBEST_FILE)
+    why = f"there is no {NBEST_FILE} of this evaluation beside {path}"
+    if beside.is_file():
+        try:
+            spans = best_spans(read_nbest(str(beside)), predictions)
+        except UserError as error:  # nobody has named this file
+            spans, why = None, str(error)
+        if spans is not None:
+            return spans, ""
+    if "" not in predictions.values():
+        return None, ""
+    return None, f"tuned_* and crossfit_* count empty predictions as they are, what was left out is unknown: {why}"
 
 
 def _without(gold: GoldFile, predictions: dict[str, str]) -> dict[str, str]:

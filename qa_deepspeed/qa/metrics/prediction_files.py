@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qa_deepspeed.qa.data.examples import Answer
@@ -199,6 +200,18 @@ def read_nbest(path: str) -> dict[str, list[NBestEntry]]:
         example_id: [(*(entry[name] for name in fields), entry.get("start", -1)) for entry in entries]
         for example_id, entries in values.items()
     }
+
+
+def best_spans(nbest: Mapping[str, list[NBestEntry]], predictions: Mapping[str, str]) -> dict[str, str] | None:
+    """The best span of each question whatever its null odds, as in the evaluation that wrote both files; None where the
+    n-best lists are not those of these predictions."""
+    spans: dict[str, str] = {}
+    for example_id, text in predictions.items():
+        texts = [entry[0] for entry in nbest.get(example_id, [])]
+        if not texts or (text and text not in texts):
+            return None
+        spans[example_id] = next(filter(None, texts), "")
+    return spans
 
 
 def _is_entry(entry: Any) -> bool:

@@ -86,6 +86,7 @@ class Scorer:
         """folder: where the records of many questions are spilled (`QuestionRecords`)."""
         self._v2 = version_2_with_negative
         self._language = language
+        self._folder = folder
         self._records = QuestionRecords(RECORD, folder)
         self._with_odds = self._missing = self._missing_unanswerable = 0
 
@@ -118,6 +119,21 @@ class Scorer:
             (exact, f1, bool(gold.texts), bool(text), odds, best_exact, best_f1, bool(best_text), half)
         )
         return exact, f1
+
+    def part(self, questions: np.ndarray) -> Scorer:
+        """A scorer of some of the questions with a prediction alone.
+
+        Args:
+            questions: bool `[questions]`, in the order of adding.
+        """
+        part = Scorer(self._v2, self._language, self._folder)
+        begin = 0
+        for chunk in self._records.chunks():
+            for record in chunk[questions[begin : begin + len(chunk)]].tolist():
+                part._records.append(record)
+            begin += len(chunk)
+        part._with_odds = len(part._records) if self._with_odds else 0
+        return part
 
     def records(self) -> np.ndarray:
         """The records of all questions, `[questions]` with the fields of `RECORD`, memory-mapped if there are many."""
@@ -203,6 +219,7 @@ def score(
     *,
     version_2_with_negative: bool | None = None,
     language: str = "en",
+    best_spans: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The metrics of answers by question id: those of `Scorer.result`, `missing` (questions without a prediction) and
     `extra` (predictions without a question).
@@ -211,6 +228,8 @@ def score(
         golds: in the order of the file; of an id that occurs twice v2 counts the last entry only, as the script does.
         null_odds: in the order of their file, which breaks ties in the official search for the best threshold.
         threshold: answers whose null odds exceed it count as ""; None leaves the answers unchanged.
+        best_spans: by question id the answer that low enough null odds would give, for tuned_* and crossfit_*; without
+            it they are those of `predictions`, some of which may have been blanked by a threshold.
         version_2_with_negative: the rules; None for v2 if null odds are given or a question has no gold text.
 
     Raises:
@@ -233,7 +252,9 @@ def score(
         if gold.example_id not in predictions:
             scorer.add_missing(gold)
             continue
-        scorer.add(gold, predictions[gold.example_id], None if null_odds is None else null_odds[gold.example_id])
+        odds = None if null_odds is None else null_odds[gold.example_id]
+        span = None if best_spans is None else best_spans[gold.example_id]
+        scorer.add(gold, predictions[gold.example_id], odds, span)
     place = {gold.example_id: i for i, gold in enumerate(scored)}
     order = np.array([place[k] for k in null_odds if k in place], int) if null_odds else None
     extra = len(predictions.keys() - {gold.example_id for gold in golds})
