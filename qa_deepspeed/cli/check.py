@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from qa_deepspeed.config.batch_plan import total_steps
-from qa_deepspeed.config.option_groups import AUTO
+from qa_deepspeed.config.batch_plan import epoch_steps, total_steps
+from qa_deepspeed.config.intervals import Intervals
+from qa_deepspeed.config.option_groups import AUTO, EPOCH
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
@@ -28,11 +29,24 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import head_kind, quiet_transformers, require_weights
 from qa_deepspeed.models.lora import LoraSettings
-from qa_deepspeed.runs.folder import lock_run_dir
+from qa_deepspeed.qa.data.reading import resolve_files
+from qa_deepspeed.runs.folder import leave_run_dir, lock_run_dir
 from qa_deepspeed.runs.identity import run_fingerprint
-from qa_deepspeed.runs.resume import FINISHED, RESUME, START, refuse_overwriting, resume_decision
-from qa_deepspeed.training.features import longest_rows_at_once, look_up_features
-from qa_deepspeed.training.stopping import save_interval
+from qa_deepspeed.runs.resume import (
+    FINISHED,
+    RESUME,
+    START,
+    refuse_overwriting,
+    require_named_checkpoint,
+    resume_decision,
+)
+from qa_deepspeed.training.features import (
+    EPOCH_ROWS,
+    file_weights,
+    longest_rows_at_once,
+    look_up_features,
+    trained_and_evaluated,
+)
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
@@ -60,6 +74,7 @@ class PreflightState:
     config: dict[str, Any] | None = None
     features: dict[str, tuple[str, dict[str, int] | None]] = field(default_factory=dict)
     steps: int | None = None
+    intervals: Intervals | None = None
     footprint: Footprint | None = None
 
 
@@ -200,7 +215,7 @@ def _element(resolved: ResolvedConfig) -> int:
 def _data(checked: PreflightState) -> list[str]:
     facts, lines = _known(checked.facts), []
     run_options = checked.options
-    evaluates = run_options.do_eval or run_options.evaluate_during_training
+    evaluates = run_options.do_eval or run_options.evaluates_during_training
     for purpose in ("train", "evaluate") if evaluates else ("train",):
         if not run_options.data_file(purpose) and run_options.dataset_name:
             lines.append(f"{purpose}: {run_options.dataset_name} of the hub, read when the run starts")
@@ -214,6 +229,8 @@ def _data(checked: PreflightState) -> list[str]:
                 f"{purpose}: {run_options.data_file(purpose)}, {plural(counts['examples'], 'question')}, "
                 f"{plural(counts['features'], 'feature')} in the cache ({fingerprint[:12]})"
             )
+    if evaluates:
+        lines += [f"WARNING: {file} is trained on and evaluated on" for file in trained_and_evaluated(run_options)]
     return lines
 
 
@@ -223,11 +240,18 @@ def _schedule(checked: PreflightState) -> list[str]:
     _, counts = checked.features.get("train", ("", None))
     if counts is None and run_options.max_steps <= 0:
         return ["steps are known once the features are built (qa-deepspeed prepare builds them)"]
-    steps = checked.steps = total_steps(run_options, counts["features"] if counts else 0, resolved.plan)
+    rows = counts[EPOCH_ROWS] if counts else 0
+    steps = checked.steps = total_steps(run_options, rows, resolved.plan)
     rates = learning_rates(run_options, steps)
     peak = max(rates, key=lambda step: rates[step])  # of equal rates the first step
-    every = save_interval(run_options.save_steps, steps)
-    lines = [f"{plural(steps, 'optimizer step')}, " + (f"a checkpoint every {every}" if every else "no checkpoint")]
+    # Where the features are not built yet, an epoch is taken for longer than the run.
+    intervals = checked.intervals = Intervals.of(run_options, steps, epoch_steps(rows, resolved.plan) or steps + 1)
+    saves = f"a checkpoint every {intervals.save}" if intervals.save else "no checkpoint"
+    if run_options.save_steps == EPOCH and not rows:
+        saves = "a checkpoint every epoch"
+    lines = [f"{plural(steps, 'optimizer step')}, {saves}, a log line every {intervals.log}"]
+    if file_weights(run_options) is not None and counts:
+        lines.append(f"{plural(rows, 'row')} an epoch, by the weights of the files")
     if resolved.config.get("scheduler"):
         lines.append(f"learning rate by the config's scheduler, {resolved.config['scheduler'].get('type')}")
     else:
@@ -235,9 +259,8 @@ def _schedule(checked: PreflightState) -> list[str]:
             f"learning rate {rates[0]:.3g} at the first step, {rates[peak]:.3g} at its peak (step {peak + 1:,}), "
             f"{rates[steps - 1]:.3g} at the last"
         )
-    during = (steps - 1) // run_options.logging_steps if run_options.evaluate_during_training else 0
-    evaluations = during + (run_options.do_eval or run_options.evaluate_during_training)
-    return [*lines, plural(evaluations, "evaluation")]
+    at_end = run_options.do_eval or run_options.evaluates_during_training
+    return [*lines, plural(intervals.evaluations(steps) + at_end, "evaluation")]
 
 
 def learning_rates(run_options: RunOptions, steps: int) -> dict[int, float]:
@@ -300,14 +323,15 @@ def _disk(checked: PreflightState) -> list[str]:
     model, run_options = _known(checked.footprint), checked.options
     if not run_options.output_dir:
         raise UserError("--output_dir is required (a folder for the model, checkpoints and predictions)")
-    every = save_interval(run_options.save_steps, checked.steps) if checked.steps else 0
+    every = checked.intervals.save if checked.intervals else 0
     kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
     if run_options.save_total_limit is not None:
         kept = min(kept, run_options.save_total_limit) + 1
     one = checkpoint_bytes(model.parameters, model.trained)
     wanted = kept * one + 4 * model.trained
-    unbuilt = [run_options.data_file(purpose) for purpose, (_, counts) in checked.features.items() if counts is None]
-    wanted += int(CACHE_PER_INPUT * sum(os.path.getsize(name) for name in unbuilt if name and os.path.exists(name)))
+    unbuilt = [purpose for purpose, (_, counts) in checked.features.items() if counts is None]
+    inputs = [file for purpose in unbuilt for file in resolve_files(run_options.data_patterns(purpose))]
+    wanted += int(CACHE_PER_INPUT * sum(map(os.path.getsize, inputs)))
     free = shutil.disk_usage(_nearest_folder(Path(run_options.output_dir))).free
     line = (
         f"at most {wanted / GIB:.2f} GiB ({plural(kept, 'checkpoint')} of {one / GIB:.2f} GiB, the model), "
@@ -336,26 +360,30 @@ def _output(checked: PreflightState) -> list[str]:
             pass
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
-    if not folder.exists():
-        return [f"{folder} will be created"]
-    lock = lock_run_dir(folder, run_options)
-    if lock is not None:
-        lock.release()
+    place = "is there" if folder.exists() else "will be created"
+    if folder.exists():
+        leave_run_dir(folder, lock_run_dir(folder, run_options), existed=True)
+    require_named_checkpoint(run_options)
     if run_options.overwrite_output_dir:
         refuse_overwriting(folder, run_options)
+        if not folder.exists():
+            return [f"{folder} {place}"]
         return [f"{folder}: an earlier run there will be removed once this one has saved something"]
     fingerprint, counts = checked.features.get("train", ("", None))
     if checked.steps is None or checked.resolved is None or counts is None:
-        return [f"{folder} is there; whether it holds this run is known once the features are built"]
+        known_later = "; whether it holds this run is known once the features are built" if folder.exists() else ""
+        return [f"{folder} {place}{known_later}"]
     resolved = checked.resolved
     head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
-    decision = resume_decision(folder, resolved.options, run_fingerprint(resolved, fingerprint, checked.steps, head))
+    weights = file_weights(resolved.options)
+    identity = run_fingerprint(resolved, fingerprint, checked.steps, head, weights)
+    decision = resume_decision(folder, resolved.options, identity)
     words = {
         START: "the run starts at step 0",
         RESUME: "the run resumes from a checkpoint",
         FINISHED: "holds this run, finished: there is nothing to do",
     }
-    return [f"{folder}: {words[decision.action]}"]
+    return [f"{folder} {place}: {words[decision.action]}"]
 
 
 def _operators(checked: PreflightState) -> list[str]:

@@ -79,8 +79,13 @@ def keep_global_batch_size(plan: BatchPlan, global_rows: int) -> BatchPlan:
     return BatchPlan(rows, each // rows, plan.world_size)
 
 
+def epoch_steps(rows: int, plan: BatchPlan) -> int:
+    """Optimizer steps of an epoch of `rows` training rows; the last may be a partial batch."""
+    return math.ceil(rows / plan.global_batch_size)
+
+
 def total_steps(options: RunOptions, rows: int, plan: BatchPlan) -> int:
-    """Optimizer steps of the whole run over `rows` training rows; the last, partial batch of an epoch counts as one."""
+    """Optimizer steps of the whole run over epochs of `rows` training rows."""
     if options.max_steps > 0:
         return options.max_steps
-    return max(1, math.ceil(options.num_train_epochs * math.ceil(rows / plan.global_batch_size)))
+    return max(1, math.ceil(options.num_train_epochs * epoch_steps(rows, plan)))

@@ -21,6 +21,9 @@ SIZE = (*TRAIN, "plan")
 DEVICE = (*RUN, "plan")
 
 AUTO = "auto"
+EPOCH = "epoch"
+"""Value of eval_steps and save_steps: once in each epoch, after its last step."""
+
 _DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 SCHEDULES = (*_DECAYING, "constant", "constant_with_warmup")
 """Learning-rate schedules: those of transformers.get_scheduler that need nothing but steps."""
@@ -38,10 +41,16 @@ class DataOptions:
     train_file: str | None = option(
         None,
         (*TRAIN, "prepare"),
-        "SQuAD JSON or rows as JSON, JSON lines, CSV, Parquet (.gz too); commas or a glob",
+        "SQuAD JSON or rows as JSON, JSON lines, CSV, Parquet (.gz too); several names or a glob; FILE=2 takes each of "
+        "its rows twice in an epoch, FILE=0.5 half of them, drawn anew for each epoch",
         several=True,
     )
-    predict_file: str | None = option(None, DATA, "questions to evaluate on, in the same formats", several=True)
+    predict_file: str | None = option(
+        None,
+        DATA,
+        "questions to evaluate on, in the same formats; of several files each has scores too",
+        several=True,
+    )
     validation_split: float = option(
         0.0,
         (*TRAIN, "prepare"),
@@ -169,7 +178,14 @@ class EvaluationOptions:
     GROUP: ClassVar[str] = "evaluation"
 
     do_eval: bool = option(False, TRAIN, "evaluate at the end")
-    evaluate_during_training: bool = option(False, TRAIN, "evaluate also every logging_steps")
+    evaluate_during_training: bool = option(False, TRAIN, "evaluate also while training, every eval_steps")
+    eval_steps: float | str | None = option(
+        None,
+        TRAIN,
+        "optimizer steps between evaluations while training (which it implies); below 1 a ratio of the run; left out, "
+        "logging_steps, or 500 where that is left out too",
+        words=(EPOCH,),
+    )
     eval_all_checkpoints: bool = option(False, RUN, "evaluate every checkpoint in output_dir")
     per_gpu_eval_batch_size: int = option(8, RUN, "rows of one evaluation micro-batch on one rank")
     null_score_diff_threshold: float | str = option(
@@ -225,7 +241,9 @@ class CheckpointOptions:
         "resume although these settings differ: names with commas between, like learning_rate,seed",
         several=True,
     )
-    save_steps: float = option(500, TRAIN, "optimizer steps between checkpoints; below 1 a ratio of the run; 0: none")
+    save_steps: float | str = option(
+        500, TRAIN, "optimizer steps between checkpoints; below 1 a ratio of the run; 0: none", words=(EPOCH,)
+    )
     save_on_time: str | None = option(None, TRAIN, "also save this long after the last checkpoint, like 15m")
     save_total_limit: int | None = option(None, TRAIN, "checkpoints to keep; the best and the last always stay")
     save_retry: int = option(600, TRAIN, "seconds to keep trying where a full disk keeps the end from being saved")
@@ -268,7 +286,11 @@ class LoggingOptions:
 
     GROUP: ClassVar[str] = "logging"
 
-    logging_steps: int = option(500, TRAIN, "optimizer steps between log lines and TensorBoard points")
+    logging_steps: int | None = option(
+        None,
+        TRAIN,
+        "optimizer steps between log lines and TensorBoard points; left out, 1 % of the run's, and at most 500",
+    )
     verbose_logging: bool = option(False, EVERY, "show what DeepSpeed and Transformers print at start")
 
 

@@ -22,6 +22,9 @@ Options = TypeVar("Options")
 LARGEST_NUMBER = 2**63 - 1
 """Whole numbers of options are at most this: torch and numpy hold no larger ones."""
 
+COMMAND_LINE = "the command line"
+"""Where flags come from, in messages."""
+
 _TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
@@ -38,8 +41,8 @@ def option(
     """A dataclass field that is an option.
 
     commands: the sub-commands that use it. words: accepted as they are in place of a value of the field's type.
-    several: commas separate several values; YAML may have a list. deprecated: accepted, but something else does its
-    work now.
+    several: commas or blanks separate several values; YAML may have a list. deprecated: accepted, but something else
+    does its work now.
     """
     metadata = {
         "help": help,
@@ -76,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
         for name in own:
             kind = _plain_kind(kinds[name])
             extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+            if wanted[name].metadata["several"]:
+                extra = {"nargs": "+"}
             flags = [f"--{name}", *(f"--{alias}" for alias, alias_of in ALIASES.items() if alias_of == name)]
             group.add_argument(
                 *flags,
@@ -101,7 +106,9 @@ def _strategy(value: Any) -> str:
     """True or false as text, for a value of TrainingArguments' eval_strategy."""
     word = "no" if value is False else str(value).lower()  # YAML takes no for false
     if word not in STRATEGY_VALUES:
-        raise argparse.ArgumentTypeError(f"must be no or steps, not {value!r}: evaluations come by steps here")
+        raise argparse.ArgumentTypeError(
+            f"must be no or steps, not {value!r}; --eval_steps takes a number of steps, or epoch"
+        )
     return STRATEGY_VALUES[word]
 
 
@@ -167,7 +174,7 @@ def build(
     for name in texts.keys() & in_file.keys():
         if _plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
             from_file[name] = texts[name]  # a folder 1.10 or 007 is no number
-    origins = ((str(yaml_path), from_file, in_file), ("the command line", given, of_command))
+    origins = ((str(yaml_path), from_file, in_file), (COMMAND_LINE, given, of_command))
     unknown = [
         f"unknown option '{name}' in {origin}{hint(name, known)}"
         for origin, settings, known in origins
@@ -266,7 +273,7 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     if (raw is None and type(None) in typing.get_args(kind)) or (isinstance(raw, str) and raw in words):
         return raw
     if metadata["several"] and isinstance(raw, list):
-        raw = _joined(name, raw, origin)
+        raw = raw[0] if origin == COMMAND_LINE and len(raw) == 1 else _joined(name, raw, origin)
     value: Any = raw
     try:
         if plain is bool and not isinstance(raw, bool):

@@ -18,6 +18,7 @@ from qa_deepspeed.config.option_groups import (
     ModelOptions,
     TrainingOptions,
 )
+from qa_deepspeed.qa.data.files import split_weight
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -48,6 +49,12 @@ class RunOptions(
             del values[name]
         return values
 
+    @property
+    def evaluates_during_training(self) -> bool:
+        """Whether the run is evaluated before its end: eval_steps implies it, unless it is switched off."""
+        said = "evaluate_during_training" in self.given
+        return self.evaluate_during_training or (self.eval_steps is not None and not said)
+
     def origin(self, name: str) -> str:
         """Where the value of an option comes from, in words: the command line, the YAML file, or default."""
         if name in self.given_in_file:
@@ -70,8 +77,25 @@ class RunOptions(
 
     def data_patterns(self, purpose: str) -> tuple[str, ...]:
         """The paths and glob patterns of `data_file`, which commas separate unless a file has the whole name."""
+        return tuple(self.weighted_patterns(purpose))
+
+    def weighted_patterns(self, purpose: str) -> dict[str, float]:
+        """`data_patterns` and their weights: training files may be named as `squad.json=2`.
+
+        Raises:
+            UserError: a weight cannot be, or a path is named with several.
+        """
         named = self.data_file(purpose) or ""
-        return (named,) if os.path.exists(named) else tuple(part for part in named.split(",") if part)
+        if os.path.exists(named):
+            return {named: 1.0}
+        parts = [part for part in named.split(",") if part]
+        weights: dict[str, float] = {}
+        for part in parts:
+            trains = purpose == "train" or self.validation_split > 0
+            pattern, weight = split_weight(part) if trains else (part, 1.0)
+            if weights.setdefault(pattern, weight) != weight:
+                raise UserError(f"train_file names {pattern} with the weights {weights[pattern]:g} and {weight:g}")
+        return weights
 
 
 def missing_options(options: RunOptions, trains: bool) -> list[str]:

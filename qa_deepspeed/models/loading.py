@@ -56,6 +56,8 @@ def load_config(options: RunOptions) -> PretrainedConfig:
     if not options.model_name_or_path:
         raise UserError("--model_name_or_path is required: a folder of a model or a name on the hub")
     name = options.config_name or _name_with(options, "config.json")
+    if Path(str(name)).is_dir() and not (Path(str(name)) / "config.json").exists():
+        raise UserError(f"{name} holds no model: there is no config.json in this folder")
     config: PretrainedConfig = _from_pretrained(AutoConfig, name, options)
     if options.model_type and options.model_type.lower() != config.model_type:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -67,6 +68,18 @@ def lock_run_dir(output_dir: Path, options: RunOptions) -> RunLock | None:
     return RunLock(output_dir)
 
 
+def leave_run_dir(output_dir: Path, lock: RunLock | None, existed: bool) -> None:
+    """Release the lock; a run that was refused before it wrote its record leaves no lock file and no empty folder.
+
+    existed: whether the folder was there before the run.
+    """
+    if lock is not None:
+        lock.release(remove=not (output_dir / RUN_FILE).exists())
+    if dist.is_rank_zero() and not existed:
+        with contextlib.suppress(OSError):  # it is not empty
+            output_dir.rmdir()
+
+
 def require_whole_checkpoints(output_dir: Path, options: RunOptions, stage: int) -> None:
     """With node-local disks, no disk has a whole checkpoint of ZeRO stages 1 to 3. Collective.
 
@@ -108,7 +121,7 @@ def files_of_run(output_dir: Path) -> list[Path]:
 def holds_files(output_dir: Path, options: RunOptions) -> bool:
     """Whether there is more than a run leaves that was killed before it wrote run.json."""
     cache = Path(options.cache_dir).resolve() if options.cache_dir else None
-    return any(
+    return output_dir.is_dir() and any(
         not path.name.startswith((".", "rejected_", REQUEUE_FILE))
         and not (cache and cache.is_relative_to(path.resolve()))
         for path in output_dir.iterdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qa_deepspeed.config.options import nearest
@@ -26,6 +26,7 @@ FINGERPRINT_OPTIONS = (
 """Options that are parts of the fingerprint themselves."""
 
 OPTIONS_OF_PART = {
+    "mixture": ("train_file",),
     "features": (
         "train_file",
         "data_dir",
@@ -48,33 +49,42 @@ OPTIONS_OF_PART = {
     "precision": ("bf16", "fp16", "fp16_opt_level"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
-"""Part of the fingerprint -> the options it is derived from."""
+"""Part of the fingerprint -> the options it is derived from. An option of two parts stands for the later one in
+`resume_with_changes`."""
 
 FIXED = ("head", "optimizer", "scheduler", "lora")
 """Parts that the weights or the optimizer state of a checkpoint depend on: they can never change."""
 
-CHANGES_WITH = {"steps": ("features", "global_batch_size")}
+CHANGES_WITH = {"steps": ("features", "global_batch_size", "mixture"), "mixture": ("features",)}
 """Part -> the parts that it follows: it may change when one of them may."""
 
 
-def run_fingerprint(resolved: ResolvedConfig, features: str, steps: int, head: str) -> dict[str, Any]:
+def run_fingerprint(
+    resolved: ResolvedConfig, features: str, steps: int, head: str, weights: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Settings that must match the checkpoint to resume; all others may change.
 
     Args:
         features: fingerprint of the training rows. head: as `loading.head_kind`.
+        weights: of the training files (`features.file_weights`); part of the fingerprint only where there are some.
     """
     options = resolved.options
     adapters = [getattr(options, name) for name in OPTIONS_OF_PART["lora"]] if options.lora_rank is not None else None
-    return {name: getattr(options, name) for name in FINGERPRINT_OPTIONS} | {
-        "lora": adapters,
-        "features": features,
-        "steps": steps,
-        "global_batch_size": resolved.plan.global_batch_size,
-        "precision": resolved.precision,
-        "head": head,
-        "optimizer": section_in_words(resolved.config, "optimizer"),
-        "scheduler": section_in_words(resolved.config, "scheduler"),
-    }
+    mixture = {} if weights is None else {"mixture": list(weights)}
+    return (
+        {name: getattr(options, name) for name in FINGERPRINT_OPTIONS}
+        | mixture
+        | {
+            "lora": adapters,
+            "features": features,
+            "steps": steps,
+            "global_batch_size": resolved.plan.global_batch_size,
+            "precision": resolved.precision,
+            "head": head,
+            "optimizer": section_in_words(resolved.config, "optimizer"),
+            "scheduler": section_in_words(resolved.config, "scheduler"),
+        }
+    )
 
 
 def refuse_changes(
@@ -98,9 +108,8 @@ def refuse_changes(
     ]
     if not different:
         return
-    differences = "; ".join(
-        _difference(name, theirs.get(name), ours.get(name), their_options, options) for name in different
-    )
+    said = [_difference(name, theirs.get(name), ours.get(name), their_options, options) for name in different]
+    differences = "; ".join(dict.fromkeys(said))  # two parts may follow from one option
     ways = "Pass another --output_dir, or --overwrite_output_dir to start again"
     if not set(different) & set(FIXED):
         ways += ", or --resume_with_changes NAME[,NAME] to resume with these changes"

@@ -27,7 +27,8 @@ class RunLock:
     """
 
     def __init__(self, output_dir: Path, patience: float = PATIENCE_SECONDS) -> None:
-        self._handle = os.open(output_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path = output_dir / LOCK_FILE
+        self._handle = self._open()
         self._holder = Holder(output_dir / LOCK_FILE)
         deadline = time.monotonic() + patience
         while not self._take(output_dir):
@@ -40,6 +41,9 @@ class RunLock:
             time.sleep(0.2)
         self._holder.note()
 
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+
     def _take(self, output_dir: Path) -> bool:
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,9 +51,15 @@ class RunLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             print(f"note: {output_dir} cannot be locked ({error.strerror}): make sure that no two runs write there")
-        return True
+        if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._handle)):
+            return True
+        os.close(self._handle)  # its holder has removed the file meanwhile
+        self._handle = self._open()
+        return False
 
-    def release(self) -> None:
-        """Release the lock."""
+    def release(self, remove: bool = False) -> None:
+        """Release the lock. remove: the file too, where nothing else was done in the folder."""
         self._holder.clear()
+        if remove:
+            self._path.unlink(missing_ok=True)
         os.close(self._handle)

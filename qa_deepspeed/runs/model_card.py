@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.options import as_flags
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.qa.metrics.by_file import FILES
 from qa_deepspeed.utils.files import write_text
 from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
 
@@ -148,7 +149,10 @@ def local_name(path: str) -> str:
 def _data_name(options: RunOptions, purpose: str) -> str | None:
     """The files of `purpose` ("train" or "evaluate") by their local names, with commas between, or the data set."""
     files = options.data_file(purpose)
-    return ",".join(map(local_name, files.split(","))) if files else _name_or_local(options.dataset_name)
+    if not files:
+        return _name_or_local(options.dataset_name)
+    weights = options.weighted_patterns(purpose)
+    return ",".join(local_name(name) + (f"={weight:g}" if weight != 1 else "") for name, weight in weights.items())
 
 
 def _name_or_local(value: str | None) -> str | None:
@@ -228,11 +232,20 @@ def _evaluation(options: RunOptions, record: Mapping[str, Any], intervals: Mappi
         if key in metrics:
             interval = "{:.2f} to {:.2f}".format(*intervals[key]) if key in intervals else ""
             lines.append(f"| {shown} | {metrics[key]:.2f} | {interval} |")
+    files = [f"| {name} | {one['exact']:.2f} | {one['f1']:.2f} | {one['total']:,} |" for name, one in _scored(metrics)]
+    if files:
+        mean = f"| mean of the files | {metrics['macro_exact']:.2f} | {metrics['macro_f1']:.2f} | |"
+        lines += ["", "| file | exact match | F1 | questions |", "|---|---|---|---|", *files, mean]
     return (
         f"## Evaluation\n\n{metrics['total']:,} questions of {_evaluated_on(options)}, by the official rules of SQuAD "
         f"{'v2.0' if options.version_2_with_negative else 'v1.1'}; the intervals are bootstrapped over paragraphs.\n\n"
         + "\n".join(lines)
     )
+
+
+def _scored(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The name and the metrics of each of several files of which a question was scored."""
+    return [(name.replace("|", "\\|"), values) for name, values in metrics.get(FILES, {}).items() if values["total"]]
 
 
 def _training(options: RunOptions, record: Mapping[str, Any]) -> str:

@@ -30,13 +30,14 @@ RECORD = {"status?": str, "identity": {str: ANYTHING}, "options?": {str: ANYTHIN
 """What resuming needs of run.json, by `json_files.fault_of`."""
 
 EVALUATION_OPTIONS = (
-    "do_eval",
     "predict_file",
+    "predict_split",
     "max_eval_examples",
     "null_score_diff_threshold",
     "n_best_size",
     "max_answer_length",
     "decode_mode",
+    "gather",
     "best_window_only",
     "merge_duplicate_texts",
     "metric_language",
@@ -66,7 +67,7 @@ def resume_decision(output_dir: Path, options: RunOptions, fingerprint: dict[str
     Raises:
         UserError: the folder holds another run or other files, or the options contradict each other.
     """
-    asked = options.resume_from_checkpoint
+    asked = _asked(options)
     requeued = was_requeued(output_dir, fingerprint)
     if options.overwrite_output_dir and not requeued:
         refuse_overwriting(output_dir, options)
@@ -99,7 +100,9 @@ def _refuse_another_evaluation(output_dir: Path, options: RunOptions, recorded: 
         UserError: names the options that differ, and the command that evaluates.
     """
     changed = [name for name in EVALUATION_OPTIONS if name in recorded and recorded[name] != getattr(options, name)]
-    if options.do_eval and changed:
+    if recorded and not any(recorded.get(name) for name in ("do_eval", "evaluate_during_training", "eval_steps")):
+        changed = ["do_eval", *changed]
+    if (options.do_eval or options.evaluates_during_training) and changed:
         raise UserError(
             f"{output_dir} holds this run, finished, and its evaluation had another {', '.join(changed)}: "
             f"`qa-deepspeed evaluate --model_name_or_path {output_dir} --predict_file ... --output_dir ...` evaluates "
@@ -113,7 +116,7 @@ def refuse_overwriting(output_dir: Path, options: RunOptions) -> None:
     Raises:
         UserError: says which.
     """
-    if options.resume_from_checkpoint not in (*NEWEST, *NEVER):
+    if _asked(options) not in (*NEWEST, *NEVER):
         raise UserError(
             "--overwrite_output_dir starts again and --resume_from_checkpoint resumes: leave one of them out"
         )
@@ -170,6 +173,19 @@ def select_checkpoint(output_dir: Path, asked: str, fingerprint: dict[str, Any])
     )
 
 
+def _asked(options: RunOptions) -> str:
+    """The value of resume_from_checkpoint; of the words in `NEWEST` and `NEVER` in small letters, as YAML has True."""
+    asked = options.resume_from_checkpoint
+    return asked.lower() if asked.lower() in (*NEWEST, *NEVER) and not Path(asked).exists() else asked
+
+
+def require_named_checkpoint(options: RunOptions) -> None:
+    """Raises UserError if resume_from_checkpoint names a checkpoint that is none."""
+    asked = _asked(options)
+    if asked not in (*NEWEST, *NEVER):
+        read_loop_state(named_checkpoint(asked))
+
+
 def named_checkpoint(asked: str) -> Path:
     """The checkpoint that `resume_from_checkpoint` names, also where it was renamed after a change of the batch."""
     path = Path(asked)
@@ -192,14 +208,15 @@ def resumed_batch_size(output_dir: Path, options: RunOptions) -> int | None:
     None where there is no such run, or where `resume_with_changes`, `global_batch_size` or changed micro-batches ask
     for another number.
     """
-    starts_again = options.overwrite_output_dir or options.resume_from_checkpoint in NEVER
+    asked = _asked(options)
+    starts_again = options.overwrite_output_dir or asked in NEVER
     if starts_again or "global_batch_size" in options.given:
         return None
-    if options.resume_from_checkpoint in NEWEST:
+    if asked in NEWEST:
         run = read_run(output_dir) or {}
         fingerprint, theirs = run.get("identity", {}), run.get("options", {})
     else:
-        state = read_loop_state(named_checkpoint(options.resume_from_checkpoint))
+        state = read_loop_state(named_checkpoint(asked))
         fingerprint, theirs = state.identity, state.options
     same = all(theirs.get(name) == getattr(options, name) for name in MICRO_BATCH_OPTIONS)
     size: int | None = fingerprint.get("global_batch_size")

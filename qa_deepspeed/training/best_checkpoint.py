@@ -32,8 +32,10 @@ class BestCheckpoint:
         for name in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(options, name) and not self.metric:
                 raise UserError(f"{name} needs a metric: pass --metric_for_best_model, such as f1")
-        if self.metric and not options.evaluate_during_training:
-            raise UserError("metric_for_best_model needs evaluations during training: pass --evaluate_during_training")
+        if self.metric and not options.evaluates_during_training:
+            raise UserError(
+                "metric_for_best_model needs evaluations while training: pass --eval_steps or evaluate_during_training"
+            )
         if self._patience is not None and self._patience < 1:
             raise UserError(f"early_stopping_patience must be at least 1, not {self._patience}")
 

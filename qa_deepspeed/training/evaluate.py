@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from qa_deepspeed.models.trained_settings import with_stored_settings
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.qa.metrics.by_file import FILES
 from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
@@ -37,6 +39,22 @@ from qa_deepspeed.training.scoring import about_evaluation, answer_and_score, de
 from qa_deepspeed.training.tensorboard import FOLDER, write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import plural
+
+SHOWN = (
+    ("exact", "EM", ".2f"),
+    ("f1", "F1", ".2f"),
+    ("macro_exact", "mean EM of the files", ".2f"),
+    ("macro_f1", "mean F1 of the files", ".2f"),
+    ("HasAns_f1", "answerable F1", ".2f"),
+    ("NoAns_f1", "unanswerable F1", ".2f"),
+    ("null_score_diff_threshold", "threshold", ".3f"),
+    ("loss", "loss", ".4f"),
+)
+"""Metrics in a log line: key, name and format."""
+
+SHOWN_FILES = 20
+"""Most files with a line of their own in the log."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +128,13 @@ def evaluate(
         if gathered.logits is not None:
             save_logits(gathered.logits, data.store, output_dir / LOGITS_FILE)
         predict = decoder(gathered.candidates, gathered.logits, data.store, data.tokenizer, options.decode_mode)
-        further = {} if gathered.loss is None else {LOSS: gathered.loss}
         metrics, result = answer_and_score(
             predict,
             data.store,
             options,
             head.null_score_is_odds,
             output_dir,
-            further,
+            gathered.losses,
             about or about_evaluation(options, "evaluate"),
         )
         if options.null_score_diff_threshold == AUTO:
@@ -131,24 +148,25 @@ def evaluate(
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-    """The metrics as one line for the log."""
-    names = (
-        "exact",
-        "f1",
-        "HasAns_exact",
-        "HasAns_f1",
-        "NoAns_exact",
-        "NoAns_f1",
-        "untuned_exact",
-        "untuned_f1",
-        "crossfit_f1",
-        "best_exact",
-        "best_f1",
-    )
-    line = "  ".join(f"{name} {metrics[name]:.2f}" for name in names if name in metrics)
-    threshold = f"  (at null odds {metrics['best_f1_thresh']:.3f})" if "best_f1_thresh" in metrics else ""
-    unscored = f"  not scored for want of gold answers: {metrics['not_scored']}" if "not_scored" in metrics else ""
-    return f"{line}{threshold}  questions {metrics['total']}{unscored}".strip()
+    """The metrics in one line for the log; metrics.json and the report have all of them."""
+    parts = [f"{shown} {metrics[name]:{form}}" for name, shown, form in SHOWN if name in metrics]
+    parts.append(f"questions {metrics['total']:,}")
+    if "not_scored" in metrics:
+        parts.append(f"not scored for want of gold answers: {metrics['not_scored']:,}")
+    return "  ".join(parts)
+
+
+def describe_files(metrics: Mapping[str, Any]) -> list[str]:
+    """The scores of each of several files, in a line each; empty for one file."""
+    files = metrics.get(FILES, {})
+    lines = [f"  {name}: {describe(values)}" for name, values in list(files.items())[:SHOWN_FILES]]
+    more = len(files) - len(lines)
+    return [*lines, f"  ... and {plural(more, 'file')} more in metrics.json"] if more else lines
+
+
+def _log_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:
+    for line in (prefix + describe(metrics), *describe_files(metrics)):
+        dist.log0(line)
 
 
 def evaluate_checkpoints(
@@ -171,7 +189,7 @@ def evaluate_checkpoints(
         steps = str(read_loop_state(folder).step)
         about = about_evaluation(options, "evaluate", str(folder), steps)
         results[folder.name] = evaluate(reader, data, options, target, about).metrics
-        dist.log0(f"{folder.name}: {describe(results[folder.name])}")
+        _log_metrics(results[folder.name], f"{folder.name}: ")
     return results
 
 
@@ -193,9 +211,22 @@ def model_of_checkpoint(folder: Path, facts: ModelFacts, resolved: ResolvedConfi
 def evaluate_run(options: RunOptions) -> dict[str, Any]:
     """What `qa-deepspeed evaluate` does: the model of `model_name_or_path` on `predict_file`. Collective.
 
+    Without `output_dir` the scores are printed, and nothing is kept.
+
     Raises:
         UserError: options, data or device do not allow it.
     """
+    if options.output_dir:
+        return _evaluate_into(options, writable_folder(options.output_dir))
+    for name, asked in (("eval_all_checkpoints", options.eval_all_checkpoints), ("gather", options.gather == "full")):
+        if asked:
+            raise UserError(f"{name} reads or leaves files of a folder: pass --output_dir")
+    with tempfile.TemporaryDirectory(prefix="qa_deepspeed_evaluate_") as scratch:
+        return _evaluate_into(options, Path(scratch))
+
+
+def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
+    """`evaluate_run` with its files in `output_dir`."""
     device = choose_device(options.no_cuda)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
     for note in resolved.notes:
@@ -203,7 +234,6 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     options = evaluation_options(resolved.options)
     check_counts(options)
     quiet_transformers(options.verbose_logging)
-    output_dir = writable_folder(options.output_dir)
     refuse_foreign_answers(output_dir, options)
     options, changed = with_stored_settings(options, load_config(options))
     if changed:
@@ -213,7 +243,7 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     if "null_score_diff_threshold" not in options.given:
         options = dataclasses.replace(options, null_score_diff_threshold=saved_null_threshold(facts.config))
     store = load_features(options, "evaluate", facts)
-    log_features(store, "evaluate", output_dir)
+    log_features(store, "evaluate", output_dir, keep=bool(options.output_dir))
     require_gold(store, options)
     dist.init(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
@@ -225,8 +255,10 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
     evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
-    dist.log0(describe(evaluation.metrics))
-    if evaluation.result is not None:
+    _log_metrics(evaluation.metrics)
+    if not options.output_dir:
+        dist.log0("nothing is written; --output_dir keeps answers, scores and the report")
+    elif evaluation.result is not None:
         with may_be_lost(output_dir / FOLDER):
             write_evaluation(output_dir, evaluation.result)
         dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
@@ -235,12 +267,14 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     return evaluation.metrics
 
 
-def log_features(store: FeatureStore, purpose: str, output_dir: Path) -> None:
-    """One line on what was read and made of it; what was rejected goes into a file of the output folder."""
+def log_features(store: FeatureStore, purpose: str, output_dir: Path, keep: bool = True) -> None:
+    """One line on what was read and made of it. keep: write what was rejected into a file of the output folder."""
     how = "built" if store.built else "from the cache"
     taken = f", {len(store.examples):,} of them drawn" if len(store.examples) < store.report.usable else ""
     dist.log0(f"{purpose}: {store.report.summary()}{taken}; {len(store):,} features ({how})")
     for note in [*store.report.advice(), *notes(store)]:
         dist.log0(f"  {note}")
-    if dist.is_rank_zero() and store.report.rejected:
-        store.report.write_rejected(output_dir / f"rejected_{purpose}.jsonl")
+    if dist.is_rank_zero() and store.report.rejected and keep:
+        path = output_dir / f"rejected_{purpose}.jsonl"
+        store.report.write_rejected(path)
+        dist.log0(f"  rejected questions, each with its reason: {path}")

@@ -32,7 +32,7 @@ BATCHES_PER_EXCHANGE = 64
 """Micro-batches per gather to rank 0; until then their rows stay on the device."""
 
 LOSS = "loss"
-"""Name of the metric (mean over the rows) and of the column (loss of a row)."""
+"""Name of the metric (mean over rows) and of the column (loss of a row)."""
 
 Forward = Callable[[dict[str, Tensor]], Any]
 
@@ -44,8 +44,8 @@ class GatheredOutputs:
     candidates: Candidates
     logits: FullLogits | None
     """All logits, with `gather` "full"."""
-    loss: float | None
-    """Mean loss of the rows, where `metric_for_best_model` is "loss"."""
+    losses: np.ndarray | None
+    """Loss of each row, float32 `[features]`; None of a beam head, which computes answers or a loss."""
 
 
 def gather_evaluation(
@@ -94,8 +94,7 @@ class _ColumnExtractor:
         self._head = head
         self._count, self._max_length = options.n_best_size, options.max_answer_length
         self._whole = options.gather == "full"
-        self._loss = options.metric_for_best_model == LOSS
-        self._store = store
+        self._loss = not head.null_score_is_odds
         self._length = int(store.lengths.max(initial=0))
         self._best_window: tuple[np.ndarray, np.ndarray] | None = None
         if options.best_window_only:
@@ -146,17 +145,10 @@ class _ColumnExtractor:
         unpadded = logits.float().gather(1, place).masked_fill(token >= real, float("-inf"))
         return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))
 
-    def _labelled(self) -> slice | np.ndarray:
-        """The rows whose gold answers are known, by feature id."""
-        if not self._store.without_gold:
-            return slice(None)
-        known: np.ndarray = self._store.examples.has_gold()[np.asarray(self._store.example_index)]
-        return known
-
     def gathered(self, table: RowTable) -> GatheredOutputs:
         """The gathered columns of all rows."""
         columns = table.columns()
         whole = {name: columns.pop(name) for name in ("start_logits", "end_logits") if name in columns}
         logits = FullLogits(columns["feature_id"], **whole) if whole else None
-        loss = float(columns.pop(LOSS)[self._labelled()].mean(dtype=np.float64)) if self._loss else None
-        return GatheredOutputs(Candidates(**columns), logits, loss)
+        losses = columns.pop(LOSS, None)
+        return GatheredOutputs(Candidates(**columns), logits, losses)

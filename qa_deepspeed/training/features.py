@@ -7,22 +7,29 @@ import os
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+
 from qa_deepspeed.config.batch_plan import BatchPlan
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts
-from qa_deepspeed.qa.cache.prepare import look_up, prepare_features
+from qa_deepspeed.qa.cache.prepare import look_up, look_up_rows_by_file, prepare_features
 from qa_deepspeed.qa.data.hub import hub_file
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource
 from qa_deepspeed.qa.features.batching import padded_length
 from qa_deepspeed.qa.features.build import FeatureSettings
+from qa_deepspeed.qa.features.mixture import epoch_size
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.home import user_cache
 from qa_deepspeed.utils.progress import ProgressBar
+from qa_deepspeed.utils.units import plural
 
 Purpose = Literal["train", "evaluate"]
+
+EPOCH_ROWS = "epoch_rows"
+"""Name of the number of rows that an epoch has, among the counts of `look_up_features`."""
 
 
 def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> FeatureStore:
@@ -33,8 +40,8 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
     Raises:
         UserError: no data is named, or it cannot be read.
     """
-    folder, files = _cache_folder_and_files(options, purpose)
-    source, settings = data_source(options, purpose, files), _settings_for(options, purpose)
+    folder, source = _cache_folder_and_source(options, purpose)
+    settings = _settings_for(options, purpose)
     with ProgressBar(f"features of the {purpose} file", None, "question", shown=dist.is_rank_zero()) as bar:
         return prepare_features(
             source,
@@ -49,10 +56,35 @@ def load_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> F
 
 
 def look_up_features(options: RunOptions, purpose: Purpose, facts: ModelFacts) -> tuple[str, dict[str, int] | None]:
-    """Fingerprint of the features that `load_features` would return, and their counts if they are cached."""
-    folder, files = _cache_folder_and_files(options, purpose)
-    source = data_source(options, purpose, files)
-    return look_up(source, facts.tokenizer, facts.family, _settings_for(options, purpose), folder)
+    """Fingerprint of the features that `load_features` would return, and their counts if they are cached.
+
+    The counts of training data have the rows of an epoch as `EPOCH_ROWS`.
+    """
+    folder, source = _cache_folder_and_source(options, purpose)
+    where = (source, facts.tokenizer, facts.family, _settings_for(options, purpose), folder)
+    fingerprint, counts = look_up(*where)
+    if counts is None or purpose != "train":
+        return fingerprint, counts
+    weights = file_weights(options)
+    rows = np.array([counts["features"]]) if weights is None else look_up_rows_by_file(*where)
+    return fingerprint, counts | {EPOCH_ROWS: epoch_size(rows, weights)}
+
+
+def file_weights(options: RunOptions) -> tuple[float, ...] | None:
+    """The weight of each training file, in the order of the files; None where all rows count once.
+
+    Raises:
+        UserError: there is no such file, or one has several weights.
+    """
+    patterns = options.weighted_patterns("train")
+    if all(weight == 1 for weight in patterns.values()):
+        return None
+    weights: dict[str, float] = {}
+    for pattern, weight in patterns.items():
+        for file in DataSource.resolve(pattern):
+            if weights.setdefault(file, weight) != weight:
+                raise UserError(f"train_file names {file} with the weights {weights[file]:g} and {weight:g}")
+    return tuple(weights.values())
 
 
 def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
@@ -69,8 +101,17 @@ def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
     return min(by_tokens, -(-plan.global_batch_size // plan.world_size))
 
 
-def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -> DataSource:
-    """The settings that reading `files` depends on."""
+def trained_and_evaluated(options: RunOptions) -> list[str]:
+    """Files of the evaluation that are trained on too, also by other paths; none with validation_split."""
+    if options.validation_split:
+        return []
+    files = {purpose: DataSource.resolve(options.data_patterns(purpose)) for purpose in ("train", "evaluate")}
+    trained = {os.path.realpath(file) for file in files["train"]}
+    return [file for file in files["evaluate"] if os.path.realpath(file) in trained]
+
+
+def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...], by_file: bool = False) -> DataSource:
+    """The settings that reading `files` depends on. by_file: as in `DataSource`."""
     return DataSource(
         files=files,
         purpose=purpose,
@@ -78,6 +119,7 @@ def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...]) -
         max_examples=options.max_train_examples if purpose == "train" else options.max_eval_examples,
         seed=options.seed,
         encoding=options.encoding,
+        by_file=by_file,
         validation=(options.validation_split, options.seed) if options.validation_split else None,
         columns=ColumnNames(
             **{one.name: getattr(options, f"{one.name}_column") for one in dataclasses.fields(ColumnNames)}
@@ -101,11 +143,18 @@ def notes(store: FeatureStore) -> list[str]:
     """Notes for the log about truncated or lost questions, one line each; empty if there are none."""
     kinds = (
         ("truncated_questions", "questions cut to max_query_length"),
+        ("examples_without_tokens", "questions whose context has no tokens"),
         ("windows_without_answer", "windows without the answer of their question"),
         ("answers_in_no_window", "questions whose answers are in no window"),
-        ("examples_without_tokens", "questions whose context has no tokens"),
     )
     found = [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts.get(name)]
+    unplaced = store.examples.unplaced() if store.report.answer_faults else np.zeros(0, dtype=bool)
+    if unplaced.any():
+        windows = int(unplaced[np.asarray(store.example_index)].sum())
+        found.append(
+            f"{plural(int(unplaced.sum()), 'question')} and {plural(windows, 'window')} of these have faulty gold "
+            "answers only, which are not in the context"
+        )
     if store.without_gold:
         found.append(f"{store.without_gold:,} questions without gold answers: they are answered and not scored")
     return found
@@ -128,6 +177,13 @@ def require_gold(store: FeatureStore, options: RunOptions) -> None:
             f"{options.data_file('evaluate') or options.dataset_name} has gold answers (looked for "
             f"'{options.answers_column}'; --answers_column names another column)"
         )
+
+
+def _cache_folder_and_source(options: RunOptions, purpose: Purpose) -> tuple[Path, DataSource]:
+    """Cache folder and source for `purpose`. Examples are known by file where scores or weights are those of a file."""
+    folder, files = _cache_folder_and_files(options, purpose)
+    by_file = len(files) > 1 and (purpose == "evaluate" or file_weights(options) is not None)
+    return folder, data_source(options, purpose, files, by_file)
 
 
 def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path, tuple[str, ...]]:

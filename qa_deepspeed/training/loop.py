@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from qa_deepspeed.config.batch_plan import epoch_steps
+from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint
 from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState
@@ -19,12 +22,14 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
 from qa_deepspeed.models.heads import Objective, head_of
 from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
+from qa_deepspeed.qa.features.mixture import epoch_size, rows_of_epoch
 from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.qa.metrics.by_file import flat_metrics
 from qa_deepspeed.runs.previous import PreviousRun
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
-from qa_deepspeed.training.evaluate import Evaluation, EvaluationData, describe, evaluate
+from qa_deepspeed.training.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
 from qa_deepspeed.training.reporter import NullMetricsLogger
 from qa_deepspeed.training.scoring import about_evaluation
@@ -54,17 +59,40 @@ class Run:
     """An earlier run that this one overwrites, on rank 0 until something is saved."""
     tokenizer: Any
     model_config: PretrainedConfig
+    weights: tuple[float, ...] | None = None
+    """Of the training files, where they have some (`features.file_weights`)."""
     seconds: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows of one epoch; those of files with weights count as often as they are drawn."""
+        return epoch_size(self.store.rows_by_file, self.weights)
+
+    @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the last may be a partial batch."""
-        return -(-len(self.store) // self.resolved.plan.global_batch_size)
+        """Optimizer steps of one epoch."""
+        return epoch_steps(self.rows_per_epoch, self.resolved.plan)
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """How often the run logs, evaluates and saves."""
+        return Intervals.of(self.options, self.steps, self.steps_per_epoch)
+
+    def evaluates_after(self, number: int) -> bool:
+        """Whether the loop evaluates after this optimizer step (counted from 1); the model at the end is evaluated by
+        itself, and here only where it may be the best."""
+        if number == self.steps:
+            return self.options.evaluates_during_training and self.best.watching
+        return bool(self.intervals.evaluate) and number % self.intervals.evaluate == 0
 
     def order_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of every step of an epoch."""
-        return epoch_order(self.store.lengths, self.resolved.plan.global_batch_size, self.options.seed, epoch)
+        seed, batch = self.options.seed, self.resolved.plan.global_batch_size
+        if self.weights is None:
+            return epoch_order(self.store.lengths, batch, seed, epoch)
+        rows = rows_of_epoch(self.store.rows_by_file, self.weights, seed, epoch)
+        return [rows[step] for step in epoch_order(self.store.lengths[rows], batch, seed, epoch)]
 
     def ids_of_step(self, step: int) -> list[str]:
         """The questions of an optimizer step (counted from 0), each once."""
@@ -93,7 +121,8 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             dist.log0(f"early stopping: {run.best.metric} was best at step {run.best.step}")
             break
         number = step + 1
-        logs = number % options.logging_steps == 0 or number == run.steps
+        logs = number % run.intervals.log == 0 or number == run.steps
+        evaluates = run.evaluates_after(number)
         dist.set_stage(f"step {number}, forward, backward and update")
         rate = engine.learning_rate
         parts = _micro_batches(run, step_rows)
@@ -116,14 +145,14 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             guard.note_gradient(step, engine.gradient_norm)
         meter.end_step()
         reporter.advance()
-        if logs:  # every rank takes part in the all-reduce, rank 0 writes
+        if logs or evaluates:
             guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
+        if logs:  # every rank takes part in the all-reduce, rank 0 writes
             _log(engine, meter, reporter, run, number, rate)
             run.throughput = meter.throughput()
         with meter.paused():
             is_best = False
             dist.set_stage(f"step {number}, evaluation and save")
-            evaluates = logs and options.evaluate_during_training and (number < run.steps or run.best.watching)
             if evaluates and run.evaluation is not None:
                 metrics = _metrics_unless_disk_fails(engine, run, run.evaluation, reporter, number)
                 is_best = metrics is not None and run.best.observe(metrics, number, plan.global_batch_size)
@@ -210,8 +239,11 @@ def evaluate_and_report(
     evaluation = evaluate(model, data, run.options, run.output_dir, about)
     run.seconds["evaluation"] = run.seconds.get("evaluation", 0.0) + time.perf_counter() - began
     metrics = evaluation.metrics
-    numbers = {f"eval/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    flat = flat_metrics(metrics)
+    numbers = {f"eval/{name}": float(value) for name, value in flat.items() if isinstance(value, (int, float))}
     reporter.log(number, numbers, f"step {number}/{run.steps}  {describe(metrics)}")
+    for line in describe_files(metrics):
+        dist.log0(line)
     reporter.evaluation(number, evaluation.result)
     return evaluation
 
@@ -244,7 +276,7 @@ def _loop_state(engine: Engine, run: Run, number: int) -> LoopState:
         precision=engine.precision,
         device=engine.device.type,
         identity=run.fingerprint,
-        rows=len(run.store),
+        rows=run.rows_per_epoch,
         optimized=engine.optimized_names,
         flat=engine.flat_names,
         options=run.options.to_dict(),

@@ -19,10 +19,12 @@ from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.hf import decode_like_transformers
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings, Prediction, write_predictions
 from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.qa.metrics.by_file import FILES
 from qa_deepspeed.qa.metrics.squad import Scorer
 from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, now, page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
 from qa_deepspeed.runs.evaluation_folder import METRICS_FILE
+from qa_deepspeed.training.evaluation_forward import LOSS
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import replacing, write_json, write_text
 from qa_deepspeed.utils.progress import ProgressBar
@@ -75,7 +77,7 @@ def answer_and_score(
     options: RunOptions,
     null_score_is_odds: bool,
     output_dir: Path,
-    further: Mapping[str, Any],
+    losses: np.ndarray | None,
     about: Mapping[str, str],
 ) -> tuple[dict[str, Any], EvaluationResult | None]:
     """Write predictions.json, nbest_predictions.json, null_odds.json (v2), metrics.json, report.json and report.html.
@@ -86,7 +88,7 @@ def answer_and_score(
     apply it. The scores at threshold 0 are then among the metrics as untuned_exact and untuned_f1.
 
     Args:
-        further: metrics that do not come from the answers, added to the others.
+        losses: of each feature, `[features]`; their means are added to the metrics.
         about: what report.html says of the model, by name (`about_evaluation`).
     """
     settings = _decode_settings(options, null_score_is_odds)
@@ -96,18 +98,28 @@ def answer_and_score(
         untuned = {f"untuned_{name}": found[name] for name in ("exact", "f1")}
         settings = dataclasses.replace(settings, null_score_diff_threshold=found["tuned_f1_thresh"])
     questions = len(store.examples)
-    builder = ResultBuilder(options.version_2_with_negative, options.metric_language, questions, output_dir)
+    builder = ResultBuilder(
+        options.version_2_with_negative,
+        options.metric_language,
+        questions,
+        output_dir,
+        store.files,
+        store.file_of_examples(),
+    )
     with ProgressBar("decoding and scoring", questions, "question") as bar:
         predictions = _counted(predict(settings), bar)
         observed = builder.observe(store.examples, predictions, _windows_of_examples(store), _data_name(options))
         write_predictions(observed, output_dir, settings)
-    metrics = builder.metrics() | untuned | dict(further)
+    metrics = builder.metrics() | untuned
+    if losses is not None:
+        _add_losses(metrics, losses, store)
     if options.version_2_with_negative:
         metrics["null_score_diff_threshold"] = settings.null_score_diff_threshold
     write_json(output_dir / METRICS_FILE, metrics)
     result = builder.result(metrics)
     if result is not None:
-        _write_report(result, output_dir, f"Evaluation on {Path(_data_name(options)).name}", about)
+        data = f"{len(store.files)} files" if store.files else Path(_data_name(options)).name
+        _write_report(result, output_dir, f"Evaluation on {data}", about)
     return metrics, result
 
 
@@ -129,6 +141,20 @@ def about_evaluation(options: RunOptions, command: str, model: str | None = None
 
 def _data_name(options: RunOptions) -> str:
     return str(options.data_file("evaluate") or options.dataset_name)
+
+
+def _add_losses(metrics: dict[str, Any], losses: np.ndarray, store: FeatureStore) -> None:
+    """Add the mean loss over the features whose gold answers are known; of several files also that of each."""
+    index = np.asarray(store.example_index)
+    known = store.examples.has_gold()[index] if store.without_gold else np.ones(len(index), dtype=bool)
+    file_of_example = store.file_of_examples()
+    chosen: list[tuple[dict[str, Any], np.ndarray]] = [(metrics, known)]
+    if file_of_example is not None:
+        of_files = zip(store.files, range(len(store.files)), strict=True)
+        chosen += [(metrics[FILES][name], known & (file_of_example[index] == number)) for name, number in of_files]
+    for target, rows in chosen:
+        if rows.any():
+            target[LOSS] = float(losses[rows].mean(dtype=np.float64))
 
 
 def _decode_settings(options: RunOptions, null_score_is_odds: bool) -> DecodeSettings:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from qa_deepspeed.utils.files import write_json
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 10.0
 """Further signals within this time count as the first: launchers send several for one preemption."""
+
+SAME_PRESS_SECONDS = 0.5
+"""SIGINTs within this time are one Ctrl-C: the terminal and the launcher may both send it."""
 
 
 class Preempted(Exception):
@@ -44,20 +48,6 @@ def duration(text: str | None, name: str) -> float:
     return float(3600 * hours + 60 * minutes + seconds)
 
 
-def save_interval(save_steps: float, steps: int) -> int:
-    """Optimizer steps between checkpoints; 0 for none.
-
-    Args:
-        save_steps: a whole number of steps, or, below 1, a fraction of the run.
-        steps: optimizer steps of the run.
-    Raises:
-        UserError: `save_steps` is neither.
-    """
-    if not 0 <= save_steps < float("inf") or (save_steps >= 1 and save_steps != int(save_steps)):
-        raise UserError(f"save_steps {save_steps:g} is neither a number of steps nor a fraction of the run below 1")
-    return max(1, round(save_steps * steps)) if 0 < save_steps < 1 else int(save_steps)
-
-
 @dataclass(frozen=True)
 class StepDecision:
     """What all ranks do after a step."""
@@ -71,13 +61,15 @@ class StepDecision:
 class StopController:
     """Handles preemption signals, the time limit and the save interval, from the start of a run to its end.
 
-    Inside `looping()` a signal is recorded, and all ranks act on it together after the step; a second signal more than
-    `REPEAT_SECONDS` later ends the process immediately. Outside there is nothing to save, and signals have their
-    default effect, except that SIGUSR1 (Slurm's warning; no launcher sends it) requests a requeue.
+    Inside `looping()` a signal is recorded, and all ranks act on it together after the step. A second Ctrl-C, or
+    another signal more than `REPEAT_SECONDS` later, ends the process immediately. A thread says the one and does the
+    other, since handlers run between two instructions of the interpreter, not while a step computes or waits for
+    another rank. Outside there is nothing to save, and signals have their default effect, except that SIGUSR1 (Slurm's
+    warning; no launcher sends it) requests a requeue.
     """
 
     def __init__(self, options: RunOptions, output_dir: Path) -> None:
-        self._save_steps = options.save_steps
+        self._save_every = 0
         self._save_seconds = duration(options.save_on_time, "save_on_time")
         self._max_seconds = duration(options.max_time, "max_time")
         self._output_dir = output_dir
@@ -85,22 +77,56 @@ class StopController:
         self._process = os.getpid()
         self._in_loop = False
         self._signal: int | None = None
-        self._noted = 0.0
+        self._answered: float | None = None
         self._handlers: dict[int, Any] = {}
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> StopController:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            receiver, sender = self._wakeup = socket.socketpair()
+            sender.setblocking(False)
+            signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._signal is None:  # else launchers may send more while the ranks end: keep the handlers
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+            if self._wakeup is not None:
+                signal.set_wakeup_fd(-1)
+                receiver, sender = self._wakeup
+                sender.close()  # ends the thread
+                self._wakeup = None
+
+    def _listen(self, receiver: socket.socket) -> None:
+        """Answer the signals that the interpreter writes into the socket, a byte each, as they arrive."""
+        with receiver:
+            while numbers := receiver.recv(64):
+                for number in numbers:
+                    self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        """Say what a signal does, or end the process, in the training loop."""
+        if not self._in_loop or number not in SIGNALS:
+            return
+        now = time.monotonic()
+        if self._answered is None:
+            self._answered = now
+            again = f"; again within {REPEAT_SECONDS:.0f} s ends now" if number == signal.SIGINT else ""
+            dist.log0(f"{signal.Signals(number).name}: stopping after this step{again}")
+        elif now - self._answered > (SAME_PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
+            dist.log0("ended before the step was done; the same command resumes from the last checkpoint")
+            os._exit(128 + number)
 
     @contextlib.contextmanager
-    def looping(self) -> Iterator[None]:
-        """Wraps the training loop, which calls `after_step`: signals are recorded instead of ending the process."""
+    def looping(self, save_every: int) -> Iterator[None]:
+        """Wraps the training loop, which calls `after_step`: signals are recorded instead of ending the process.
+
+        save_every: optimizer steps between checkpoints; 0 for none.
+        """
+        self._save_every = save_every
         self._saved = time.monotonic()
         self._in_loop = True
         try:
@@ -110,11 +136,7 @@ class StopController:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._in_loop and os.getpid() == self._process:
-            now = time.monotonic()
-            if self._signal is None:
-                self._signal, self._noted = number, now
-            elif now - self._noted > REPEAT_SECONDS:
-                os._exit(128 + number)
+            self._signal = self._signal or number
             return
         if number == signal.SIGUSR1 and os.getpid() == self._process:
             self.ask_for_requeue("SIGUSR1 outside the training loop")
@@ -133,8 +155,7 @@ class StopController:
         stop = None
         if number < steps and (signals or out_of_time):
             stop = signal.Signals(int(signals)).name if signals else "max_time"
-        interval = save_interval(self._save_steps, steps)
-        save = bool((interval and number % interval == 0) or on_time or stop)
+        save = bool((self._save_every and number % self._save_every == 0) or on_time or stop)
         if save:
             self._saved = now
         return StepDecision(save, stop)

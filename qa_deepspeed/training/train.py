@@ -24,10 +24,12 @@ from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import drop_null_threshold
 from qa_deepspeed.models.trained_settings import store_settings
 from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.features.mixture import epoch_size
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.runs.finish import finish_run, hyperparameters
 from qa_deepspeed.runs.folder import (
     files_of_run,
+    leave_run_dir,
     lock_run_dir,
     require_whole_checkpoints,
     save_model,
@@ -56,7 +58,7 @@ from qa_deepspeed.training.evaluate import (
     log_features,
     model_of_checkpoint,
 )
-from qa_deepspeed.training.features import load_features, require_gold
+from qa_deepspeed.training.features import file_weights, load_features, require_gold, trained_and_evaluated
 from qa_deepspeed.training.loop import Run, evaluate_and_report, fit, reference_outputs_of
 from qa_deepspeed.training.reporter import make_metrics_logger
 from qa_deepspeed.training.stopping import StopController
@@ -74,6 +76,7 @@ def train(options: RunOptions) -> dict[str, Any]:
         Preempted: a signal or the time limit ended it; a checkpoint is saved, and the same call resumes.
         StorageError: the disk is full or fails; the same call resumes from the last checkpoint, if there is one.
     """
+    existed = options.output_dir is not None and Path(options.output_dir).exists()
     output_dir = writable_folder(options.output_dir)
     lock = lock_run_dir(output_dir, options)
     try:
@@ -82,8 +85,7 @@ def train(options: RunOptions) -> dict[str, Any]:
         with StopController(options, output_dir) as stops:
             return _train(options, output_dir, stops, BestCheckpoint(options))
     finally:
-        if lock is not None:
-            lock.release()
+        leave_run_dir(output_dir, lock, existed)
 
 
 def _train(options: RunOptions, output_dir: Path, stops: StopController, best: BestCheckpoint) -> dict[str, Any]:
@@ -104,8 +106,10 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
     dist.init(device, options.timeout)
     require_whole_checkpoints(output_dir, options, resolved.zero_stage)
     resolved = _keep_global_batch(resolved, output_dir)
-    steps = total_steps(options, len(store), resolved.plan)
-    fingerprint = run_fingerprint(resolved, store.fingerprint, steps, head_kind(facts.config, options.qa_head))
+    weights = file_weights(options)
+    steps = total_steps(options, epoch_size(store.rows_by_file, weights), resolved.plan)
+    head = head_kind(facts.config, options.qa_head)
+    fingerprint = run_fingerprint(resolved, store.fingerprint, steps, head, weights)
     decided = dist.run_on_rank_zero(lambda: dataclasses.asdict(resume_decision(output_dir, options, fingerprint)))
     decision = ResumeDecision(**decided)
     if decision.action == FINISHED:
@@ -136,6 +140,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
             previous=previous,
             tokenizer=facts.tokenizer,
             model_config=facts.config,
+            weights=weights,
             seconds=seconds,
         )
         first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
@@ -152,7 +157,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
     reporter = make_metrics_logger(run.output_dir, run.steps, first_step)
     try:
         began = time.perf_counter()
-        with run.stops.looping():
+        with run.stops.looping(run.intervals.save):
             done = fit(engine, run, reporter, first_step)
         dist.set_stage("the final save and evaluation")
         run.seconds["training"] = time.perf_counter() - began
@@ -162,7 +167,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             reference, state = reference_outputs_of(engine, run), engine.full_state_dict()
         else:
             loop = read_loop_state(best)
-            done = completed_steps(loop, run.fingerprint, len(run.store))
+            done = completed_steps(loop, run.fingerprint, run.rows_per_epoch)
             reference = load_reference_outputs(best, loop.precision, loop.device)
             state = checkpoint.full_weights(best, next(engine.module.parameters()).dtype)
             model = model_of_checkpoint(best, facts, run.resolved, engine.device)
@@ -214,16 +219,15 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
             f"{options.data_file('train') or options.dataset_name} gives no training rows: no context "
             "holds a token, or --windows_without_answer drop left none"
         )
-    wanted = options.do_eval or options.evaluate_during_training
+    wanted = options.do_eval or options.evaluates_during_training
     evaluation = load_features(options, "evaluate", facts) if wanted else None
     for purpose, built in (("train", store), ("evaluate", evaluation)):
         if built is not None:
             log_features(built, purpose, output_dir)
     if evaluation is not None:
         require_gold(evaluation, options)
-        data = options.data_file("train")
-        if data is not None and data == options.data_file("evaluate") and not options.validation_split:
-            dist.log0(f"WARNING: {data} is trained on and evaluated on: scores will be too high")
+        for file in trained_and_evaluated(options):
+            dist.log0(f"WARNING: {file} is trained on and evaluated on: scores will be too high")
     return store, evaluation
 
 
@@ -298,7 +302,7 @@ def _resume(engine: Engine, run: Run, folder: Path) -> int:
     state = read_loop_state(folder)
     checkpoint.load(engine, folder, state)
     run.best.restore(state.best)
-    step = completed_steps(state, run.fingerprint, len(run.store))
+    step = completed_steps(state, run.fingerprint, run.rows_per_epoch)
     if state.identity != run.fingerprint:
         engine.apply_options(step)
     other = other_versions(state.versions, software()["versions"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.run_options import RunOptions, check_counts, check_objective
 from qa_deepspeed.engine import deepspeed_compat, ds_config
 from qa_deepspeed.engine.ds_config import ResolvedConfig
@@ -12,7 +13,7 @@ from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.runs.hub_upload import check_upload
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.scoring import evaluation_options
-from qa_deepspeed.training.stopping import duration, save_interval
+from qa_deepspeed.training.stopping import duration
 
 
 def validate_options(options: RunOptions, world_size: int, device_type: str, bf16_supported: bool) -> ResolvedConfig:
@@ -33,7 +34,7 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     check_counts(options)
     check_objective(options)
     check_lora(options)
-    save_interval(options.save_steps, steps=1)
+    Intervals.of(options, steps=1, epoch_steps=1)
     duration(options.save_on_time, "save_on_time")
     duration(options.max_time, "max_time")
     BestCheckpoint(options)

@@ -50,8 +50,9 @@ def test_the_log_has_loss_rate_speed_and_scores(trained: Path) -> None:
         "padding",
         "MFU",
         "ETA",
-        "HasAns_f1",
-        "NoAns_f1",
+        "  answerable F1 ",
+        "  unanswerable F1 ",
+        "  loss ",
     )
     for part in (*words, "zero2 (ZeRO stage 2, fp32): 12 optimizer steps, 8 rows a step"):
         assert part in printed
@@ -99,6 +100,17 @@ def as_trained(model: Path, output_dir: Path, **extra: object) -> list[str]:
     options = json.loads((model / "training_args.json").read_text())
     kept = ("predict_file", "cache_dir", "version_2_with_negative", "max_seq_length", "doc_stride")
     return flags(model_name_or_path=model, output_dir=output_dir, **{name: options[name] for name in kept}, **extra)
+
+
+def test_evaluate_without_an_output_folder_prints_the_scores_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    asked = as_trained(trained, tmp_path)
+    place = asked.index("--output_dir")
+    done = run(alone("evaluate", *asked[:place], *asked[place + 2 :]), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"EM {metrics['exact']:.2f}  F1 {metrics['f1']:.2f}  answerable" in done.stdout
+    assert "nothing is written; --output_dir keeps answers, scores and the report" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
@@ -184,6 +196,48 @@ def test_a_run_killed_between_checkpoints_resumes_exactly(
     np.testing.assert_array_equal(losses(tmp_path / "whole")[-6:], first_losses[-6:])
     third = run(command, tmp_path)
     assert third.returncode == 0 and "nothing to do" in third.stdout
+
+
+@pytest.fixture
+def two_files(sample: Path, tmp_path: Path) -> dict[str, object]:
+    """Options of a mixture of two training files, and two evaluation files of one base name."""
+    for name in ("train", "dev"):
+        document = json.loads((sample / f"{name}.json").read_text())
+        half = len(document["data"]) // 3
+        for folder, articles in (("one", document["data"][:half]), ("two", document["data"][half:])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps({**document, "data": articles}))
+    mixture = f"{tmp_path}/one/train.json=0.5,{tmp_path}/two/train.json=0.1"
+    return {"train_file": mixture, "predict_file": f"{tmp_path}/one/dev.json,{tmp_path}/two/dev.json"}
+
+
+@pytest.mark.slow
+def test_a_mixture_resumes_on_another_number_of_ranks(
+    base_options: dict[str, object], two_files: dict[str, object], tmp_path: Path
+) -> None:
+    """Saved and evaluated after each epoch; the losses are those of the uninterrupted run, across an epoch's end."""
+    given = {**base_options, **two_files, "global_batch_size": 16, "save_steps": "epoch", "eval_steps": "epoch"}
+    del given["max_train_examples"], given["max_steps"]
+    options = {**given, "num_train_epochs": 2, "output_dir": tmp_path / "run"}
+    done = run(alone("train", *flags(**options)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses_before, lines = losses(tmp_path / "run"), (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = len(losses_before)
+    evaluated = [line["step"] for line in map(json.loads, lines) if "eval/f1" in line]
+    assert evaluated == [steps // 2, steps] and {"one/dev.json", "two/dev.json"} <= {
+        key.removeprefix("eval/").rpartition("/")[0] for key in json.loads(lines[-1])
+    }
+    other = run(
+        alone("train", *flags(**{**options, "train_file": str(options["train_file"]).replace("0.1", "0.2")})), tmp_path
+    )
+    assert other.returncode == 2 and "0.1, is " in other.stderr and "--resume_with_changes" in other.stderr
+    _forget_after(tmp_path / "run", f"checkpoint-{steps // 2}")
+    again = run(by_torchrun(2, "train", *flags(**options)), tmp_path)
+    assert again.returncode == 0 and f"step {steps // 2} of {steps}" in again.stdout, again.stderr[-3000:]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses_before, rtol=1e-4)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert list(metrics["files"]) == ["one/dev.json", "two/dev.json"] and "loss" in metrics["files"]["one/dev.json"]
+    assert "| mean of the files |" in (tmp_path / "run/README.md").read_text()
 
 
 def _forget_after(output_dir: Path, checkpoint: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qa_deepspeed.qa.metrics.by_file import flat_metrics
 from qa_deepspeed.qa.report.advice import advice
 from qa_deepspeed.qa.report.charts import page_figures, svg
 from qa_deepspeed.qa.report.errors import CLASSES, RIGHT
@@ -115,7 +116,7 @@ def _slice_tables(slices: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, st
 def score_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Name, value and interval of every metric."""
     rows = []
-    for name, value in report["metrics"].items():
+    for name, value in flat_metrics(report["metrics"]).items():
         ends = report["intervals"].get(name)
         shown = f"{value:.3f}" if isinstance(value, float) else str(value)
         rows.append([name, shown, f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else ""])
@@ -135,7 +136,7 @@ def markdown_parts(report: Mapping[str, Any]) -> dict[str, str]:
         )
         for mistake in report["mistakes"]
     )
-    named = [[METRICS.get(name, name), *others] for name, *others in score_rows(report)]
+    named = [[METRICS.get(name, name.replace("|", "\\|")), *others] for name, *others in score_rows(report)]
     rows = [["metric", "value", "95% interval"], ["---"] * 3, *named]
     scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return {"scores": scores, "mistakes": question_list(mistakes)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.predictions import Prediction
+from qa_deepspeed.qa.metrics.by_file import scores_by_file
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer
 from qa_deepspeed.qa.report.analysis import Analysis
 from qa_deepspeed.qa.report.errors import CLASSES, RIGHT, ErrorCounts, error_class, gold_doubt
@@ -45,8 +47,18 @@ class EvaluationResult:
 class ResultBuilder:
     """Scores and analyses questions one at a time, recording a few bytes of each, and builds the result at the end."""
 
-    def __init__(self, version_2_with_negative: bool, language: str, questions: int, folder: Path | None = None):
-        """questions: their number. folder: where the records of many questions are spilled."""
+    def __init__(
+        self,
+        version_2_with_negative: bool,
+        language: str,
+        questions: int,
+        folder: Path | None = None,
+        files: Sequence[str] = (),
+        file_of_question: np.ndarray | None = None,
+    ):
+        """questions: their number. folder: where the records of many questions are spilled. files and file_of_question
+        (`[questions]`): names of several files, and the number of each question's.
+        """
         self._v2 = version_2_with_negative
         self._scorer = Scorer(version_2_with_negative, language, folder)
         self._analysis = Analysis(version_2_with_negative, language, folder)
@@ -55,6 +67,8 @@ class ResultBuilder:
         self._errors = ErrorCounts()
         self._table = QuestionTable(CLASSES)
         self._scored = self._not_scored = 0
+        self._files, self._file_of_question = files, file_of_question
+        self._file_of_scored = array("i")
 
     def observe(
         self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int], file: str = ""
@@ -64,8 +78,7 @@ class ResultBuilder:
         Questions whose gold answers are not known are counted only.
 
         Args:
-            file: where the questions come from, as the page names it; the page has a column of files if there are
-                several.
+            file: where the questions come from, as the page names it, unless they are those of several files.
         """
         triples = zip(examples, predictions, windows, strict=True)
         for number, (example, prediction, window_count) in enumerate(triples):
@@ -74,6 +87,10 @@ class ResultBuilder:
                 self._not_scored += 1
             else:
                 self._scored += 1
+                if self._file_of_question is not None:
+                    number_of_file = int(self._file_of_question[number])
+                    self._file_of_scored.append(number_of_file)
+                    file = self._files[number_of_file]
                 self._analyse(example, prediction, window_count, *scores, file)
                 if number in self._sampled:
                     golds = tuple(answer.text for answer in example.answers)
@@ -102,8 +119,11 @@ class ResultBuilder:
         )
 
     def metrics(self) -> dict[str, Any]:
-        """The metrics of the questions so far (`Scorer.result`), and the number of those `not_scored`, if any."""
+        """The metrics of the questions so far (`Scorer.result`), of several files also by file (`scores_by_file`), and
+        the number of those `not_scored`, if any."""
         scores = self._scorer.result() if self._scored else {"total": 0}
+        if self._files:
+            scores |= scores_by_file(self._scorer, self._files, np.asarray(self._file_of_scored))
         return scores | ({"not_scored": self._not_scored} if self._not_scored else {})
 
     def result(self, metrics: dict[str, Any]) -> EvaluationResult | None:

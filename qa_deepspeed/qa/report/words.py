@@ -26,6 +26,8 @@ METRICS: dict[str, str] = {
     "untuned_exact": "Exact match at the null threshold 0",
     "null_score_diff_threshold": "Null threshold: above these null odds the answer is empty",
     "loss": "Mean loss over the windows",
+    "macro_f1": "F1, mean of the files",
+    "macro_exact": "Exact match, mean of the files",
     "not_scored": "Questions without known gold answers, not scored",
     "missing": "Questions without a prediction",
     "extra": "Predictions without a question",

@@ -101,6 +101,46 @@ def test_features_that_are_not_built_are_said_to_miss(run: RunOptions, capsys: p
     assert "not in the cache: features are built first" in out and "steps are known once" in out
 
 
+def test_weights_of_files_and_intervals_count_in_the_schedule(
+    run: RunOptions, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """30 rows of the mixture are 8 steps of 4 rows an epoch, 24 in all."""
+    write_squad(
+        tmp_path / "more.json", [Example(f"m{n}", "who?", "The Rhine.", (Answer("Rhine", 4),)) for n in range(20)]
+    )
+    mixed = changed(
+        run, train_file=f"{run.train_file}=1,{tmp_path / 'more.json'}=0.5", save_steps="epoch", eval_steps=5
+    )
+    mixed = changed(mixed, predict_file=str(tmp_path / "more.json"))
+    assert check(mixed, port=free_port()) == 0
+    assert "steps are known once" in capsys.readouterr().out
+    load_features(mixed, "train", model_facts(mixed))
+    assert check(mixed, port=free_port()) == 0
+    out = capsys.readouterr().out
+    assert "40 questions, 40 features in the cache" in out and "30 rows an epoch, by the weights of the files" in out
+    assert "24 optimizer steps, a checkpoint every 8, a log line every 1" in out and "5 evaluations" in out
+    assert f"WARNING: {tmp_path / 'more.json'} is trained on and evaluated on" in out
+    (fault,) = faults(capsys, changed(run, train_file=f"{run.train_file}=0"))
+    assert "the weight of a file must be a number above 0" in fault
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_checkpoint_that_is_none_is_a_fault_whatever_is_known(
+    run: RunOptions, capsys: pytest.CaptureFixture[str], built: bool, exists: bool
+) -> None:
+    """As in train; true means the newest, if there is one."""
+    if exists:
+        Path(str(run.output_dir)).mkdir()
+    run = run if built else changed(run, max_seq_length=63)
+    for word in ("true", "True", "auto", "never"):
+        assert check(changed(run, resume_from_checkpoint=word), port=free_port()) == 0
+    capsys.readouterr()
+    (fault,) = faults(capsys, changed(run, resume_from_checkpoint="gone/checkpoint-5"))
+    assert "gone/checkpoint-5 is not a complete checkpoint" in fault
+    assert not exists or not list(Path(str(run.output_dir)).iterdir())
+
+
 def test_batch_arithmetic(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     (fault,) = faults(capsys, changed(run, global_batch_size=33))
     assert "33 does not divide" in fault and "take global_batch_size 32 or 36" in fault

@@ -20,7 +20,7 @@ OPTIONS = {
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
-        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
+        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
         "global_batch_size gradient_accumulation_steps gradient_checkpointing id_column is_impossible_column "
         "label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps lora_alpha "
@@ -77,7 +77,7 @@ OPTIONS = {
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation "
         "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
-        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints "
+        "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
         "global_batch_size gradient_accumulation_steps gradient_checkpointing hostfile id_column "
         "is_impossible_column label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps "
@@ -243,7 +243,10 @@ def test_help_and_versions_import_nothing_heavy() -> None:
             ["evaluate", "--output_dir", "o"],
             "or a name on the hub), --predict_file (or --dataset_name, or --data_dir) ",
         ),
-        (["train", "--eval_strategy", "epoch"], "must be no or steps, not 'epoch': evaluations come by steps here"),
+        (
+            ["train", "--eval_strategy", "epoch"],
+            "must be no or steps, not 'epoch'; --eval_steps takes a number of steps, or epoch",
+        ),
         (["train", "--report_to", "wandb"], "'report_to' in the command line must be one of tensorboard, none, not"),
     ],
 )

@@ -40,7 +40,6 @@ CLASSIC_DEFAULTS = {
     "n_best_size": 20,
     "max_answer_length": 30,
     "lang_id": 0,
-    "logging_steps": 500,
     "save_steps": 500,
     "seed": 42,
     "null_score_diff_threshold": 0.0,
@@ -104,6 +103,29 @@ def test_yaml_lists_are_several_files(tmp_path: Path) -> None:
     built = build({}, "train_file: [a.json, b.json]\npredict_file:\n- c.json\n", tmp_path)
     assert (built.train_file, built.predict_file) == ("a.json,b.json", "c.json")
     assert built.data_patterns("train") == ("a.json", "b.json")
+
+
+def test_flags_may_name_several_files() -> None:
+    """With blanks or commas between; the next flag ends the list."""
+    parser = Parser()
+    parser.set_defaults(command="train")
+    options.add_arguments(parser, RunOptions, "train")
+    for words in (["a.json", "b.json=2"], ["a.json,b.json=2"]):
+        given = vars(parser.parse_all(["--train_file", *words, "--predict_file", "c.json", "--seed", "1"]))
+        built = build({name: value for name, value in given.items() if name != "command"})
+        assert built.data_patterns("train") == ("a.json", "b.json") and built.data_patterns("evaluate") == ("c.json",)
+    with pytest.raises(UserError, match="a comma separates values, 'a,b.json' cannot hold one"):
+        build({"train_file": ["a,b.json", "c.json"]})
+
+
+def test_weights_are_those_of_training_files(tmp_path: Path) -> None:
+    built = build({"predict_file": "c.json=2"}, "train_file: [a.json=2, 'b*.json=0.5', c.json]", tmp_path)
+    assert built.weighted_patterns("train") == {"a.json": 2.0, "b*.json": 0.5, "c.json": 1.0}
+    assert built.data_patterns("evaluate") == ("c.json=2",)
+    held_out = build({"train_file": "a.json=2", "validation_split": "0.1"})
+    assert held_out.data_patterns("evaluate") == ("a.json",)
+    with pytest.raises(UserError, match="names a.json with the weights 2 and 3"):
+        build({"train_file": "a.json=2,a.json=3"}).data_patterns("train")
 
 
 def test_a_file_name_may_hold_commas(tmp_path: Path) -> None:

@@ -129,3 +129,23 @@ def test_completed_steps_count_whole_epochs_first() -> None:
     """An epoch of 100 rows has 13 steps of 8 and 25 of 4: 3 steps into the second epoch are 6 there."""
     state = loop_state(RunOptions(), step=16, identity={"global_batch_size": 8})
     assert completed_steps(state, {"global_batch_size": 4}, 100) == 25 + 6
+
+
+def test_weights_of_files_are_part_of_the_fingerprint_only_where_there_are_some() -> None:
+    """A finished run of an earlier version, whose record has no weights, stays finished."""
+    options = RunOptions(train_file="a.json=2,b.json")
+    without, ours = (
+        fingerprint(options),
+        run_fingerprint(resolve(options, 1, "cpu"), "features", 100, "span", (2.0, 1.0)),
+    )
+    assert ours == {**without, "mixture": [2.0, 1.0]}
+    theirs = {**ours, "mixture": [3.0, 1.0], "steps": 120}
+    before = replace(options, train_file="a.json=3,b.json").to_dict()
+    with pytest.raises(
+        UserError, match="run: train_file was a.json=3,b.json, is a.json=2,b.json; steps was 120, is 100"
+    ):
+        refuse_changes(theirs, ours, before, options, "run")
+    with pytest.raises(UserError, match="train_file was a.json=3"):
+        refuse_changes(without, ours, before, options, "run")
+    for allowed in ("train_file", "mixture"):
+        refuse_changes(theirs, ours, before, replace(options, resume_with_changes=allowed), "run")

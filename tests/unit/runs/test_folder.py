@@ -10,7 +10,7 @@ import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.ds_config import ResolvedConfig, resolve
-from qa_deepspeed.runs.folder import lock_run_dir, writable_folder, write_run
+from qa_deepspeed.runs.folder import leave_run_dir, lock_run_dir, writable_folder, write_run
 from qa_deepspeed.runs.identity import run_fingerprint
 from qa_deepspeed.runs.lock import LOCK_FILE
 from qa_deepspeed.runs.resume import resume_decision
@@ -99,6 +99,23 @@ def test_a_folder_that_will_be_written_is_held_and_another_is_not_touched(tmp_pa
     lock = lock_run_dir(tmp_path, replace(options, overwrite_output_dir=True))
     assert lock is not None
     lock.release()
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_run_that_is_refused_at_its_start_leaves_no_trace(tmp_path: Path, existed: bool) -> None:
+    """But for what it found out about the data; a run that has begun leaves its lock file."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    leave_run_dir(folder, lock_run_dir(folder, RunOptions()), existed)
+    assert folder.exists() == existed and (not existed or not list(folder.iterdir()))
+    folder.mkdir(exist_ok=True)
+    (folder / "rejected_train.jsonl").touch()
+    leave_run_dir(folder, lock_run_dir(folder, RunOptions()), existed)
+    assert [path.name for path in folder.iterdir()] == ["rejected_train.jsonl"]
+    lock = lock_run_dir(folder, RunOptions())
+    write_run(folder, "running", {})
+    leave_run_dir(folder, lock, existed)
+    assert (folder / LOCK_FILE).exists()
 
 
 @pytest.fixture

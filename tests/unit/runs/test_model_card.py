@@ -75,6 +75,28 @@ def test_text_has_scores_threshold_training_and_loading() -> None:
     assert "Not evaluated" in model_card("x", OPTIONS, {**RECORD, "metrics": {}}, {})
 
 
+def test_card_has_the_scores_of_several_files_and_the_weights() -> None:
+    files = {"one/dev.json": {"exact": 60.0, "f1": 64.0, "total": 10}, "a|b.json": {"total": 0}}
+    files["two/dev.json"] = {"exact": 80.0, "f1": 84.0, "total": 1990}
+    metrics = {**RECORD["metrics"], "files": files, "macro_exact": 70.0, "macro_f1": 74.0}
+    options = dataclasses.replace(
+        OPTIONS,
+        dataset_name=None,
+        train_file="/there/squad/train.json=2,/there/news.json,/there/nq.json=0.5",
+        predict_file="/there/one/dev.json,/there/two/dev.json",
+        given=OPTIONS.given | {"train_file", "predict_file"},
+    )
+    text = model_card("reader", options, {**RECORD, "metrics": metrics}, INTERVALS)
+    for line in (
+        "| one/dev.json | 60.00 | 64.00 | 10 |",
+        "| two/dev.json | 80.00 | 84.00 | 1,990 |",
+        "| mean of the files | 70.00 | 74.00 | |",
+        "--predict_file one/dev.json,two/dev.json --train_file squad/train.json=2,news.json,nq.json=0.5",
+    ):
+        assert line in text
+    assert "a|b.json" not in text and "/there" not in text
+
+
 def test_card_shows_no_path_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("{}")
     options = RunOptions(

@@ -61,6 +61,7 @@ def listing(folder: Path) -> dict[str, bytes]:
         ({}, ResumeDecision("finished")),
         ({"overwrite_output_dir": True}, ResumeDecision("start", overwrites=True)),
         ({"resume_from_checkpoint": "true"}, ResumeDecision("finished")),
+        ({"resume_from_checkpoint": "True"}, ResumeDecision("finished")),
     ],
 )
 def test_deciding_changes_nothing(old_run: Path, more: dict[str, Any], expected: ResumeDecision) -> None:
@@ -78,8 +79,10 @@ def test_a_finished_run_is_not_evaluated_in_another_way_by_its_training_command(
         with pytest.raises(UserError, match=f"had another {next(iter(change))}: `qa-deepspeed evaluate"):
             resume_decision(old_run, replace(recorded, **change), FINGERPRINT)
     write_run(old_run, "finished", FINGERPRINT, options=options_for(old_run).to_dict())
-    with pytest.raises(UserError, match="had another do_eval, predict_file"):
-        resume_decision(old_run, recorded, FINGERPRINT)
+    for first in (recorded, replace(recorded, do_eval=False, eval_steps=5)):
+        with pytest.raises(UserError, match="had another do_eval, predict_file"):
+            resume_decision(old_run, first, FINGERPRINT)
+    assert resume_decision(old_run, replace(recorded, do_eval=False), FINGERPRINT).action == "finished"
 
 
 def test_an_unfinished_run_resumes_from_its_newest_or_the_named_checkpoint(old_run: Path) -> None:

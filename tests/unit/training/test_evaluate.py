@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
+from qa_deepspeed.cli.main import main
 from qa_deepspeed.cli.sample import write_sample
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
@@ -19,10 +20,11 @@ from qa_deepspeed.qa.decoding.hf import decode_like_transformers
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings
 from qa_deepspeed.qa.features.batching import make_batch
 from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.metrics.by_file import flat_metrics
 from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, read_predictions
 from qa_deepspeed.qa.metrics.squad import score
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
-from qa_deepspeed.training.evaluate import EvaluationData, evaluate
+from qa_deepspeed.training.evaluate import EvaluationData, describe, describe_files, evaluate
 from qa_deepspeed.training.features import load_features, require_gold
 from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.utils.errors import UserError
@@ -181,7 +183,7 @@ def test_loss_is_the_mean_over_all_windows(setup, tmp_path):
             losses.append(float(torch.nn.functional.cross_entropy(logits[0, places], target)))
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert json.loads((tmp_path / "loss/metrics.json").read_text())["loss"] == metrics["loss"]
-    assert "loss" not in run(setup, tmp_path / "none")
+    assert run(setup, tmp_path / "without")["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
 
 def test_decode_modes_equal_their_functions(setup, tmp_path):
@@ -232,6 +234,89 @@ def test_auto_threshold_is_tuned_applied_and_saved(setup, tmp_path):
     assert any(text == "" for text in answers.values())
     again = score(read_gold(options.predict_file).questions, answers, odds)
     assert again["f1"] == pytest.approx(metrics["f1"]) and again["exact"] == pytest.approx(metrics["exact"])
+    assert again["crossfit_f1"] != pytest.approx(metrics["crossfit_f1"]), "answers that were left out are not known"
+
+
+@pytest.mark.parametrize("threshold", ["auto", "median"])
+def test_score_gives_every_number_of_the_evaluation(setup, tmp_path, capsys, threshold):
+    """crossfit_* and tuned_* too: the n-best lists beside the predictions have the answers that were left out."""
+    metrics = run(setup, tmp_path, null_score_diff_threshold="auto" if threshold == "auto" else 0.0)
+    if threshold == "median":
+        odds = list(read_null_odds(str(tmp_path / "null_odds.json")).values())
+        metrics = run(setup, tmp_path, null_score_diff_threshold=float(np.median(odds)))
+    named = [setup[2].predict_file, str(tmp_path / "predictions.json"), "--null_odds", str(tmp_path / "null_odds.json")]
+    with pytest.raises(SystemExit):
+        main(["score", *named, "--null_odds_threshold", "none", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert metrics["crossfit_f1"] > 0
+    for name, value in metrics.items():
+        if name not in ("loss", "null_score_diff_threshold", "untuned_exact", "untuned_f1"):
+            assert found[name] == pytest.approx(value), name
+    (tmp_path / "nbest_predictions.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["score", *named, "--json"])
+    assert "tuned_* and crossfit_* count empty predictions as they are" in capsys.readouterr().err
+
+
+def test_several_files_have_scores_of_their_own(setup, sample, tmp_path):
+    """Those of each alone, at one threshold; two files of one base name, with an id that both have."""
+    reader, _, options = setup
+    document = json.loads((sample / "dev.json").read_text())
+    paths = [tmp_path / name / "dev.json" for name in ("one", "two")]
+    ids = [question["id"] for paragraph in document["data"][0]["paragraphs"] for question in paragraph["qas"]]
+    other = document["data"][-1]["paragraphs"][0]["qas"][0]
+    answer = [other["id"], *ids[1:]]
+    other["id"] = ids[0]
+    for path, articles in zip(paths, (document["data"][:1], document["data"][1:]), strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps({"version": "v2.0", "data": articles}))
+
+    def evaluated(predict_file, folder):
+        given = replace(options, predict_file=predict_file, null_score_diff_threshold=-1.0)
+        facts = model_facts(given)
+        data = EvaluationData(load_features(given, "evaluate", facts), setup[1].layout, facts.tokenizer)
+        folder.mkdir()
+        return evaluate(reader, data, given, folder)
+
+    alone = [evaluated(str(path), tmp_path / f"out{number}").metrics for number, path in enumerate(paths)]
+    assert all("files" not in metrics and "macro_f1" not in metrics for metrics in alone)
+    both = evaluated(",".join(map(str, paths)), tmp_path / "both")
+    metrics = both.metrics
+    assert list(metrics["files"]) == ["one/dev.json", "two/dev.json"]
+    for name, ours in zip(metrics["files"], alone, strict=True):
+        found = metrics["files"][name]
+        shared = ours.keys() - {"null_score_diff_threshold"} - {key for key in ours if key.startswith("crossfit")}
+        assert found == {key: pytest.approx(ours[key]) for key in shared} | {
+            key: found[key]
+            for key in found
+            if key.startswith("crossfit")  # halves by id, one of which is another
+        }
+    totals = [one["total"] for one in alone]
+    assert metrics["total"] == sum(totals)
+    assert metrics["f1"] == pytest.approx(np.average([one["f1"] for one in alone], weights=totals))
+    assert metrics["macro_f1"] == pytest.approx(np.mean([one["f1"] for one in alone]))
+    assert metrics["macro_f1"] != pytest.approx(metrics["f1"])
+    assert json.loads((tmp_path / "both/metrics.json").read_text()) == metrics == both.result.metrics
+    answers = read_predictions(str(tmp_path / "both/predictions.json"))
+    assert len(answers) == sum(totals) and {ids[0], f"2/{ids[0]}"} <= answers.keys() and answer[0] not in answers
+    assert both.result.questions.files == ["one/dev.json", "two/dev.json"]
+    assert "Evaluation on 2 files" in (tmp_path / "both/report.html").read_text()
+    assert [line.split(":")[0] for line in describe_files(metrics)] == ["  one/dev.json", "  two/dev.json"]
+    assert f"mean F1 of the files {metrics['macro_f1']:.2f}" in describe(metrics)
+    assert flat_metrics(metrics)["two/dev.json/f1"] == metrics["files"]["two/dev.json"]["f1"]
+
+
+def test_the_line_of_an_evaluation_has_the_scores_that_people_look_for():
+    metrics = {"exact": 70.0, "f1": 75.5, "total": 1200, "best_f1": 80.0, "crossfit_f1": 79.0}
+    assert describe(metrics) == "EM 70.00  F1 75.50  questions 1,200"
+    v2 = {**metrics, "HasAns_f1": 60.0, "NoAns_f1": 90.0, "null_score_diff_threshold": -2.67, "not_scored": 3}
+    assert describe(v2) == (
+        "EM 70.00  F1 75.50  answerable F1 60.00  unanswerable F1 90.00  threshold -2.670  questions 1,200  "
+        "not scored for want of gold answers: 3"
+    )
+    assert describe_files(metrics) == []
+    many = {**metrics, "files": {f"{number}.json": {"total": 0} for number in range(23)}}
+    assert describe_files(many)[-1] == "  ... and 3 files more in metrics.json" and len(describe_files(many)) == 21
 
 
 def test_slices_of_the_report_average_to_the_metrics(setup, tmp_path):

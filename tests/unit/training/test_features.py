@@ -4,17 +4,43 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.config.batch_plan import plan_batches
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.loading import load_config
-from qa_deepspeed.training.features import cache_folder, load_features
+from qa_deepspeed.qa.features.mixture import rows_of_epoch
+from qa_deepspeed.training.features import (
+    EPOCH_ROWS,
+    cache_folder,
+    file_weights,
+    load_features,
+    look_up_features,
+    notes,
+    trained_and_evaluated,
+)
+from qa_deepspeed.training.loop import Run
 from qa_deepspeed.utils.errors import UserError
+
+REST = (
+    "output_dir",
+    "fingerprint",
+    "layout",
+    "evaluation",
+    "steps",
+    "stops",
+    "best",
+    "previous",
+    "tokenizer",
+    "model_config",
+)
+"""Parts of a run that the sampler does not look at."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +135,12 @@ def test_cache_folder_is_cache_dir_or_beside_the_data_or_the_users_cache(
     assert cache_folder(None, tmp_path / "d.json") == tmp_path / "home" / "qa_deepspeed" / "features"
 
 
+def test_a_folder_without_a_model_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError, match=f"{tmp_path} holds no model: there is no config.json"):
+        load_config(RunOptions(model_name_or_path=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [('{"model_type": "bert", "hidden_size": "x"}', "hidden_size"), ("5", "config"), ("{", "JSON")]
 )
@@ -117,3 +149,76 @@ def test_an_invalid_config_gives_a_one_line_error(tmp_path: Path, text: str, mes
     with pytest.raises(UserError, match=f"cannot load the config of .*{message}") as error:
         load_config(RunOptions(model_name_or_path=str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_files_decide_the_rows_of_an_epoch(sample: Path, tmp_path: Path) -> None:
+    """Before the features are built and after, and in the training loop; plain names leave all as it is."""
+    rows = rows_of(sample / "train.json")
+    for name, part in (("a", rows[:50]), ("b", rows[50:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    names = {"id_column": "key", "question_column": "ask", "context_column": "text", "answers_column": "gold"}
+
+    def given(first: str, second: str) -> RunOptions:
+        return options(sample, train_file=f"{tmp_path}/a.jsonl{first},{tmp_path}/b.jsonl{second}", **names)
+
+    facts = model_facts(given("", ""))
+    plain = load_features(given("", ""), "train", facts)
+    assert plain.files == () and plain.rows_by_file.tolist() == [len(plain)]
+    assert file_weights(given("", "")) is None and file_weights(given("=1", "")) is None
+    assert look_up_features(given("=1", "=1"), "train", facts)[0] == plain.fingerprint
+    mixed = given("=2", "=0.5")
+    weights = file_weights(mixed)
+    assert weights == (2.0, 0.5) and look_up_features(mixed, "train", facts)[1] is None
+    store = load_features(mixed, "train", facts)
+    assert store.files == ("a.jsonl", "b.jsonl") and store.examples.ids == plain.examples.ids
+    of_a = [row["key"] for row in rows[:50]]
+    owner = store.file_of_examples()
+    assert owner is not None and [one in of_a for one in store.examples.ids] == (owner == 0).tolist()
+    in_a, in_b = store.rows_by_file.tolist()
+    assert in_a + in_b == len(store) and in_a == int((owner[store.example_index] == 0).sum())
+    fingerprint, counts = look_up_features(mixed, "train", facts)
+    assert counts is not None and counts[EPOCH_ROWS] == 2 * in_a + max(1, round(in_b / 2))
+    other = look_up_features(given("=3", ""), "train", facts)
+    assert other[0] == fingerprint == store.fingerprint, "weights do not change the features"
+    assert other[1] is not None and other[1][EPOCH_ROWS] == 3 * in_a + in_b
+    run: Any = Run(
+        options=mixed,
+        resolved=SimpleNamespace(plan=plan_batches(4, None, None, 2)),
+        store=store,
+        weights=weights,
+        **dict.fromkeys(REST),
+    )
+    assert run.rows_per_epoch == counts[EPOCH_ROWS] and run.steps_per_epoch == -(-run.rows_per_epoch // 8)
+    orders = [run.order_of_epoch(epoch) for epoch in (0, 1, 0)]
+    assert [len(order) for order in orders] == [run.steps_per_epoch] * 3
+    taken = [np.concatenate(order) for order in orders]
+    assert np.array_equal(taken[0], taken[2]) and not np.array_equal(np.sort(taken[0]), np.sort(taken[1]))
+    assert np.array_equal(np.sort(taken[0]), np.sort(rows_of_epoch(store.rows_by_file, weights, mixed.seed, 0)))
+    lengths = [store.lengths[step] for step in orders[0][:-1]]
+    assert all((np.diff(step) <= 0).all() for step in lengths)
+
+
+def test_a_file_that_is_trained_on_and_evaluated_on_is_found(sample: Path, tmp_path: Path) -> None:
+    """By whatever path, and among others."""
+    (tmp_path / "link.json").symlink_to(sample / "train.json")
+    both = f"{sample}/dev.json,{tmp_path}/link.json"
+    assert trained_and_evaluated(options(sample, predict_file=both)) == [f"{tmp_path}/link.json"]
+    assert trained_and_evaluated(options(sample, train_file=f"{sample}/train.json=2", predict_file=both)) == [
+        f"{tmp_path}/link.json"
+    ]
+    assert trained_and_evaluated(options(sample, predict_file=f"{sample}/dev.json")) == []
+    assert trained_and_evaluated(options(sample, validation_split=0.1)) == []
+
+
+def test_windows_without_an_answer_that_come_from_faulty_gold_answers_are_said_to(tmp_path: Path, sample: Path) -> None:
+    rows = rows_of(sample / "dev.json")
+    answerable = [row for row in rows if row["gold"]["text"]][:6]
+    for row in answerable[:2]:
+        row["gold"]["text"] = ["nowhere in the text"]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answerable))
+    names = {"id_column": "key", "question_column": "ask", "context_column": "text", "answers_column": "gold"}
+    given = options(sample, predict_file=f"{tmp_path}/dev.jsonl", **names)
+    store = load_features(given, "evaluate", model_facts(given))
+    windows = int((store.example_index < 2).sum())
+    assert f"2 questions and {windows} window" in notes(store)[-1]
+    assert notes(store)[-1].endswith("of these have faulty gold answers only, which are not in the context")
