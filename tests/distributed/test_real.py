@@ -60,5 +60,6 @@ def test_real_questions_end_to_end(tmp_path: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     scored_again = json.loads(scored.stdout.splitlines()[-1])
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    for name in ("exact", "f1", "total", "HasAns_f1", "NoAns_f1", "best_exact", "best_f1", "best_f1_thresh"):
+    best = ("best_exact", "best_f1", "best_f1_thresh", "tuned_f1", "tuned_f1_thresh", "crossfit_exact", "crossfit_f1")
+    for name in ("exact", "f1", "total", "HasAns_f1", "NoAns_f1", *best):
         assert scored_again[name] == pytest.approx(metrics[name], abs=1e-9), name
