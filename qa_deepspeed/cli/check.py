@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from qa_deepspeed.config.batch_plan import epoch_steps, total_steps
 from qa_deepspeed.config.intervals import Intervals
-from qa_deepspeed.config.option_groups import AUTO, EPOCH
+from qa_deepspeed.config.option_groups import EPOCH
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
-from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.config.run_options import RunOptions, check_counts
 from qa_deepspeed.engine import compiled_ops, ds_config, hosts
 from qa_deepspeed.engine.checkpoint import checkpoint_bytes
+from qa_deepspeed.engine.device import device_for_check
 from qa_deepspeed.engine.ds_config import ResolvedConfig
-from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
-from qa_deepspeed.engine.optim import default_schedule
+from qa_deepspeed.engine.memory import (
+    ZeroSettings,
+    estimate_cpu_memory,
+    estimate_memory,
+    free_host_memory,
+    require_gpu_memory,
+    require_host_memory,
+)
+from qa_deepspeed.engine.optim import rates_in_words
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
-from qa_deepspeed.models.loading import head_kind, quiet_transformers, require_weights
+from qa_deepspeed.models.loading import head_kind, load_config, quiet_transformers, require_weights
 from qa_deepspeed.models.lora import LoraSettings
+from qa_deepspeed.models.trained_settings import with_stored_settings
 from qa_deepspeed.qa.data.reading import resolve_files
-from qa_deepspeed.runs.folder import leave_run_dir, lock_run_dir
+from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers
+from qa_deepspeed.runs.folder import OUTPUT_DIR_MISSING, leave_run_dir, lock_run_dir
 from qa_deepspeed.runs.identity import run_fingerprint
-from qa_deepspeed.runs.resume import (
-    FINISHED,
-    RESUME,
-    START,
-    refuse_overwriting,
-    require_named_checkpoint,
-    resume_decision,
-)
+from qa_deepspeed.runs.preflight import IN_WORDS, features_bytes, require_room, require_writable, settings_with_origins
+from qa_deepspeed.runs.resume import refuse_overwriting, require_named_checkpoint, resume_decision
 from qa_deepspeed.training.features import (
     EPOCH_ROWS,
+    Purpose,
     file_weights,
     longest_rows_at_once,
     look_up_features,
     trained_and_evaluated,
 )
+from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.units import GIB, plural
+from qa_deepspeed.utils.units import plural
 
 DEFAULT_PORT = 29500
-SAMPLED_RATES = 1000
 
-CACHE_PER_INPUT = 2.0
-"""Bytes of cached features for each byte of input, as measured on SQuAD (2.0 with MiniLM's tokenizer)."""
+DEVICES = {"cpu": "CPUs", "cuda": "GPUs"}
 
 
 @dataclass
@@ -129,7 +130,7 @@ def check(
 
     if hostfile:
         look("hostfile", lambda checked: _read_hosts(checked, Path(hostfile)))
-    for topic, function in TOPICS:
+    for topic, function in TOPICS if run_options.do_train else EVALUATION_TOPICS:
         look(topic, function)
     print(f"the run would not start: {plural(len(bad), 'fault')}, see above" if bad else "the run would start")
     return 1 if bad else 0
@@ -143,15 +144,11 @@ def _read_hosts(checked: PreflightState, hostfile: Path) -> list[str]:
 
 
 def _config(checked: PreflightState) -> list[str]:
-    on_cpu = checked.options.no_cuda or not torch.cuda.is_available()
-    bf16 = on_cpu or torch.cuda.is_bf16_supported()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses its accelerator when it is imported
-    checked.resolved = resolved = validate_options(checked.options, checked.ranks, "cpu" if on_cpu else "cuda", bf16)
+    device, bf16 = device_for_check(checked.options.no_cuda)
+    checked.resolved = resolved = validate_options(checked.options, checked.ranks, device, bf16)
     plan = resolved.plan
-    said = ds_config.load(resolved.name)
     lines = [
-        f"{resolved.name}: ZeRO stage {resolved.zero_stage}, {resolved.precision}, on {'CPUs' if on_cpu else 'GPUs'}",
+        f"{resolved.name}: ZeRO stage {resolved.zero_stage}, {resolved.precision}, on {DEVICES[device]}",
         str(plan),
         *(f"note: {note}" for note in resolved.notes),
     ]
@@ -160,35 +157,17 @@ def _config(checked: PreflightState) -> list[str]:
             f"cut into micro-batches of at most {resolved.options.max_tokens_per_batch:,} padded tokens on a "
             f"rank: {longest_rows_at_once(resolved.options, plan)} of the longest rows"
         )
-    for name in (
-        "per_gpu_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "warmup_steps",
-        "weight_decay",
-        "adam_epsilon",
-        "max_grad_norm",
-        "seed",
-    ):
-        keys = [key for key, owner in ds_config.OWNER_OF.items() if owner == name]
-        in_config = any(_at(said, key) not in (None, AUTO) for key in keys)
-        value = (
-            plan.gradient_accumulation_steps
-            if name == "gradient_accumulation_steps"
-            else getattr(resolved.options, name)
-        )
-        owner = resolved.name if in_config else checked.options.origin(name)
-        if name == "gradient_accumulation_steps" and resolved.options.global_batch_size is not None:
-            owner = "from global_batch_size"
-        lines.append(f"  {name} {value}   ({owner})")
-    return lines
+    return [*lines, *settings_with_origins(resolved, checked.options)]
 
 
-def _at(config: dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _evaluation_config(checked: PreflightState) -> list[str]:
+    """Of `--do_train false`, which is an evaluation."""
+    device, bf16 = device_for_check(checked.options.no_cuda)
+    resolved = ds_config.resolve(checked.options, checked.ranks, device, bf16, "zero0")
+    options = evaluation_options(resolved.options)
+    check_counts(options)
+    checked.resolved = dataclasses.replace(resolved, options=options)
+    return ["do_train is false: the model is evaluated, in " + resolved.precision]
 
 
 def _model(checked: PreflightState) -> list[str]:
@@ -208,6 +187,14 @@ def _model(checked: PreflightState) -> list[str]:
     return [f"{facts.config.model_type}, {describe_parameters(checked.footprint)}"]
 
 
+def _evaluated_model(checked: PreflightState) -> list[str]:
+    checked.options, _ = with_stored_settings(checked.options, load_config(checked.options))
+    checked.facts = facts = model_facts(checked.options)
+    head_kind(facts.config, checked.options.qa_head)
+    require_weights(checked.options)
+    return [str(facts.config.model_type)]
+
+
 def _element(resolved: ResolvedConfig) -> int:
     return weight_dtype(resolved.precision).itemsize
 
@@ -216,7 +203,8 @@ def _data(checked: PreflightState) -> list[str]:
     facts, lines = _known(checked.facts), []
     run_options = checked.options
     evaluates = run_options.do_eval or run_options.evaluates_during_training
-    for purpose in ("train", "evaluate") if evaluates else ("train",):
+    wanted: dict[Purpose, bool] = {"train": run_options.do_train, "evaluate": evaluates or not run_options.do_train}
+    for purpose in (purpose for purpose, needed in wanted.items() if needed):
         if not run_options.data_file(purpose) and run_options.dataset_name:
             lines.append(f"{purpose}: {run_options.dataset_name} of the hub, read when the run starts")
             continue
@@ -242,8 +230,6 @@ def _schedule(checked: PreflightState) -> list[str]:
         return ["steps are known once the features are built (qa-deepspeed prepare builds them)"]
     rows = counts[EPOCH_ROWS] if counts else 0
     steps = checked.steps = total_steps(run_options, rows, resolved.plan)
-    rates = learning_rates(run_options, steps)
-    peak = max(rates, key=lambda step: rates[step])  # of equal rates the first step
     # Where the features are not built yet, an epoch is taken for longer than the run.
     intervals = checked.intervals = Intervals.of(run_options, steps, epoch_steps(rows, resolved.plan) or steps + 1)
     saves = f"a checkpoint every {intervals.save}" if intervals.save else "no checkpoint"
@@ -255,24 +241,9 @@ def _schedule(checked: PreflightState) -> list[str]:
     if resolved.config.get("scheduler"):
         lines.append(f"learning rate by the config's scheduler, {resolved.config['scheduler'].get('type')}")
     else:
-        lines.append(
-            f"learning rate {rates[0]:.3g} at the first step, {rates[peak]:.3g} at its peak (step {peak + 1:,}), "
-            f"{rates[steps - 1]:.3g} at the last"
-        )
+        lines.append(rates_in_words(run_options, steps))
     at_end = run_options.do_eval or run_options.evaluates_during_training
     return [*lines, plural(intervals.evaluations(steps) + at_end, "evaluation")]
-
-
-def learning_rates(run_options: RunOptions, steps: int) -> dict[int, float]:
-    """Learning rate by the default schedule, by optimizer step (from 0): of some steps, among them the first, the last
-    and the first after the warm-up, where every schedule has its peak."""
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=run_options.learning_rate)
-    schedule = default_schedule(stand_in, run_options, steps)
-    assert isinstance(schedule, LambdaLR), "get_scheduler gives a function of the step"
-    (rule,) = schedule.lr_lambdas
-    last = steps - 1
-    shown = {last * part // SAMPLED_RATES for part in range(SAMPLED_RATES + 1)} | {min(run_options.warmup_steps, last)}
-    return {step: run_options.learning_rate * rule(step) for step in sorted(shown)}
 
 
 def _memory(checked: PreflightState) -> list[str]:
@@ -285,68 +256,25 @@ def _memory(checked: PreflightState) -> list[str]:
     available = free_host_memory()
     if on_cpu:
         wanted = estimate_cpu_memory(*arguments).host * checked.ranks_here
-        lines = [
-            f"{wanted / GIB:.2f} GiB for {plural(checked.ranks_here, 'rank')} on this host, "
-            f"{available / GIB:.2f} GiB free"
-        ]
-        if wanted > available:
-            raise UserError(
-                f"{lines[0]}: take fewer ranks, a smaller per_gpu_train_batch_size or another config "
-                "(qa-deepspeed plan compares them)"
-            )
-        return lines
+        return [require_host_memory(wanted, available, checked.ranks_here)]
     needed = estimate_memory(*arguments)
-    on_device = needed.device(run_options.gradient_checkpointing)
     free, _ = torch.cuda.mem_get_info()
-    host = needed.host_of(checked.ranks_here)
-    lines = [
-        f"{on_device / GIB:.2f} GiB on each GPU, {free / GIB:.2f} GiB free; {host / GIB:.2f} GiB on this "
-        f"host, {available / GIB:.2f} GiB free"
-    ]
-    if on_device > free or host > available:
-        raise UserError(
-            f"{lines[0]}: take more GPUs, a smaller per_gpu_train_batch_size or another config "
-            "(qa-deepspeed plan compares them)"
-        )
-    return lines
-
-
-def free_host_memory() -> int:
-    """Bytes of host memory that new processes can have."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    raise UserError("/proc/meminfo has no MemAvailable")
+    on_device, on_host = needed.device(run_options.gradient_checkpointing), needed.host_of(checked.ranks_here)
+    return [require_gpu_memory(on_device, free, on_host, available)]
 
 
 def _disk(checked: PreflightState) -> list[str]:
     model, run_options = _known(checked.footprint), checked.options
     if not run_options.output_dir:
-        raise UserError("--output_dir is required (a folder for the model, checkpoints and predictions)")
+        raise UserError(OUTPUT_DIR_MISSING)
     every = checked.intervals.save if checked.intervals else 0
     kept = checked.steps // every if every and checked.steps else 1 if run_options.save_steps else 0
     if run_options.save_total_limit is not None:
         kept = min(kept, run_options.save_total_limit) + 1
-    one = checkpoint_bytes(model.parameters, model.trained)
-    wanted = kept * one + 4 * model.trained
     unbuilt = [purpose for purpose, (_, counts) in checked.features.items() if counts is None]
     inputs = [file for purpose in unbuilt for file in resolve_files(run_options.data_patterns(purpose))]
-    wanted += int(CACHE_PER_INPUT * sum(map(os.path.getsize, inputs)))
-    free = shutil.disk_usage(_nearest_folder(Path(run_options.output_dir))).free
-    line = (
-        f"at most {wanted / GIB:.2f} GiB ({plural(kept, 'checkpoint')} of {one / GIB:.2f} GiB, the model), "
-        f"{free / GIB:.1f} GiB free"
-    )
-    if wanted > free:
-        raise UserError(f"{line}: make room, or lower the number of checkpoints with --save_total_limit")
-    return [line]
-
-
-def _nearest_folder(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    one = checkpoint_bytes(model.parameters, model.trained)
+    return [require_room(Path(run_options.output_dir), kept, one, 4 * model.trained + features_bytes(inputs))]
 
 
 def _output(checked: PreflightState) -> list[str]:
@@ -354,12 +282,7 @@ def _output(checked: PreflightState) -> list[str]:
     if not run_options.output_dir:
         raise SkipCheck
     folder = Path(run_options.output_dir)
-    nearest = _nearest_folder(folder)
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written ({error.strerror}): pass another one") from None
+    require_writable(folder)
     place = "is there" if folder.exists() else "will be created"
     if folder.exists():
         leave_run_dir(folder, lock_run_dir(folder, run_options), existed=True)
@@ -375,15 +298,19 @@ def _output(checked: PreflightState) -> list[str]:
         return [f"{folder} {place}{known_later}"]
     resolved = checked.resolved
     head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
-    weights = file_weights(resolved.options)
-    identity = run_fingerprint(resolved, fingerprint, checked.steps, head, weights)
+    identity = run_fingerprint(resolved, fingerprint, checked.steps, head, file_weights(resolved.options))
     decision = resume_decision(folder, resolved.options, identity)
-    words = {
-        START: "the run starts at step 0",
-        RESUME: "the run resumes from a checkpoint",
-        FINISHED: "holds this run, finished: there is nothing to do",
-    }
-    return [f"{folder} {place}: {words[decision.action]}"]
+    return [f"{folder} {place}: {IN_WORDS[decision.action]}"]
+
+
+def _evaluation_output(checked: PreflightState) -> list[str]:
+    run_options = checked.options
+    if not run_options.output_dir:
+        raise UserError(OUTPUT_DIR_MISSING)
+    folder = Path(run_options.output_dir)
+    require_writable(folder)
+    refuse_foreign_answers(folder, run_options)
+    return [f"{folder} gets the answers and scores"]
 
 
 def _operators(checked: PreflightState) -> list[str]:
@@ -394,15 +321,7 @@ def _operators(checked: PreflightState) -> list[str]:
 def _port(checked: PreflightState) -> list[str]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun, which started this, holds the port itself"]
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", checked.port))
-        except OSError as error:
-            raise UserError(
-                f"port {checked.port} is taken here ({error.strerror}): pass another --master_port, to the launcher too"
-            ) from None
-    return [f"{checked.port} is free here"]
+    return [hosts.require_free_port(checked.port)]
 
 
 def _hosts(checked: PreflightState) -> list[str]:
@@ -419,11 +338,7 @@ def _hosts(checked: PreflightState) -> list[str]:
 def _launch(checked: PreflightState) -> list[str]:
     if checked.hosts is None or len(checked.hosts) == 1:
         return []
-    names = ", ".join(hosts.sent_variables()) or "nothing"
-    return [
-        f"DeepSpeed's launcher starts {checked.hosts[0].name} as rank 0's host and sends variables that begin with "
-        f"{', '.join(hosts.ALWAYS_SENT)}, and from .deepspeed_env {names}"
-    ]
+    return [hosts.launch_in_words(checked.hosts[0])]
 
 
 TOPICS: tuple[tuple[str, Callable[[PreflightState], list[str]]], ...] = (
@@ -440,6 +355,15 @@ TOPICS: tuple[tuple[str, Callable[[PreflightState], list[str]]], ...] = (
     ("launch", _launch),
 )
 """The checks in order: later ones need what earlier ones found."""
+
+EVALUATION_TOPICS: tuple[tuple[str, Callable[[PreflightState], list[str]]], ...] = (
+    ("config", _evaluation_config),
+    ("model", _evaluated_model),
+    ("data", _data),
+    ("output", _evaluation_output),
+    *(topic for topic in TOPICS if topic[0] in ("port", "hosts", "launch")),
+)
+"""Those of a run with do_train false."""
 
 
 def _known(value: Any) -> Any:

@@ -100,7 +100,7 @@ class RunOptions(
 
 def missing_options(options: RunOptions, trains: bool) -> list[str]:
     """Flags that a run needs and that are not given, each with its meaning; one that trains, or only evaluates."""
-    evaluates = options.do_eval or options.evaluate_during_training or not trains
+    evaluates = options.do_eval or options.evaluates_during_training or not trains
     needed = {
         "--model_name_or_path (a folder of a model, or a name on the hub)": bool(options.model_name_or_path),
         "--train_file (or --dataset_name, or --data_dir)": not trains or _names_data(options, "train"),

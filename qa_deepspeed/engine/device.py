@@ -104,3 +104,11 @@ def _threads_were_chosen() -> bool:
     except OSError:
         return True
     return any(entry.startswith(f"{THREADS}=".encode()) for entry in started)
+
+
+def device_for_check(no_cuda: bool) -> tuple[str, bool]:
+    """Type of the device of a run that would start here, and whether it computes in bfloat16; none is initialized."""
+    if not no_cuda and torch.cuda.is_available():
+        return "cuda", torch.cuda.is_bf16_supported()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses its accelerator when it is imported
+    return "cpu", True

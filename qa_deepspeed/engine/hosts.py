@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -145,3 +146,29 @@ def _version(name: str) -> str:
 
 if __name__ == "__main__":
     print(json.dumps(versions()))
+
+
+def require_free_port(port: int) -> str:
+    """The line that says that nothing listens on this port here.
+
+    Raises:
+        UserError: something does.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} is taken here ({error.strerror}): pass another --master_port, to the launcher too"
+            ) from None
+    return f"{port} is free here"
+
+
+def launch_in_words(first: Host) -> str:
+    """What DeepSpeed's launcher starts and sends on several hosts."""
+    names = ", ".join(sent_variables()) or "nothing"
+    return (
+        f"DeepSpeed's launcher starts {first.name} as rank 0's host and sends variables that begin with "
+        f"{', '.join(ALWAYS_SENT)}, and from .deepspeed_env {names}"
+    )

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.models.footprint import Footprint
-from qa_deepspeed.utils.units import GIB
+from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import GIB, plural
 
 STAGE_0_BUCKET = 500_000_000
 """Elements that stage 0 flattens and reduces at once (`MEMORY_OPT_ALLREDUCE_SIZE` of DeepSpeed's engine)."""
@@ -227,3 +229,41 @@ def _sent(model: Footprint, zero: ZeroSettings, element: int, ranks: int, accumu
         return 2 * gradients * (accumulation if zero.stage == 2 else 1) + gradients
     gathers = 1 if model.parameters <= zero.max_live else 2
     return (gathers * parameters + gradients) * accumulation
+
+
+_LESS_MEMORY = "a smaller per_gpu_train_batch_size or another config (qa-deepspeed plan compares them)"
+
+
+def require_host_memory(wanted: int, free: int, ranks: int) -> str:
+    """The line about the memory of a host with `ranks` ranks on CPUs, in bytes.
+
+    Raises:
+        UserError: it is too little.
+    """
+    line = f"{wanted / GIB:.2f} GiB for {plural(ranks, 'rank')} on this host, {free / GIB:.2f} GiB free"
+    if wanted > free:
+        raise UserError(f"{line}: take fewer ranks, {_LESS_MEMORY}")
+    return line
+
+
+def require_gpu_memory(on_device: int, free_on_device: int, on_host: int, free_on_host: int) -> str:
+    """The same for a GPU and its host.
+
+    Raises:
+        UserError: one of them has too little.
+    """
+    line = (
+        f"{on_device / GIB:.2f} GiB on each GPU, {free_on_device / GIB:.2f} GiB free; {on_host / GIB:.2f} GiB on this "
+        f"host, {free_on_host / GIB:.2f} GiB free"
+    )
+    if on_device > free_on_device or on_host > free_on_host:
+        raise UserError(f"{line}: take more GPUs, {_LESS_MEMORY}")
+    return line
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that new processes can have."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    raise UserError("/proc/meminfo has no MemAvailable: run qa-deepspeed plan, which computes what is needed")

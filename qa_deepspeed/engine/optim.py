@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from qa_deepspeed.config.run_options import RunOptions
@@ -72,3 +72,29 @@ def default_schedule(optimizer: Optimizer, options: RunOptions, total_steps: int
     """Linear warm-up, then the schedule lr_scheduler_type, counted in optimizer steps."""
     schedule: LRScheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, total_steps)
     return schedule
+
+
+SAMPLED_RATES = 1000
+"""Steps of a run whose learning rates `learning_rates` gives."""
+
+
+def learning_rates(options: RunOptions, steps: int) -> dict[int, float]:
+    """Learning rate by the default schedule, by optimizer step (from 0): of some steps, among them the first, the last
+    and the first after the warm-up, where every schedule has its peak."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=options.learning_rate)
+    schedule = default_schedule(stand_in, options, steps)
+    assert isinstance(schedule, LambdaLR), "get_scheduler gives a function of the step"
+    (rule,) = schedule.lr_lambdas
+    last = steps - 1
+    shown = {last * part // SAMPLED_RATES for part in range(SAMPLED_RATES + 1)} | {min(options.warmup_steps, last)}
+    return {step: options.learning_rate * rule(step) for step in sorted(shown)}
+
+
+def rates_in_words(options: RunOptions, steps: int) -> str:
+    """The learning rates of a run that has the default schedule."""
+    rates = learning_rates(options, steps)
+    peak = max(rates, key=lambda step: rates[step])  # of equal rates the first step
+    return (
+        f"learning rate {rates[0]:.3g} at the first step, {rates[peak]:.3g} at its peak (step {peak + 1:,}), "
+        f"{rates[steps - 1]:.3g} at the last"
+    )

@@ -24,6 +24,8 @@ from qa_deepspeed.utils.json_files import sealed
 
 RUN_FILE = "run.json"
 
+OUTPUT_DIR_MISSING = "--output_dir is required (a folder for the model, checkpoints and predictions)"
+
 PARTIAL = ".model.partial"
 """Prefix of the folder in which the final model is written before it gets its place."""
 
@@ -35,7 +37,7 @@ def writable_folder(name: str | None) -> Path:
         UserError: no name is given, or it cannot be created or written.
     """
     if not name:
-        raise UserError("--output_dir is required (a folder for the model, checkpoints and predictions)")
+        raise UserError(OUTPUT_DIR_MISSING)
     folder = Path(name)
     try:
         name.encode()

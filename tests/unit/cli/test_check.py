@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -183,6 +184,20 @@ def test_what_train_refuses_for_the_model_is_refused_here(
     assert re.search(r"model: holds no weights \(.*\): pass the folder of a saved model", fault)
 
 
+def test_an_evaluation_is_checked_as_one(run: RunOptions, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`train --do_train false` needs no training data, and refuses to replace another model's answers."""
+    only = changed(run, do_train=False, do_eval=True, train_file=None, predict_file=run.train_file)
+    assert check(only, port=free_port()) == 0
+    out = capsys.readouterr().out
+    assert "do_train is false: the model is evaluated, in fp32" in out and "train:" not in out
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.json").write_text("{}")
+    (fault,) = faults(capsys, only)
+    assert "holds predictions.json of which no record says whose it is" in fault
+    (fault,) = faults(capsys, changed(only, overwrite_output_dir=True, predict_file="gone.json"))
+    assert "gone.json: no such file" in fault
+
+
 def test_a_missing_data_file(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     (fault,) = faults(capsys, changed(run, train_file="gone.json"))
     assert "gone.json: no such file; check the path" in fault
@@ -322,7 +337,7 @@ def test_a_bad_line_of_the_environment_file(run: RunOptions, tmp_path: Path, cap
 
 
 def test_a_disk_that_is_too_small(run: RunOptions, capsys: Any, monkeypatch: Any) -> None:
-    usage = preflight.shutil.disk_usage("/")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     (fault,) = faults(capsys, run)
     assert "make room" in fault

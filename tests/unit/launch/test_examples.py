@@ -4,6 +4,7 @@ for the kind of model they name."""
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +76,7 @@ def test_an_example_passes_check(
     (tmp_path / "model" / "model.safetensors").touch()  # no weights are read
     small_tokenizers.tokenizer({"mistral": "llama"}.get(model_type, model_type)).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(preflight, "free_host_memory", lambda: 2**50)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
     stand_in = dataclasses.replace(
         wanted, model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), no_cuda=True
     )
