@@ -47,9 +47,14 @@ ALIASES = {
 """Flag or YAML key of run_qa.py, TrainingArguments or the pipeline -> the option of the same meaning."""
 
 STRATEGIES = {"eval_strategy": "evaluate_during_training", "evaluation_strategy": "evaluate_during_training"}
-"""Flag or YAML key of TrainingArguments with the values of `STRATEGY_VALUES` -> the option that is true or false."""
+"""Flag or YAML key of TrainingArguments with the values of `STRATEGY_VALUES` -> the option that is its neighbour."""
 
-STRATEGY_VALUES = {"no": "false", "steps": "true"}
+STRATEGY_VALUES = {
+    "no": ("evaluate_during_training", "false"),
+    "steps": ("evaluate_during_training", "true"),
+    "epoch": ("eval_steps", "epoch"),
+}
+"""Value of such a flag -> the option that means the same, and its value."""
 
 SHORT_NAMES = {
     "batch_size": "per_gpu_train_batch_size",

@@ -95,20 +95,29 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
                 group.add_argument(
                     *strategies,
                     dest=name,
-                    type=_strategy,
+                    action=_StrategyAction,
                     default=argparse.SUPPRESS,
-                    metavar="{no,steps}",
-                    help=f"the same as {name} false or true",
+                    metavar="{no,steps,epoch}",
+                    help=f"the same as {name} false or true, or eval_steps epoch",
                 )
 
 
-def _strategy(value: Any) -> str:
-    """True or false as text, for a value of TrainingArguments' eval_strategy."""
+class _StrategyAction(argparse.Action):
+    """Sets the option that means the same as a value of TrainingArguments' eval_strategy."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Called by argparse for the flag."""
+        try:
+            setattr(namespace, *_strategy(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def _strategy(value: Any) -> tuple[str, str]:
+    """The option that means the same as a value of eval_strategy, and its value as text."""
     word = "no" if value is False else str(value).lower()  # YAML takes no for false
     if word not in STRATEGY_VALUES:
-        raise argparse.ArgumentTypeError(
-            f"must be no or steps, not {value!r}; --eval_steps takes a number of steps, or epoch"
-        )
+        raise ValueError(f"must be one of {', '.join(STRATEGY_VALUES)}, not {value!r}")
     return STRATEGY_VALUES[word]
 
 
@@ -118,10 +127,10 @@ def _under_our_names(settings: Mapping[str, Any], origin: str) -> dict[str, Any]
     for name, value in settings.items():
         if name in STRATEGIES:
             try:
-                value = _strategy(value)
-            except argparse.ArgumentTypeError as error:
+                name, value = _strategy(value)
+            except ValueError as error:
                 raise UserError(f"option '{name}' in {origin} {error}") from None
-        renamed[STRATEGIES.get(name, ALIASES.get(name, name))] = value
+        renamed[ALIASES.get(name, name)] = value
     return renamed
 
 

@@ -244,8 +244,8 @@ def test_help_and_versions_import_nothing_heavy() -> None:
             "or a name on the hub), --predict_file (or --dataset_name, or --data_dir) ",
         ),
         (
-            ["train", "--eval_strategy", "epoch"],
-            "must be no or steps, not 'epoch'; --eval_steps takes a number of steps, or epoch",
+            ["train", "--eval_strategy", "often"],
+            "argument --eval_strategy/--evaluation_strategy: must be one of no, steps, epoch, not 'often'",
         ),
         (["train", "--report_to", "wandb"], "'report_to' in the command line must be one of tensorboard, none, not"),
     ],
@@ -286,7 +286,11 @@ def test_strategies_of_training_arguments_are_accepted(tmp_path: Path, name: str
         given = parser_of("train").parse_args(["--evaluate_during_training", f"--{name}", value.strip("'")])
         assert given.evaluate_during_training == str(expected).lower()
     file.write_text(f"{name}: epoch\n")
-    with pytest.raises(UserError, match=f"option '{name}' in {file} must be no or steps, not 'epoch'"):
+    found = options.build(RunOptions, "train", {}, str(file))
+    assert found.eval_steps == "epoch" and found.evaluates_during_training
+    assert parser_of("train").parse_args([f"--{name}=epoch"]).eval_steps == "epoch"
+    file.write_text(f"{name}: often\n")
+    with pytest.raises(UserError, match=f"option '{name}' in {file} must be one of no, steps, epoch, not 'often'"):
         options.build(RunOptions, "train", {}, str(file))
 
 
