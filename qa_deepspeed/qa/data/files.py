@@ -214,7 +214,7 @@ def split_weight(text: str) -> tuple[str, float]:
     if not equals or os.path.exists(whole) or glob.glob(whole, recursive=True):
         return text, 1.0
     if not 0 < weight < math.inf:
-        raise UserError(f"{text}: the weight of a file must be a number above 0, not {number}")
+        raise UserError(f"{text}: the weight of a file must be a number above 0, not {number}: write {path}=2, say")
     return path, weight
 
 
