@@ -84,6 +84,20 @@ def test_damage_is_found_and_the_file_is_named(checkpoint: Path, kind: str, name
     assert found is not None and (name in found or name == MANIFEST_FILE)
 
 
+def test_a_size_is_compared_before_anything_is_read(checkpoint: Path) -> None:
+    """The line says how much is missing, also where every file is damaged."""
+    flip_a_bit(checkpoint / "inner" / "config.json")
+    truncate(checkpoint / "shard.pt")
+    assert verify_checkpoint(checkpoint) == "shard.pt has 1500000 bytes, 3000000 were written"
+
+
+def test_a_manifest_that_is_written_again_does_not_list_itself(checkpoint: Path) -> None:
+    (checkpoint / "added").write_text("x")
+    write_manifest(checkpoint)
+    assert MANIFEST_FILE not in json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+    assert verify_checkpoint(checkpoint) is None
+
+
 @pytest.mark.parametrize("content", ["[]", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "\0"])
 def test_a_manifest_of_another_shape_is_damage(checkpoint: Path, content: str) -> None:
     (checkpoint / MANIFEST_FILE).write_text(content)

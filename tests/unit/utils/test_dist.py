@@ -1,5 +1,7 @@
 """The loss of another rank is recognised by the messages of gloo and NCCL, in training as in evaluation."""
 
+import contextlib
+
 import pytest
 
 from qa_deepspeed.utils import dist
@@ -45,6 +47,17 @@ def test_a_lost_rank_is_explained_in_one_line(text: str, two_ranks: None, monkey
         with dist.explain_collective_errors("the evaluation"):
             raise RuntimeError(MESSAGES[text])
     assert dist.explain_lost_rank(RuntimeError(text)).startswith("rank 1 waited in step 7")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("closed by peer"), ValueError("no number")])
+def test_after_a_stage_that_is_explained_the_one_before_is_named_again(
+    error: Exception | None, two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "_stage", "step 7")
+    with contextlib.suppress(LostRankError, ValueError), dist.explain_collective_errors("the evaluation"):
+        if error is not None:
+            raise error
+    assert dist.explain_lost_rank(RuntimeError("closed by peer")).startswith("rank 1 waited in step 7")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
