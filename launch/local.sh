@@ -2,7 +2,7 @@
 # Trains on this machine, or runs this machine's part of a run on several; the arguments are flags of `qa-deepspeed train`.
 #
 #   GPUS       ranks here (default: one on each GPU, or one on the CPU)
-#   CONFIG     DeepSpeed config, a shipped name or a path (default: zero2)
+#   CONFIG     DeepSpeed config, a shipped name or a path (default: auto)
 #   LAUNCHER   deepspeed (default) or torchrun
 #   PORT       rank 0's port (default 29500)
 #   NODES, NODE_RANK, MASTER_ADDR   with torchrun: machines of the run, this one's number, the first one's address

@@ -2,7 +2,7 @@
 # Trains on the hosts of a hostfile; the arguments are flags of `qa-deepspeed train`.
 #
 #   HOSTFILE       lines `NAME slots=RANKS`, as hostfile.example; this machine should be the first
-#   CONFIG         DeepSpeed config, a shipped name or a path (default: zero2)
+#   CONFIG         DeepSpeed config, a shipped name or a path (default: auto)
 #   LAUNCHER       pdsh (default) or openmpi, by DeepSpeed's launcher; ssh: a torchrun on each host, started by plain ssh
 #   PORT           rank 0's port (default 29500)
 #   MASTER_ADDR    address of the first host as the others see it (default: its name in the hostfile)

@@ -17,8 +17,9 @@ from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.option_groups import EPOCH
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions, check_counts
-from qa_deepspeed.engine import compiled_ops, ds_config, hosts
+from qa_deepspeed.engine import compiled_ops, ds_config
 from qa_deepspeed.engine.checkpoint import checkpoint_bytes
+from qa_deepspeed.engine.config_choice import choose_config
 from qa_deepspeed.engine.device import device_for_check
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.memory import (
@@ -51,6 +52,7 @@ from qa_deepspeed.training.features import (
 )
 from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.training.validate import validate_options
+from qa_deepspeed.utils import hosts
 from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import plural
@@ -147,14 +149,16 @@ def _config(checked: PreflightState) -> list[str]:
     device, bf16 = device_for_check(checked.options.no_cuda)
     checked.resolved = resolved = validate_options(checked.options, checked.ranks, device, bf16)
     plan = resolved.plan
+    chosen_later = ds_config.chooses_config(checked.options)
+    config = "auto, see the model" if chosen_later else f"{resolved.name}: ZeRO stage {resolved.zero_stage}"
     lines = [
-        f"{resolved.name}: ZeRO stage {resolved.zero_stage}, {resolved.precision}, on {DEVICES[device]}",
+        f"{config}, {resolved.precision}, on {DEVICES[device]}",
         str(plan),
         *(f"note: {note}" for note in resolved.notes),
     ]
     if resolved.options.max_tokens_per_batch:
         lines.append(
-            f"cut into micro-batches of at most {resolved.options.max_tokens_per_batch:,} padded tokens on a "
+            f"cut into micro-batches of at most {resolved.options.max_tokens_per_batch:,} tokens on a "
             f"rank: {longest_rows_at_once(resolved.options, plan)} of the longest rows"
         )
     return [*lines, *settings_with_origins(resolved, checked.options)]
@@ -184,7 +188,15 @@ def _model(checked: PreflightState) -> list[str]:
         kind,
         LoraSettings.of(resolved.options.to_dict()),
     )
-    return [f"{facts.config.model_type}, {describe_parameters(checked.footprint)}"]
+    lines = [f"{facts.config.model_type}, {describe_parameters(checked.footprint)}"]
+    if ds_config.chooses_config(checked.options):
+        device, bf16 = device_for_check(checked.options.no_cuda)
+        where = torch.device(device), checked.ranks, checked.ranks_here
+        name, why = choose_config(resolved, facts.config, *where)
+        options = dataclasses.replace(checked.options, deepspeed_config=name)
+        checked.resolved = validate_options(options, checked.ranks, device, bf16)
+        lines.append(f"deepspeed_config auto: {why}")
+    return lines
 
 
 def _evaluated_model(checked: PreflightState) -> list[str]:

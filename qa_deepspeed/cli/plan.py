@@ -8,23 +8,20 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.config_choice import Machines, Row, estimate_configs, recommend
 from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
-from qa_deepspeed.engine.memory import MemoryEstimate, ZeroSettings, countable, estimate_cpu_memory, estimate_memory
-from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
+from qa_deepspeed.models.footprint import Footprint, describe_parameters
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
-from qa_deepspeed.models.lora import LoraSettings, check_lora
-from qa_deepspeed.utils.dtypes import LONG_NAMES, weight_dtype
+from qa_deepspeed.utils.dtypes import LONG_NAMES
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.units import GIB
+from qa_deepspeed.utils.units import GIB, gib
 
 UNITS = {
     "": 1,
@@ -32,35 +29,6 @@ UNITS = {
     **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)},
 }
-USABLE_SHARE = 0.95
-"""Of a device's memory: the allocator cannot use every byte of it, since blocks of different sizes leave gaps."""
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Nodes of one kind; memory in bytes, gpu_memory of one GPU, cpu_memory of one node. No gpu_memory: CPU ranks."""
-
-    nodes: int
-    ranks_per_node: int
-    gpu_memory: int | None
-    cpu_memory: int
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of the run."""
-        return self.nodes * self.ranks_per_node
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out for one config. `fits` with every activation kept, `fits_checkpointed` with checkpointing."""
-
-    config: str
-    stage: int
-    need: MemoryEstimate
-    fits: bool
-    fits_checkpointed: bool
-    lacks: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"peak_flops": peaks}) if arguments.json else "\n".join(peak_lines(peaks, None)))
         return 0
     model_config = load_config(run_options)
-    model, rows = plan(run_options, model_config, machines)
+    model, rows = estimate_configs(run_options, model_config, machines)
     chosen, why = recommend(rows)
     if arguments.json:
         print(json.dumps(_plain(model, rows, chosen, why) | {"peak_flops": peaks}))
@@ -152,86 +120,6 @@ def parse_size(text: str, name: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def plan(run_options: RunOptions, model_config: Any, machines: Machines) -> tuple[Footprint, list[Row]]:
-    """The model's footprint and one row for each shipped config that can be counted, and for the run's own.
-
-    Raises:
-        UserError: a config and the options disagree, or the model cannot be measured, or not have such adapters.
-    """
-    check_lora(run_options)
-    lora = LoraSettings.of(run_options.to_dict())
-    on_cpu = machines.gpu_memory is None
-    names = [name for name in ds_config.shipped() if countable(ds_config.load(name))]
-    if run_options.deepspeed_config and run_options.deepspeed_config.removesuffix(".json") not in names:
-        names.append(run_options.deepspeed_config)
-    rows, model = [], None
-    for name in names:
-        resolved = ds_config.resolve(
-            dataclasses.replace(run_options, deepspeed_config=name), machines.ranks, "cpu" if on_cpu else "cuda"
-        )
-        try:
-            ds_config.check_trainable(resolved)
-        except UserError:  # such a config is no choice
-            continue
-        element = weight_dtype(resolved.precision).itemsize
-        if model is None:
-            kind = torch.bfloat16 if element == 2 else torch.float32
-            model = footprint(model_config, resolved.plan.micro_batch_size, run_options.max_seq_length, kind, lora)
-        zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
-        function = estimate_cpu_memory if on_cpu else estimate_memory
-        rows.append(
-            _row(
-                name,
-                zero.stage,
-                function(model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps),
-                machines,
-            )
-        )
-    assert model is not None, "there are shipped configs"
-    return model, rows
-
-
-def _row(name: str, stage: int, needed: MemoryEstimate, machines: Machines) -> Row:
-    host = needed.host_of(machines.ranks_per_node)
-    lacks = []
-    if machines.gpu_memory is not None:
-        room = int(USABLE_SHARE * machines.gpu_memory)
-        fits, checkpointed = needed.device() <= room, needed.device(checkpointing=True) <= room
-        if not checkpointed:
-            lacks.append(f"{(needed.device(checkpointing=True) - room) / GIB:.0f} GiB a GPU")
-    else:
-        fits = checkpointed = True
-    if host > USABLE_SHARE * machines.cpu_memory:
-        fits = checkpointed = False
-        lacks.append(f"{(host - USABLE_SHARE * machines.cpu_memory) / GIB:.0f} GiB of host memory a node")
-    return Row(name, stage, needed, fits, checkpointed, " and ".join(lacks))
-
-
-def recommend(rows: list[Row]) -> tuple[Row | None, str]:
-    """The config to take, or None, and why: the fastest among those that fit as they are, else among those that fit
-    with gradient checkpointing.
-
-    Fastest is what uses no host memory, then what is not stage 3 (whose layers wait for their parameters each time),
-    then what sends least.
-    """
-    for checkpointing in (False, True):
-        fitting = [row for row in rows if (row.fits_checkpointed if checkpointing else row.fits)]
-        if fitting:
-            best = min(fitting, key=lambda row: (row.need.bus, row.stage == 3, row.need.sent, row.stage))
-            others = [row.config for row in rows if row not in fitting]
-            why = f"take {best.config}: the fastest that fits"
-            why += " with --gradient_checkpointing" if checkpointing else ""
-            why += f", {_gib(best.need.sent)} GiB a step over the network"
-            why += f" and {_gib(best.need.bus)} GiB to and from the host" if best.need.bus else ""
-            why += f"; {', '.join(others)} {'does' if len(others) == 1 else 'do'} not fit" if others else ""
-            return best, why
-    least = min(rows, key=lambda row: row.need.device(checkpointing=True))
-    return None, (
-        f"none fits: {least.config} needs least on a device and lacks {least.lacks}; take more GPUs, "
-        "or a smaller per_gpu_train_batch_size or max_seq_length"
-    )
-
-
 def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: list[Row], why: str) -> list[str]:
     """The plan as lines for people; GiB of one rank."""
     on_cpu = machines.gpu_memory is None
@@ -276,16 +164,12 @@ def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: l
             n.bus,
         )
         fits = "yes" if row.fits else "checkpointed" if row.fits_checkpointed else f"no, lacks {row.lacks}"
-        body.append([row.config, *map(_gib, numbers), fits])
+        body.append([row.config, *map(gib, numbers), fits])
     widths = [max(len(line[column]) for line in body) for column in range(len(head))]
     for line in body:
         cells = [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
         lines.append(f"{line[0]:<{widths[0]}}  {'  '.join(cells)}  {line[-1]}")
     return [*lines, "", why]
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size < 9.995 * GIB else f"{size / GIB:.1f}"
 
 
 def _plain(model: Footprint, rows: list[Row], chosen: Row | None, why: str) -> dict[str, Any]:

@@ -265,7 +265,10 @@ class EngineOptions:
     GROUP: ClassVar[str] = "DeepSpeed and precision"
 
     deepspeed_config: str | None = option(
-        None, DEVICE, "shipped config (zero0 to zero3, zero3_offload, ...; see ds_configs/README.md) or a JSON file"
+        None,
+        DEVICE,
+        "shipped config (zero0 to zero3, zero3_offload, ...; see ds_configs/README.md) or a JSON file; default: auto, "
+        "the fastest shipped one that fits into memory",
     )
     nvme_path: str | None = option(None, SIZE, "folder on a local NVMe disk of each node, for zero3_nvme")
     gradient_checkpointing: bool = option(

@@ -24,7 +24,8 @@ from qa_deepspeed.engine.config_check import AUTO, check_config
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
-DEFAULT_CONFIG = "zero2"
+STAND_IN = "zero2"
+"""Config by which a run that names none is checked, until `config_choice.choose_config` chooses."""
 
 SECTIONS = ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "checkpoint")
 """Keys that are looked into here, and must hold a JSON object."""
@@ -129,9 +130,10 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def resolve(
-    options: RunOptions, world_size: int, device_type: str, bf16_supported: bool = True, default: str = DEFAULT_CONFIG
+    options: RunOptions, world_size: int, device_type: str, bf16_supported: bool = True, default: str = STAND_IN
 ) -> ResolvedConfig:
-    """Merge config and options, and derive the batch arithmetic. `default` is the config of a run that names none.
+    """Merge config and options, and derive the batch arithmetic. `default` is the config of a run that names none, or
+    "auto".
 
     A config that is not shipped is checked by DeepSpeed, which is imported for that.
 
@@ -139,7 +141,7 @@ def resolve(
         UserError: DeepSpeed refuses the config; config and command line disagree, with all conflicts in one message;
             batch sizes do not divide; the device does not support the precision.
     """
-    name = options.deepspeed_config or default
+    name = default if chooses_config(options) else str(options.deepspeed_config)
     config, notes = _load(name)
     if name.removesuffix(".json") not in shipped():
         notes += check_config(config, name)
@@ -167,6 +169,11 @@ def resolve(
     if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
         raise UserError(f"{name}: the quantized messages of ZeRO++ need GPUs: use zero3")
     return resolved
+
+
+def chooses_config(options: RunOptions) -> bool:
+    """Whether the run leaves the choice of its config to this program."""
+    return options.deepspeed_config in (None, AUTO)
 
 
 def check_trainable(resolved: ResolvedConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoint_files import checkpoints, newest_first, read_loop_state, verify_checkpoint
+from qa_deepspeed.engine.ds_config import STAND_IN
 from qa_deepspeed.runs.folder import RUN_FILE, files_of_run, holds_files
 from qa_deepspeed.runs.identity import may_change, refuse_changes
 from qa_deepspeed.runs.requeue import REQUEUE_FILE
@@ -208,19 +209,33 @@ def resumed_batch_size(output_dir: Path, options: RunOptions) -> int | None:
     None where there is no such run, or where `resume_with_changes`, `global_batch_size` or changed micro-batches ask
     for another number.
     """
-    asked = _asked(options)
-    starts_again = options.overwrite_output_dir or asked in NEVER
-    if starts_again or "global_batch_size" in options.given:
+    if "global_batch_size" in options.given:
         return None
-    if asked in NEWEST:
-        run = read_run(output_dir) or {}
-        fingerprint, theirs = run.get("identity", {}), run.get("options", {})
-    else:
-        state = read_loop_state(named_checkpoint(asked))
-        fingerprint, theirs = state.identity, state.options
+    fingerprint, theirs = _run_to_resume(output_dir, options)
     same = all(theirs.get(name) == getattr(options, name) for name in MICRO_BATCH_OPTIONS)
     size: int | None = fingerprint.get("global_batch_size")
     return size if same and not may_change("global_batch_size", options) else None
+
+
+def resumed_config(output_dir: Path, options: RunOptions) -> str | None:
+    """The DeepSpeed config of the run that will be resumed; None where there is no such run. For rank 0.
+
+    Runs of before the choice recorded nothing where the user named none.
+    """
+    fingerprint, theirs = _run_to_resume(output_dir, options)
+    return str(theirs.get("deepspeed_config") or STAND_IN) if fingerprint else None
+
+
+def _run_to_resume(output_dir: Path, options: RunOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fingerprint and options of the run that will be resumed; empty where there is none."""
+    asked = _asked(options)
+    if options.overwrite_output_dir or asked in NEVER:
+        return {}, {}
+    if asked in NEWEST:
+        run = read_run(output_dir) or {}
+        return run.get("identity", {}), run.get("options", {})
+    state = read_loop_state(named_checkpoint(asked))
+    return state.identity, state.options
 
 
 def read_run(output_dir: Path, report: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:

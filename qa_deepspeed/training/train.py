@@ -15,6 +15,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint, compiled_ops, ds_config, zero3_loading
 from qa_deepspeed.engine.checkpoint_files import read_loop_state, rename_by_rows, verify_checkpoint
 from qa_deepspeed.engine.config_check import without_secrets
+from qa_deepspeed.engine.config_choice import choose_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
@@ -45,6 +46,7 @@ from qa_deepspeed.runs.resume import (
     ResumeDecision,
     resume_decision,
     resumed_batch_size,
+    resumed_config,
     select_checkpoint,
 )
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
@@ -104,6 +106,8 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
     seconds = {"features": time.perf_counter() - began}
 
     dist.init(device, options.timeout)
+    if ds_config.chooses_config(options):
+        resolved = _with_chosen_config(resolved, facts, device, output_dir)
     require_whole_checkpoints(output_dir, options, resolved.zero_stage)
     resolved = _keep_global_batch(resolved, output_dir)
     weights = file_weights(options)
@@ -229,6 +233,25 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
         for file in trained_and_evaluated(options):
             dist.log0(f"WARNING: {file} is trained on and evaluated on: scores will be too high")
     return store, evaluation
+
+
+def _with_chosen_config(
+    resolved: ResolvedConfig, facts: ModelFacts, device: torch.device, output_dir: Path
+) -> ResolvedConfig:
+    """The run with the config that rank 0 chooses for it, or that the resumed run had. Collective."""
+    ranks, here = dist.world_size(), dist.local_world_size()
+
+    def choose() -> tuple[str, str]:
+        before = resumed_config(output_dir, resolved.options)
+        return (before, "") if before else choose_config(resolved, facts.config, device, ranks, here)
+
+    name, why = dist.run_on_rank_zero(choose)
+    if why:
+        dist.log0(f"deepspeed_config auto: {why}")
+    options = dataclasses.replace(resolved.options, deepspeed_config=name)
+    resolved = validate_options(options, ranks, device.type, bf16_supported(device))
+    compiled_ops.require(resolved.config)
+    return resolved
 
 
 def _keep_global_batch(resolved: ResolvedConfig, output_dir: Path) -> ResolvedConfig:

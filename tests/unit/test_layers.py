@@ -126,12 +126,12 @@ def test_qa_knows_no_ranks(path: Path) -> None:
 
 READ_OTHERS_JSON = {
     "engine.ds_config",
-    "engine.hosts",
     "qa.data.answers",
     "qa.data.formats",
     "qa.features.encoding",
     "qa.metrics.prediction_files",
     "utils.dist",
+    "utils.hosts",
 }
 """Modules that parse JSON which users or other programs wrote, or which is in no file."""
 

@@ -16,13 +16,13 @@ import pytest
 from qa_deepspeed.cli import check as preflight
 from qa_deepspeed.cli.check import check
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import hosts
-from qa_deepspeed.engine.hosts import versions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.runs.lock import RunLock
 from qa_deepspeed.training.features import load_features
+from qa_deepspeed.utils import hosts
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.hosts import versions
 from tests.unit import small_tokenizers
 from tests.unit.reference_features import write_squad
 
@@ -86,7 +86,7 @@ def faults(capsys: pytest.CaptureFixture[str], *arguments: Any, **named: Any) ->
 def test_a_good_run_prints_what_it_would_do(run: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(run, ranks=2, port=free_port()) == 0
     out = capsys.readouterr().out
-    assert "zero2: ZeRO stage 2, fp32, on CPUs" in out
+    assert "auto, see the model, fp32, on CPUs" in out and "deepspeed_config auto: take zero0" in out
     assert "8 rows a step = micro-batches of 4 x 1 accumulation step x 2 ranks" in out
     assert "learning_rate 0.0001   (the command line)" in out and "seed 42   (default)" in out
     assert "20 questions, 20 features in the cache" in out
@@ -155,8 +155,8 @@ def test_micro_batches_by_tokens(run: RunOptions, capsys: pytest.CaptureFixture[
         assert check(changed(run, max_tokens_per_batch=tokens, global_batch_size=32), ranks=2, port=free_port()) == 0
         printed.append(capsys.readouterr().out)
     assert "cut into micro-batches" not in printed[0]
-    assert "at most 130 padded tokens on a rank: 2 of the longest rows" in printed[1]
-    assert "at most 100,000 padded tokens on a rank: 16 of the longest rows" in printed[2]
+    assert "at most 130 tokens on a rank: 2 of the longest rows" in printed[1]
+    assert "at most 100,000 tokens on a rank: 16 of the longest rows" in printed[2]
     assert rows == [4, 2, 16]
 
 

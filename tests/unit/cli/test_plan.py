@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig
 
-from qa_deepspeed.cli.plan import Machines, parse_size, peak_lines, plan, recommend, step_work
+from qa_deepspeed.cli.plan import parse_size, peak_lines, step_work
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.config_choice import Machines, estimate_configs, recommend
 from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
 from qa_deepspeed.models.footprint import Footprint
 from qa_deepspeed.utils.errors import UserError
@@ -138,19 +139,19 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_the_plan_of_a_lora_run() -> None:
     options = RunOptions(lora_rank=4, lora_target_modules="query,value", given=frozenset({"lora_rank"}))
     machines = Machines(1, 4, 80 * 2**30, 2**40)
-    model, rows = plan(options, CONFIG, machines)
+    model, rows = estimate_configs(options, CONFIG, machines)
     assert model.trained == 2 * 2 * (2 * 4 * 256) + 2 * 256 + 2  # layers x modules x adapter's two matrices, the head
     of = {row.config: row.need for row in rows}
     assert of["zero0"].optimizer == 8 * model.trained and of["zero0"].sent == 2 * 4 * model.trained * 3 // 4
     with pytest.raises(UserError, match="lora_alpha without --lora_rank"):
-        plan(RunOptions(lora_alpha=8, given=frozenset({"lora_alpha"})), CONFIG, machines)
+        estimate_configs(RunOptions(lora_alpha=8, given=frozenset({"lora_alpha"})), CONFIG, machines)
 
 
 CONFIG = BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024)
 
 
 def planned(gpu_memory: int | None, cpu_memory: int = 2**40) -> list:
-    return plan(RunOptions(), CONFIG, Machines(1, 4, gpu_memory, cpu_memory))[1]
+    return estimate_configs(RunOptions(), CONFIG, Machines(1, 4, gpu_memory, cpu_memory))[1]
 
 
 def test_the_first_that_fits_moves_least() -> None:
@@ -160,7 +161,7 @@ def test_the_first_that_fits_moves_least() -> None:
 
 def test_where_zero0_does_not_fit_a_partitioned_one_is_taken() -> None:
     large = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    best, why = recommend(plan(RunOptions(bf16=True), large, Machines(1, 4, 9 * 2**30, 2**40))[1])
+    best, why = recommend(estimate_configs(RunOptions(bf16=True), large, Machines(1, 4, 9 * 2**30, 2**40))[1])
     assert best is not None and best.config == "zero1" and "zero0 does not fit" in why
 
 

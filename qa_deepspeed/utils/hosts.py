@@ -1,6 +1,6 @@
 """The hosts of a run: the hostfile, whether they can be reached, whether they have the same software.
 
-`python -m qa_deepspeed.engine.hosts` prints the versions that must agree on all hosts.
+`python -m qa_deepspeed.utils.hosts` prints the versions that must agree on all hosts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def faults(hosts: list[Host], ssh_port: int | None) -> list[str]:
 
 
 def _faults_of(host: Host, ssh_port: int | None, here: dict[str, str]) -> list[str]:
-    probe = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -m qa_deepspeed.engine.hosts"
+    probe = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -m qa_deepspeed.utils.hosts"
     port = ["-p", str(ssh_port)] if ssh_port else []
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     command = ["ssh", *options, *port, "--", host.name, probe]
