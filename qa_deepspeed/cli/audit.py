@@ -21,8 +21,8 @@ from qa_deepspeed.qa.data.read_report import Rejected, commonest
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.data.reasons import advice
 from qa_deepspeed.qa.data.seen_ids import SeenIds
-from qa_deepspeed.qa.features.batching import LENGTH_MULTIPLE, epoch_order
 from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_ratio, quantiles, suggest
+from qa_deepspeed.qa.features.sampler import LENGTH_MULTIPLE, epoch_order
 from qa_deepspeed.training.features import data_source, feature_settings
 from qa_deepspeed.utils.errors import UserError
 

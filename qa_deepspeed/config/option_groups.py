@@ -149,7 +149,18 @@ class TrainingOptions:
         None, SIZE, "rows of one optimizer step over all ranks; gradient accumulation follows from it"
     )
     max_tokens_per_batch: int | None = option(
-        None, SIZE, "cut micro-batches by padded tokens on a rank instead of by rows; the rows of a step stay"
+        None,
+        SIZE,
+        "cut micro-batches by tokens on a rank, padding included, instead of by rows; the rows of a step stay",
+    )
+    batch_layout: str = option(
+        AUTO,
+        TRAIN,
+        "packed: rows end to end without padding; padded: to one length; auto: packed if the model's logits stay equal",
+        choices=(AUTO, "packed", "padded"),
+    )
+    group_by_length: bool | None = option(
+        None, TRAIN, "steps of rows of similar length; default: only where rows are padded"
     )
     num_train_epochs: float = option(3.0, TRAIN, "passes over the training rows")
     max_steps: int = option(-1, TRAIN, "optimizer steps; if positive, num_train_epochs does not count")

@@ -56,6 +56,10 @@ class LoopState:
     """State of training.best_checkpoint.BestCheckpoint."""
     flat: FlatNames = field(default_factory=dict)
     """Flat parameters, with names and shapes of the tensors in them."""
+    packed: bool = False
+    """Whether the rows of a micro-batch were packed end to end."""
+    group_by_length: bool = True
+    """Whether the rows of a step had similar lengths."""
     place: int = 0
     """Its position in the order in which the folder's checkpoints were written, set by `write_loop_state`. Steps do not
     show it: a run that resumes an earlier checkpoint with changed settings leaves higher steps behind."""
@@ -64,6 +68,7 @@ class LoopState:
 LOOP_STATE = {
     **{name: int for name in ("step", "world_size", "zero_stage", "rows", "place?")},
     **{name: str for name in ("precision", "device")},
+    **{name: bool for name in ("packed?", "group_by_length?")},
     "identity": {str: ANYTHING, "global_batch_size": int},
     "optimized": [str],
     "versions": {str: str},

@@ -23,8 +23,8 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
 from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups, works_elementwise
 from qa_deepspeed.engine.shards import Shards, fill_engine
-from qa_deepspeed.models.cpu_attention import speed_up_on_cpu
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
+from qa_deepspeed.models.row_attention import set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import dtype_named, weight_dtype
@@ -291,15 +291,19 @@ class Engine(EvalModel):
             group["lr"] = rate
 
 
-def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device) -> None:
-    """Set the fastest available attention unless the options name one: the one of models/cpu_attention.py on CPUs,
-    flash attention in half precision on GPUs where it is installed, else torch's."""
+def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device, packed: bool = False) -> None:
+    """Set the fastest available attention unless the options name one: the one of models/row_attention.py on CPUs and
+    for packed rows, flash attention in half precision on GPUs where it is installed, else torch's."""
     if device.type == "cpu":
         speed_up_on_cpu(model, keep_attention=resolved.options.attn_implementation is not None)
         return
     flash = is_flash_attn_2_available() and supports_flash_attention(model)
-    if resolved.options.attn_implementation is None and flash and resolved.precision in ("bf16", "fp16"):
+    if resolved.options.attn_implementation is not None:
+        return
+    if flash and resolved.precision in ("bf16", "fp16"):
         model.set_attn_implementation("flash_attention_2")
+    elif packed:
+        set_row_attention(model)
 
 
 def _can_be_flat(resolved: ResolvedConfig) -> bool:
@@ -312,12 +316,21 @@ def _can_be_flat(resolved: ResolvedConfig) -> bool:
 
 
 def training_engine(
-    model: Any, config: dict[str, Any], resolved: ResolvedConfig, total_steps: int, device: torch.device
+    model: Any,
+    config: dict[str, Any],
+    resolved: ResolvedConfig,
+    total_steps: int,
+    device: torch.device,
+    packed: bool = False,
 ) -> Engine:
-    """`deepspeed.initialize` with the default optimizer and schedule, or those of the config's sections."""
+    """`deepspeed.initialize` with the default optimizer and schedule, or those of the config's sections.
+
+    Args:
+        packed: whether the rows of a micro-batch come packed.
+    """
     deepspeed = import_deepspeed(resolved.options.verbose_logging)
     options: RunOptions = resolved.options
-    choose_attention(model, resolved, device)
+    choose_attention(model, resolved, device, packed)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = training_flops(model, model.config)

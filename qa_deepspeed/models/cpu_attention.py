@@ -1,4 +1,4 @@
-"""Attention for training on CPUs: row by row without padding, a few heads at a time.
+"""Attention with dropout for training on CPUs: row by row without padding, a few heads at a time.
 
 torch's attention with dropout passes over all scores of a batch `[rows, heads, length, length]` a dozen times, in main
 memory. Here the scores of a few heads stay in the processor's cache from the product of queries and keys to the product
@@ -9,97 +9,38 @@ the probabilities.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
-from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
-from qa_deepspeed.models.transformers_compat import (
-    masks_padding_only,
-    torch_attention,
-    torch_attention_mask,
-    uses_torch_attention,
-)
+from qa_deepspeed.models.cpu_dropout import KeepMasks
 
-NAME = "rows"
-"""Name of this attention in Transformers' registry."""
-
-Spans = list[list[int]]
-"""First and last + 1 token of each row."""
+Spans = Sequence[tuple[int, int, int]]
+"""Row, first and last + 1 token of each span of tokens that attend to each other. Spans do not overlap, those of a row
+come in order. A padded row holds one, a row of packed ones many."""
 
 SCORES_AT_ONCE = 250_000
 """Attention scores that are computed together: 1 MB in float32, half of a usual second-level cache."""
 
 
-def speed_up_on_cpu(model: Any, keep_attention: bool = False) -> None:
-    """Set this attention and the fast dropout in a model that uses Transformers' attention interface.
+def dropped_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, dropout: float) -> Tensor:
+    """Attention with dropout on the probabilities within each span of tokens, `[rows, length, heads, width]`.
 
-    Other architectures (XLNet, XLM, DeBERTa, T5) keep their attention and get the dropout only, as does any model with
-    `keep_attention`.
+    Tokens that no span holds get zeros.
+
+    Args:
+        query, key, value: `[rows, heads, length, width]`. dropout: above 0, below 1.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, CpuDropout(child.p).train(child.training))
-    if keep_attention:
-        return
-    if uses_torch_attention(model):
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _spans_or_mask)
-        model.set_attn_implementation(NAME)
-
-
-def _spans_or_mask(*, mask_function: Any, attention_mask: Tensor | None, **rest: Any) -> Tensor | None:
-    """The attention's mask: `[rows, 2]`, first and last + 1 token of each row, if only padding is masked (tokens are
-    contiguous); else the `[rows, 1, length, length]` mask of torch's attention."""
-    if masks_padding_only(mask_function) and attention_mask is not None and attention_mask.ndim == 2:
-        real = attention_mask.to(torch.int8)
-        begin = real.argmax(dim=1)
-        return torch.stack([begin, begin + attention_mask.sum(dim=1)], dim=1)
-    return torch_attention_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention interface; `query`, `key`, `value` `[rows, heads, length, width]`."""
-    same_shape = query.shape == key.shape == value.shape
-    if attention_mask is None or attention_mask.ndim != 2 or not same_shape or query.device.type != "cpu":
-        return torch_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if not 0.0 < dropout < 1.0:
-        mask = _added_to_scores(attention_mask, query)
-        return torch_attention(module, query, key, value, mask, scaling=scale, dropout=dropout, **rest)
-    spans: Spans = attention_mask.tolist()
     output: Tensor = _DroppedAttention.apply(query, key, value, spans, scale, dropout)  # type: ignore[no-untyped-call]
-    return output, None
-
-
-def _added_to_scores(spans: Tensor, query: Tensor) -> Tensor | None:
-    """0 at tokens and minus infinity at padding, `[rows, 1, 1, length]`; None without padding.
-
-    torch would expand a boolean mask to all pairs of tokens in every layer.
-    """
-    token = torch.arange(query.shape[2])
-    padding = (token < spans[:, :1]) | (token >= spans[:, 1:])
-    if not padding.any():
-        return None
-    return query.new_zeros(padding.shape).masked_fill_(padding, float("-inf"))[:, None, None, :]
+    return output
 
 
 def _rows(spans: Spans, heads: int) -> list[tuple[int, slice, int]]:
-    """(row, its tokens, number of heads that are computed together) of every row."""
-    together = [max(1, min(heads, SCORES_AT_ONCE // max(1, (end - begin) ** 2))) for begin, end in spans]
-    return [(row, slice(*span), some) for row, (span, some) in enumerate(zip(spans, together, strict=True))]
+    """(row, its tokens, number of heads that are computed together) of every span."""
+    together = [max(1, min(heads, SCORES_AT_ONCE // max(1, (end - begin) ** 2))) for _, begin, end in spans]
+    return [(row, slice(begin, end), some) for (row, begin, end), some in zip(spans, together, strict=True)]
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -169,9 +110,12 @@ def _split(values: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def _zero_at_padding(values: Tensor, spans: Spans) -> Tensor:
-    """`values` `[rows, length, ...]` with zeros at padding; the other places are not set."""
-    for row, (begin, end) in enumerate(spans):
-        values[row, :begin] = 0
+    """`values` `[rows, length, ...]` with zeros at tokens of no span; the other places are not set."""
+    reached = [0] * len(values)
+    for row, begin, end in spans:
+        values[row, reached[row] : begin] = 0
+        reached[row] = end
+    for row, end in enumerate(reached):
         values[row, end:] = 0
     return values
 

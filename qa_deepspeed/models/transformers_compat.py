@@ -157,9 +157,14 @@ def model_of_class(kind: Any, config: Any, dtype: torch.dtype, **more: Any) -> A
 # Attention and layers
 
 
+def attention_implementation(model: Any) -> str:
+    """Name of the attention that the model works with."""
+    return str(model.config._attn_implementation)
+
+
 def uses_torch_attention(model: Any) -> bool:
     """Whether the model works by Transformers' attention interface, with torch's attention chosen."""
-    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa"
+    return getattr(model, "_supports_attention_backend", False) and attention_implementation(model) == "sdpa"
 
 
 def supports_flash_attention(model: Any) -> bool:

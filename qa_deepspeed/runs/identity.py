@@ -22,6 +22,7 @@ FINGERPRINT_OPTIONS = (
     "objective",
     "label_smoothing",
     "seed",
+    "group_by_length",
 )
 """Options that are parts of the fingerprint themselves."""
 
@@ -70,9 +71,12 @@ def run_fingerprint(
     """
     options = resolved.options
     adapters = [getattr(options, name) for name in OPTIONS_OF_PART["lora"]] if options.lora_rank is not None else None
+    named = {name: getattr(options, name) for name in FINGERPRINT_OPTIONS}
+    if options.group_by_length is None:  # then the layout of the batches decides, or the checkpoint
+        del named["group_by_length"]
     mixture = {} if weights is None else {"mixture": list(weights)}
     return (
-        {name: getattr(options, name) for name in FINGERPRINT_OPTIONS}
+        named
         | mixture
         | {
             "lora": adapters,

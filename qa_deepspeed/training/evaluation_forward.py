@@ -23,7 +23,8 @@ from qa_deepspeed.qa.decoding.exact import Candidates
 from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.max_context import best_window_ranges
 from qa_deepspeed.qa.decoding.row_table import RowTable
-from qa_deepspeed.qa.features.batching import Batch, Layout, evaluation_batches, make_batch
+from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
+from qa_deepspeed.qa.features.sampler import evaluation_batches
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.progress import ProgressBar
@@ -76,7 +77,7 @@ def gather_evaluation(
     with ProgressBar("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as bar:
         for number, rows in enumerate(batches, 1):
             batch = make_batch(store.take, rows, layout).to(device)
-            waiting.append(extract(forward(head.inputs(batch)), batch))
+            waiting.append(extract(batch.by_row(forward(head.inputs(batch))), batch))
             bar.advance()
             if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
                 arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
@@ -140,7 +141,7 @@ class _ColumnExtractor:
         """Logits without padding, `[rows, longest row of the set]`: tokens from position 0, -inf after the last one."""
         length = logits.shape[1]
         token = torch.arange(length, device=logits.device)
-        real = batch.inputs["attention_mask"].sum(dim=1, keepdim=True)
+        real = batch.length.unsqueeze(1)
         place = (token + batch.shift.unsqueeze(1)).clamp(max=length - 1)
         unpadded = logits.float().gather(1, place).masked_fill(token >= real, float("-inf"))
         return functional.pad(unpadded, (0, self._length - length), value=float("-inf"))

@@ -16,9 +16,9 @@ from qa_deepspeed.models.facts import ModelFacts
 from qa_deepspeed.qa.cache.prepare import look_up, look_up_rows_by_file, prepare_features
 from qa_deepspeed.qa.data.hub import hub_file
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource
-from qa_deepspeed.qa.features.batching import padded_length
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.mixture import epoch_size
+from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError

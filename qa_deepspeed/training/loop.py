@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,8 +22,15 @@ from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
 from qa_deepspeed.models.heads import Objective, head_of
-from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch, micro_batches, micro_batches_by_tokens
+from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
 from qa_deepspeed.qa.features.mixture import epoch_size, rows_of_epoch
+from qa_deepspeed.qa.features.sampler import (
+    balanced_micro_batches,
+    balanced_micro_batches_by_tokens,
+    epoch_order,
+    micro_batches,
+    micro_batches_by_tokens,
+)
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.metrics.by_file import flat_metrics
 from qa_deepspeed.runs.previous import PreviousRun
@@ -38,6 +46,7 @@ from qa_deepspeed.training.throughput import ThroughputMeter
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import StorageError
 from qa_deepspeed.utils.progress import clock
+from qa_deepspeed.utils.threads import one_ahead
 
 
 @dataclass
@@ -51,6 +60,8 @@ class Run:
     """Settings that must match to resume (`identity.run_fingerprint`)."""
     store: FeatureStore
     layout: Layout
+    group_by_length: bool
+    """Whether the rows of a step have similar lengths."""
     evaluation: EvaluationData | None
     steps: int
     stops: StopController
@@ -88,11 +99,12 @@ class Run:
 
     def order_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of every step of an epoch."""
-        seed, batch = self.options.seed, self.resolved.plan.global_batch_size
+        lengths, batch = self.store.lengths, self.resolved.plan.global_batch_size
+        order = self.options.seed, epoch, self.group_by_length
         if self.weights is None:
-            return epoch_order(self.store.lengths, batch, seed, epoch)
-        rows = rows_of_epoch(self.store.rows_by_file, self.weights, seed, epoch)
-        return [rows[step] for step in epoch_order(self.store.lengths[rows], batch, seed, epoch)]
+            return epoch_order(lengths, batch, *order)
+        rows = rows_of_epoch(self.store.rows_by_file, self.weights, self.options.seed, epoch)
+        return [rows[step] for step in epoch_order(lengths[rows], batch, *order)]
 
     def ids_of_step(self, step: int) -> list[str]:
         """The questions of an optimizer step (counted from 0), each once."""
@@ -116,6 +128,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
     number = first_step
+    batches = _batches(run, first_step, engine.device)
     for step, step_rows in _steps(run, first_step):
         if run.best.should_stop_early:
             dist.log0(f"early stopping: {run.best.metric} was best at step {run.best.step}")
@@ -129,15 +142,16 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
         for micro, rows in enumerate(parts):
             engine.begin_micro_batch(last=micro == len(parts) - 1)
             with meter.clock.phase("data"):
-                batch = make_batch(run.store.take, rows, run.layout).to(engine.device)
+                batch = next(batches)
             _seed_dropout(options.seed, step, micro, rank)
             with meter.clock.phase("forward"):
-                losses = head.losses(engine.train_forward(head.training_inputs(batch)), batch)
+                outputs = batch.by_row(engine.train_forward(head.training_inputs(batch)))
+                losses = head.losses(outputs, batch)
                 loss = (losses * batch.weight).sum() / len(step_rows)  # this micro-batch's part of the mean
             with meter.clock.phase("backward"):
                 # DeepSpeed takes the mean over ranks and accumulation steps; these parts are to be summed.
                 engine.backward(loss * (plan.world_size * plan.gradient_accumulation_steps))
-            meter.add(loss.detach(), run.store.lengths[rows], batch.inputs["input_ids"].shape[1])
+            meter.add(loss.detach(), run.store.lengths[rows], batch.computed_tokens)
             guard.note(step, loss.detach(), rate)
             with meter.clock.phase("update"):
                 engine.step(want_norm=logs)
@@ -182,12 +196,31 @@ def _steps(run: Run, first_step: int) -> Iterator[tuple[int, np.ndarray]]:
         yield step, order[step % run.steps_per_epoch]
 
 
+def _batches(run: Run, first_step: int, device: torch.device) -> Iterator[Batch]:
+    """This rank's micro-batches of all steps, on the device.
+
+    On a GPU each is gathered, copied to pinned memory and sent while the one before it is computed.
+    """
+
+    def gathered() -> Iterator[Batch]:
+        for _, step_rows in _steps(run, first_step):
+            for rows in _micro_batches(run, step_rows):
+                yield make_batch(run.store.take, rows, run.layout).to(device)
+
+    return gathered() if device.type == "cpu" else one_ahead(gathered())
+
+
 def _micro_batches(run: Run, step_rows: np.ndarray) -> list[np.ndarray]:
-    """This rank's micro-batches of a step, cut by rows or by tokens."""
-    rank, world_size = dist.rank(), dist.world_size()
-    if run.options.max_tokens_per_batch:
-        return micro_batches_by_tokens(step_rows, run.store.lengths, rank, world_size, run.options.max_tokens_per_batch)
-    return micro_batches(step_rows, rank, world_size, run.resolved.plan.gradient_accumulation_steps)
+    """This rank's micro-batches of a step, cut by rows or by tokens; packed rows are dealt by size."""
+    place = dist.rank(), dist.world_size()
+    lengths, packed = run.store.lengths, run.layout.packing is not None
+    tokens, accumulation = run.options.max_tokens_per_batch, run.resolved.plan.gradient_accumulation_steps
+    if tokens:
+        by_tokens = balanced_micro_batches_by_tokens if packed else micro_batches_by_tokens
+        return by_tokens(step_rows, lengths, *place, tokens)
+    if packed:
+        return balanced_micro_batches(step_rows, lengths, *place, accumulation)
+    return micro_batches(step_rows, *place, accumulation)
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
@@ -250,7 +283,8 @@ def evaluate_and_report(
 
 def reference_outputs_of(engine: Engine, run: Run) -> ReferenceOutputs:
     """A few rows and the engine's logits, for the reload check of what is saved. Collective under ZeRO-3."""
-    batch = make_batch(run.store.take, np.arange(min(REFERENCE_ROWS, len(run.store))), run.layout)
+    padded = dataclasses.replace(run.layout, packing=None)
+    batch = make_batch(run.store.take, np.arange(min(REFERENCE_ROWS, len(run.store))), padded)
     head = head_of(engine.module, run.options.version_2_with_negative)
     return reference_outputs(engine, head.inputs(batch))
 
@@ -279,6 +313,8 @@ def _loop_state(engine: Engine, run: Run, number: int) -> LoopState:
         rows=run.rows_per_epoch,
         optimized=engine.optimized_names,
         flat=engine.flat_names,
+        packed=run.layout.packing is not None,
+        group_by_length=run.group_by_length,
         options=run.options.to_dict(),
         config=engine.config,
         versions=software()["versions"],

@@ -67,22 +67,22 @@ class ThroughputMeter:
 
     def _clear(self) -> None:
         self._loss = torch.zeros((), device=self._device)
-        self._tokens = self._pairs = self._rows = self._padded_tokens = self._steps = 0
+        self._tokens = self._pairs = self._rows = self._computed_tokens = self._steps = 0
         self._began = time.perf_counter()
 
-    def add(self, weighted_loss: torch.Tensor, lengths: np.ndarray, padded: int) -> None:
+    def add(self, weighted_loss: torch.Tensor, lengths: np.ndarray, computed: int) -> None:
         """Count a micro-batch.
 
         Args:
             weighted_loss: its part of the global batch's mean loss, a scalar.
             lengths: tokens of each row without padding, `[rows]`.
-            padded: tokens of each row with padding.
+            computed: tokens that the model worked on, padding and dummy rows included.
         """
         self._loss += weighted_loss
         self._rows += len(lengths)
         self._tokens += int(lengths.sum())
         self._pairs += int((lengths.astype(np.int64) ** 2).sum())
-        self._padded_tokens += len(lengths) * padded
+        self._computed_tokens += computed
 
     def end_step(self) -> None:
         """Count an optimizer step."""
@@ -102,9 +102,9 @@ class ThroughputMeter:
         this rank's.
         """
         phases = self.clock.read()
-        counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._padded_tokens, self._peak_flops]
+        counts = [float(self._loss), self._tokens, self._pairs, self._rows, self._computed_tokens, self._peak_flops]
         sums = dist.all_reduce_sum([*counts, *phases.values()])
-        loss, tokens, pairs, rows, padded_tokens, peak_flops = sums[: len(counts)]
+        loss, tokens, pairs, rows, computed_tokens, peak_flops = sums[: len(counts)]
         steps, elapsed = self._steps, time.perf_counter() - self._began
         self._clear()
         for name, value in (("questions", rows), ("tokens", tokens), ("seconds", elapsed)):
@@ -118,7 +118,7 @@ class ThroughputMeter:
             "train/loss": loss / steps,
             "speed/questions_per_second": rows / elapsed,
             "speed/tokens_per_second": tokens / elapsed,
-            "speed/padding": 1 - tokens / max(padded_tokens, 1),
+            "speed/padding": 1 - tokens / max(computed_tokens, 1),
             "speed/mfu": operations / elapsed / peak_flops,
             **milliseconds,
             **{f"memory/{name}": value for name, value in memory(self._device).items()},

@@ -13,7 +13,7 @@ import transformers
 from qa_deepspeed.config.batch_plan import keep_global_batch_size, total_steps
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import checkpoint, compiled_ops, ds_config, zero3_loading
-from qa_deepspeed.engine.checkpoint_files import read_loop_state, rename_by_rows, verify_checkpoint
+from qa_deepspeed.engine.checkpoint_files import LoopState, read_loop_state, rename_by_rows, verify_checkpoint
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.config_choice import choose_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
@@ -23,7 +23,9 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.loading import head_kind, missing_in_backbone, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import drop_null_threshold
+from qa_deepspeed.models.packing import TOKEN_MULTIPLES, choose_packing, confirm_packing
 from qa_deepspeed.models.trained_settings import store_settings
+from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.mixture import epoch_size
 from qa_deepspeed.qa.features.store import FeatureStore
@@ -124,12 +126,13 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
         stops.begin()
         resume_from = _checkpoint_to_resume(output_dir, decision, fingerprint)
         began = time.perf_counter()
-        engine = _make_engine(resolved, facts, steps, device, resumes=resume_from is not None)
-        layout = facts.layout(model_columns(engine.module, facts.config), options.lang_id)
+        before = None if resume_from is None else read_loop_state(resume_from)
+        engine, layout = _make_engine(resolved, facts, steps, device, store, before)
+        grouped = layout.packing is None if before is None else before.group_by_length
         evaluation = None
         if evaluation_store is not None:
             evaluation_head(engine.module, options)  # its errors come before the training, not after
-            evaluation = EvaluationData(evaluation_store, layout, facts.tokenizer)
+            evaluation = EvaluationData(evaluation_store, dataclasses.replace(layout, packing=None), facts.tokenizer)
         run = Run(
             options=options,
             resolved=resolved,
@@ -137,6 +140,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
             fingerprint=fingerprint,
             store=store,
             layout=layout,
+            group_by_length=grouped if options.group_by_length is None else options.group_by_length,
             evaluation=evaluation,
             steps=steps,
             stops=stops,
@@ -291,14 +295,22 @@ def _checkpoint_to_resume(output_dir: Path, decision: ResumeDecision, fingerprin
 
 
 def _make_engine(
-    resolved: ResolvedConfig, facts: ModelFacts, steps: int, device: torch.device, resumes: bool = False
-) -> Engine:
-    """The engine of a run; one that resumes fills all weights from its checkpoint."""
+    resolved: ResolvedConfig,
+    facts: ModelFacts,
+    steps: int,
+    device: torch.device,
+    store: FeatureStore,
+    before: LoopState | None,
+) -> tuple[Engine, Layout]:
+    """The engine of a run, and how it wants the rows of `store`.
+
+    Args: before: the state of the checkpoint that is resumed, which fills all weights.
+    """
     options = resolved.options
     config = ds_config.finish(resolved, steps, ds_config.hidden_size(facts.config))
     transformers.set_seed(options.seed)  # a fresh head is the same on all ranks, and in every run of this seed
     model, fresh = zero3_loading.load(options, facts.config, config)
-    fresh = [] if resumes else fresh
+    fresh = [] if before is not None else fresh
     if fresh:
         dist.log0(f"fresh weights, not in {options.model_name_or_path}: {', '.join(fresh)}")
     lost = missing_in_backbone(model, fresh)
@@ -310,14 +322,23 @@ def _make_engine(
     adapters = LoraSettings.of(options.to_dict())
     if adapters is not None:
         add_adapters(model, adapters, str(options.model_name_or_path), options.seed)
-    engine = training_engine(model, config, resolved, steps, device)
+    layout = facts.layout(model_columns(model, facts.config), options.lang_id)
+    packed_before = None if before is None else before.packed
+    packing = choose_packing(model, options, store, layout, resolved.zero_stage, packed_before)
+    engine = training_engine(model, config, resolved, steps, device, packed=packing is not None)
+    if packing is not None:
+        packing = dataclasses.replace(packing, token_multiple=TOKEN_MULTIPLES[device.type])
+        layout = dataclasses.replace(layout, packing=packing)
+        if resolved.zero_stage == 3:
+            packing = confirm_packing(engine, options, store, layout, packed_before)
+            layout = dataclasses.replace(layout, packing=packing)
     if adapters is not None:
         dist.log0(f"LoRA: {engine.trained_parameters:,} of {engine.parameters:,} parameters are trained")
     dist.log0(
         f"{resolved.name} (ZeRO stage {resolved.zero_stage}, {resolved.precision}): {steps} optimizer steps, "
-        f"{resolved.plan}"
+        f"{resolved.plan}, {'padded' if layout.packing is None else 'packed'}"
     )
-    return engine
+    return engine, layout
 
 
 def _resume(engine: Engine, run: Run, folder: Path) -> int:

@@ -1,8 +1,8 @@
 """Supported versions of the libraries, and the check that the private names in use are there.
 
 Private names are used only in engine/deepspeed_compat.py and engine/config_check.py (DeepSpeed),
-models/transformers_compat.py (Transformers, peft) and utils/dist.py (torch.distributed). Each of these files lists its
-names and checks them at start.
+models/transformers_compat.py (Transformers, peft), models/torch_compat.py and utils/dist.py (torch). Each of these
+files lists its names and checks them at start.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def missing_names(place: str, expected: Iterable[str]) -> list[str]:
     except (ModuleNotFoundError, AttributeError):
         return [place]
     known = names_used_in(owner)
-    return [f"{place}.{name}" for name in expected if name not in known]
+    return [f"{place}.{name}" for name in expected if name not in known and not hasattr(owner, name)]
 
 
 def names_used_in(owner: Any) -> set[str]:

@@ -1,11 +1,16 @@
-"""Orderly end of a process whose libraries have threads."""
+"""A thread that works one step ahead, and the orderly end of a process whose libraries have threads."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 TASKS = Path("/proc/self/task")
 """Where Linux lists the threads of this process."""
@@ -15,6 +20,19 @@ POLL_SECONDS = 0.002
 
 TIMEOUT_SECONDS = 2.0
 """Limit on the waiting time: a thread may never be idle."""
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items; a thread makes the next one while the caller works on the last.
+
+    An error in making an item is raised where that item would come.
+    """
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]  # `end` is no item
 
 
 def wait_until_threads_are_idle() -> bool:

@@ -34,8 +34,9 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.heads import head_of
 from qa_deepspeed.models.loading import load_model, quiet_transformers
-from qa_deepspeed.qa.features.batching import evaluation_batches, make_batch
+from qa_deepspeed.qa.features.batching import make_batch
 from qa_deepspeed.qa.features.families import model_columns
+from qa_deepspeed.qa.features.sampler import evaluation_batches
 from qa_deepspeed.training.evaluation_forward import gather_evaluation
 from qa_deepspeed.training.features import load_features
 from tests.bench.bench_decode import LENGTH, OVERLAP, load_peer

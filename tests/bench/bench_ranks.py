@@ -33,7 +33,8 @@ from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.engine import training_engine
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.heads import head_of
-from qa_deepspeed.qa.features.batching import epoch_order, make_batch, micro_batches
+from qa_deepspeed.qa.features.batching import make_batch
+from qa_deepspeed.qa.features.sampler import epoch_order, micro_batches
 from qa_deepspeed.training.features import load_features
 from qa_deepspeed.utils import dist
 from tests.distributed.launching import free_port

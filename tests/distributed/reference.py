@@ -29,6 +29,7 @@ class Settings:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
+    group_by_length: bool
 
 
 @dataclass
@@ -68,11 +69,14 @@ def rows_of(store: FeatureStore) -> list[Row]:
     return rows
 
 
-def batches_of_epoch(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Rows of each step: shuffled, the full batches cut from rows sorted by length, in random order; the rest last."""
+def batches_of_epoch(lengths: np.ndarray, batch: int, seed: int, epoch: int, grouped: bool) -> list[np.ndarray]:
+    """Rows of each step: shuffled and cut; if `grouped`, the full batches are cut from rows sorted by length and come
+    in random order, the rest last."""
     assert len(lengths) <= 50 * batch, "more rows would be sorted in several parts"
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
+    if not grouped:
+        return [order[begin : begin + batch] for begin in range(0, len(order), batch)]
     full = order[: len(order) - len(order) % batch]
     full = full[np.argsort(-lengths[full], kind="stable")].reshape(-1, batch)
     batches = [full[number] for number in random.permutation(len(full))]
@@ -117,7 +121,8 @@ def train(
         [{"params": with_decay}, {"params": without}], betas=(0.9, 0.999), eps=settings.adam_epsilon
     )
     lengths = np.array([len(row.input_ids) for row in rows])
-    epochs = [batches_of_epoch(lengths, settings.batch, settings.seed, epoch) for epoch in range(settings.epochs)]
+    of_order = (lengths, settings.batch, settings.seed)
+    epochs = [batches_of_epoch(*of_order, epoch, settings.group_by_length) for epoch in range(settings.epochs)]
     steps = sum(map(len, epochs))
     for epoch, batches in enumerate(epochs):
         now = at_epoch(epoch) if at_epoch else settings

@@ -35,12 +35,13 @@ TWO_RANKS = {
     "zero0_marginal_of_one": {"deepspeed_config": "zero0", "answers": "all", "objective": "marginal"},
     "other_rate": {"deepspeed_config": "zero2", "learning_rate": 1.1e-3},
 }
+IN_BF16 = {"bf16": True, "per_gpu_train_batch_size": 8, "batch_layout": "padded"}
 ONE_RANK = {
     "alone_8x1": {"deepspeed_config": "zero2", "per_gpu_train_batch_size": 8},
     "alone_4x2": {"deepspeed_config": "zero0", "per_gpu_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "alone_1x8": {"deepspeed_config": "zero3", "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    "alone_bf16_zero0": {"deepspeed_config": "zero0", "bf16": True, "per_gpu_train_batch_size": 8},
-    "alone_bf16_zero1": {"deepspeed_config": "zero1", "bf16": True, "per_gpu_train_batch_size": 8},
+    "alone_bf16_zero0": {"deepspeed_config": "zero0", **IN_BF16},
+    "alone_bf16_zero1": {"deepspeed_config": "zero1", **IN_BF16},
 }
 WITH_SECRETS = {
     "zero_optimization": {"stage": 2},

@@ -10,6 +10,7 @@ those of keys) would move by rounding noise.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,13 @@ SETTINGS = reference.Settings(
     learning_rate=1e-3,
     weight_decay=0.1,
     max_grad_norm=0.5,
+    group_by_length=False,
 )
 CHANGES = {"learning_rate": 5e-4, "weight_decay": 0.02, "max_grad_norm": 0.05}
 """Hyperparameters of the resumed runs, in the second epoch."""
+
+PADDED_STAGE = 1
+"""The ZeRO stage whose runs get padded rows in steps of similar length; the others get packed rows in random steps."""
 
 CASES = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
 LOSS, NORM, RATE, WEIGHTS = 2e-6, 1e-5, 1e-12, 3e-4
@@ -51,7 +56,8 @@ def options_of(ranks: int, stage: int, base: dict[str, object], folder: Path) ->
     settings = dataclasses.asdict(SETTINGS)
     options = {
         **base,
-        **{name: settings[name] for name in settings if name not in ("batch", "epochs")},
+        **{name: settings[name] for name in settings if name not in ("batch", "epochs", "group_by_length")},
+        "batch_layout": "padded" if stage == PADDED_STAGE else "packed",
         "max_train_examples": ROWS,
         "num_train_epochs": SETTINGS.epochs,
         "max_steps": -1,
@@ -91,16 +97,27 @@ def rows(base_options: dict[str, object]) -> list[reference.Row]:
 
 
 @pytest.fixture(scope="module")
-def expected(model_without_dropout: Path, rows: list[reference.Row]) -> reference.Trained:
-    """The reference's run."""
-    return reference.train(model_without_dropout, rows, SETTINGS)
+def expected(model_without_dropout: Path, rows: list[reference.Row]) -> dict[bool, reference.Trained]:
+    """The reference's runs: with steps of similar length or not."""
+    return {
+        grouped: reference.train(model_without_dropout, rows, dataclasses.replace(SETTINGS, group_by_length=grouped))
+        for grouped in (False, True)
+    }
 
 
 @pytest.fixture(scope="module")
-def expected_resumed(model_without_dropout: Path, rows: list[reference.Row]) -> reference.Trained:
-    """The reference's run, with other hyperparameters in its second epoch."""
-    changed = dataclasses.replace(SETTINGS, **CHANGES)
-    return reference.train(model_without_dropout, rows, SETTINGS, lambda epoch: changed if epoch else SETTINGS)
+def expected_resumed(model_without_dropout: Path, rows: list[reference.Row]) -> dict[bool, reference.Trained]:
+    """The reference's runs, with other hyperparameters in the second epoch."""
+    found = {}
+    for grouped in (False, True):
+        first = dataclasses.replace(SETTINGS, group_by_length=grouped)
+        second = dataclasses.replace(first, **CHANGES)
+        found[grouped] = reference.train(model_without_dropout, rows, first, partial(_of_epoch, first, second))
+    return found
+
+
+def _of_epoch(first: reference.Settings, second: reference.Settings, epoch: int) -> reference.Settings:
+    return second if epoch else first
 
 
 def differences(run: Path, expected: reference.Trained, first_step: int = 0) -> dict[str, float]:
@@ -117,25 +134,26 @@ def differences(run: Path, expected: reference.Trained, first_step: int = 0) -> 
     return found
 
 
-def test_the_settings_are_put_to_use(rows: list[reference.Row], expected: reference.Trained) -> None:
+def test_the_settings_are_put_to_use(rows: list[reference.Row], expected: dict[bool, reference.Trained]) -> None:
     """Clipping is active in most steps, the last batch is partial, rows with and without an answer are there."""
-    assert len(expected.losses) == 2 * STEPS_PER_EPOCH and 0 < len(rows) % BATCH < 4
-    assert sum(norm > SETTINGS.max_grad_norm for norm in expected.norms) > STEPS_PER_EPOCH
+    for trained in expected.values():
+        assert len(trained.losses) == 2 * STEPS_PER_EPOCH and 0 < len(rows) % BATCH < 4
+        assert sum(norm > SETTINGS.max_grad_norm for norm in trained.norms) > STEPS_PER_EPOCH
     assert 0 < sum(row.start == 0 for row in rows) < len(rows)
     assert len({len(row.input_ids) for row in rows}) > 10
 
 
 @pytest.mark.parametrize(("ranks", "stage"), CASES)
-def test_a_run_is_the_references(runs: Path, expected: reference.Trained, ranks: int, stage: int) -> None:
-    found = differences(runs / name_of(ranks, stage), expected)
+def test_a_run_is_the_references(runs: Path, expected: dict[bool, reference.Trained], ranks: int, stage: int) -> None:
+    found = differences(runs / name_of(ranks, stage), expected[stage == PADDED_STAGE])
     print(f"ranks {ranks} stage {stage}", found)
     assert found["losses"] < LOSS and found["norms"] < NORM and found["rates"] < RATE and found["weights"] < WEIGHTS
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_a_resumed_run_follows_changed_hyperparameters(
-    runs: Path, expected_resumed: reference.Trained, stage: int
+    runs: Path, expected_resumed: dict[bool, reference.Trained], stage: int
 ) -> None:
-    found = differences(runs / f"{name_of(2, stage)}_resumed", expected_resumed, STEPS_PER_EPOCH)
+    found = differences(runs / f"{name_of(2, stage)}_resumed", expected_resumed[stage == PADDED_STAGE], STEPS_PER_EPOCH)
     print(f"ranks 2 stage {stage} resumed", found)
     assert found["losses"] < LOSS and found["norms"] < NORM and found["rates"] < RATE and found["weights"] < WEIGHTS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qa_deepspeed.engine import config_check, deepspeed_compat
-from qa_deepspeed.models import transformers_compat
+from qa_deepspeed.models import torch_compat, transformers_compat
 from qa_deepspeed.utils import dist, supported
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import REPOSITORY
@@ -21,6 +21,7 @@ COMPAT = {
         place: " ".join(names)
         for place, names in {**transformers_compat.TRANSFORMERS_NAMES, **transformers_compat.PEFT_NAMES}.items()
     },
+    PACKAGE / "models/torch_compat.py": torch_compat.NAMES,
     PACKAGE / "utils/dist.py": dist.NAMES,
 }
 """Compat file -> module or class of the library -> names used of it."""
@@ -100,6 +101,7 @@ CHECKS: list[tuple[str, Callable[[], None], dict[str, str]]] = [
         transformers_compat.check_peft_supported,
         {place: " ".join(names) for place, names in transformers_compat.PEFT_NAMES.items()},
     ),
+    ("torch", torch_compat.check_supported, torch_compat.NAMES),
     ("torch", dist.check_supported, dist.NAMES),
 ]
 """Library, function that checks the names at start, names."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qa_deepspeed.models import cpu_attention
+from qa_deepspeed.models import row_attention
 from qa_deepspeed.models.cpu_dropout import KeepMasks
 
 ROWS, HEADS, LENGTH, WIDTH = 2, 2, 9, 8
@@ -30,7 +30,7 @@ def attention(parts: list[torch.Tensor], scaling: float | None, dropout: float, 
     layer = nn.Module()
     layer.is_causal = False
     torch.manual_seed(seed)
-    return cpu_attention._attention(layer, *parts, SPANS, scaling=scaling, dropout=dropout)[0]
+    return row_attention._attention(layer, *parts, SPANS, scaling=scaling, dropout=dropout)[0]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -48,7 +48,7 @@ def test_probabilities_are_float32_where_values_are_bfloat16() -> None:
     torch.manual_seed(0)
     parts = [torch.randn(1, HEADS, 400, WIDTH).bfloat16().requires_grad_() for _ in range(3)]
     torch.manual_seed(1)
-    output = cpu_attention._attention(nn.Module(), *parts, torch.tensor([[0, 400]]), scaling=1.0, dropout=0.5)[0]
+    output = row_attention._attention(nn.Module(), *parts, torch.tensor([[0, 400]]), scaling=1.0, dropout=0.5)[0]
     kept = [one for one in output.grad_fn.saved_tensors if one.shape[-2:] == (400, 400)]
     assert output.dtype == torch.bfloat16 and kept
     for probability in kept:

@@ -8,10 +8,11 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, LlamaForQuestionAnswering
 
 from qa_deepspeed.models import cpu_attention
-from qa_deepspeed.models.cpu_attention import _DroppedAttention, _rows, speed_up_on_cpu
+from qa_deepspeed.models.cpu_attention import _rows, dropped_attention
 from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
+from qa_deepspeed.models.row_attention import speed_up_on_cpu
 
-SPANS = [(0, 11), (0, 8), (3, 11)]
+SPANS = [(0, 0, 11), (1, 0, 8), (2, 3, 11)]
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9, 1e-3])
@@ -48,7 +49,7 @@ def test_dropout_scales_kept_values_and_their_gradient(kind):
 def plain_attention(query, key, value, keep, scale, kept_scale):
     """Attention by the formula of the paper, over full rows; `keep` `[rows, heads, length, length]` is 0 at padding."""
     inside = torch.zeros(len(SPANS), query.shape[2], dtype=torch.bool)
-    for row, (begin, end) in enumerate(SPANS):
+    for row, begin, end in SPANS:
         inside[row, begin:end] = True
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~inside[:, None, None, :], -1e30)
     output = (torch.softmax(scores, -1) * keep * kept_scale) @ value
@@ -63,7 +64,7 @@ def test_attention_with_dropout_equals_the_formula(scores_at_once, monkeypatch):
     parts = [torch.randn(rows, length, heads, width).transpose(1, 2).requires_grad_() for _ in range(3)]
     above = torch.randn(rows, length, heads, width)
     torch.manual_seed(9)
-    found = _DroppedAttention.apply(*parts, SPANS, 0.3, 0.4)
+    found = dropped_attention(*parts, SPANS, 0.3, 0.4)
     gradients = torch.autograd.grad(found, parts, above)
 
     torch.manual_seed(9)

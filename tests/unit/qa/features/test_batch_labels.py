@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qa_deepspeed.qa.features.batching import Layout, epoch_order, make_batch
+from qa_deepspeed.qa.features.batching import Layout, make_batch
+from qa_deepspeed.qa.features.sampler import epoch_order
 from tests.unit.qa.features.test_batching import rows_of
 
 
