@@ -40,33 +40,34 @@ Measured = dict[str, float]
 def command_line(who: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """The arguments of a contestant."""
     both = {
-        "train_file": TRAIN,
+        "train_file": arguments.train_file,
         "output_dir": folder / who.replace(" ", "-"),
         "max_train_examples": arguments.questions,
         "num_train_epochs": 1,
         "learning_rate": RATE,
-        "max_seq_length": LENGTH,
+        "max_seq_length": arguments.length,
         "doc_stride": OVERLAP,
     }
     precision = ["--bf16"] * arguments.bf16
     if who == "ours":
         ours = {
-            "model_name_or_path": MINILM,
+            "model_name_or_path": arguments.model,
             "cache_dir": folder / "cache",
             "doc_stride_is": "overlap",
             "per_gpu_train_batch_size": arguments.rows,
-            "deepspeed_config": "zero2",
-            "logging_steps": 50,
+            "deepspeed_config": arguments.config,
+            "logging_steps": arguments.logging_steps,
             "save_steps": 0,
         }
         return ["train", *flags(**both, **ours), "--overwrite_output_dir", *precision]
     theirs = {
-        "model": MINILM,
-        "predict_file": DEV,
+        "model": arguments.model,
+        "predict_file": arguments.dev_file,
         "max_eval_examples": 8,
         "train_batch_size": arguments.rows,
-        "deepspeed_config": shipped()["zero2"],
     }
+    if not arguments.peer_without_deepspeed:
+        theirs["deepspeed_config"] = shipped()["zero2"]
     return [*flags(**both, **theirs), *["--tuned"] * (who == "peer tuned"), *precision]
 
 
@@ -105,8 +106,17 @@ def table(measured: dict[str, list[Measured]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Run the contestants by turns and print a table."""
+def environment_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Variables of the contestants' environment: threads of a rank, and its GPU."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // arguments.ranks))
+    if not arguments.gpu:
+        return {"OMP_NUM_THREADS": threads}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(arguments.ranks))))
+    return {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": visible, "DS_ACCELERATOR": "cuda"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--questions", type=int, default=960)
@@ -115,12 +125,21 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="train on GPUs")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--only", choices=CONTESTANTS, action="append", help="these contestants only")
-    arguments = parser.parse_args()
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // arguments.ranks))
-    arguments.environment = {"OMP_NUM_THREADS": threads}
-    if arguments.gpu:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(arguments.ranks))))
-        arguments.environment |= {"CUDA_VISIBLE_DEVICES": visible, "DS_ACCELERATOR": "cuda"}
+    parser.add_argument("--model", default=MINILM, help="folder of the model")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a window")
+    parser.add_argument("--train_file", default=TRAIN)
+    parser.add_argument("--dev_file", default=DEV)
+    parser.add_argument("--config", default="zero2", help="our DeepSpeed config")
+    parser.add_argument("--peer_without_deepspeed", action="store_true", help="Trainer on one device, by itself")
+    parser.add_argument("--logging_steps", type=int, default=50, help="of ours")
+    return parser
+
+
+def main() -> None:
+    """Run the contestants by turns and print a table."""
+    arguments = make_parser().parse_args()
+    arguments.environment = environment_of(arguments)
+    threads = arguments.environment["OMP_NUM_THREADS"]
     measured: dict[str, list[Measured]] = {who: [] for who in arguments.only or CONTESTANTS}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(arguments.repeats):

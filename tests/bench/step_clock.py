@@ -2,7 +2,7 @@
 
 Both sides are measured alike: every rank notes the time at the end of each optimizer step, after the GPU (if any) has
 finished. OUT.RANK gets JSON: `start` (seconds from the start of the process to the end of the first step), `steps`
-(seconds of every later step), and `tokens` (real tokens of every step of this rank, counted at the model's input).
+(seconds of every later step), and `tokens` (real tokens of every step of this rank: of the rows that went into it).
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class StepClock:
     def count(self, module: torch.nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: count the tokens that are not padding."""
         if module.training:
-            self._counted += int(inputs["attention_mask"].sum())
+            self.add(int(inputs["attention_mask"].sum()))
+
+    def add(self, tokens: int) -> None:
+        """Count real tokens of the current step."""
+        self._counted += tokens
 
     def end_step(self) -> None:
         """An optimizer step has ended."""
@@ -55,25 +59,28 @@ class StepClock:
 def run_ours(clock: StepClock, arguments: list[str]) -> None:
     """`qa-deepspeed ARGUMENTS` with the clock in the training loop."""
     from qa_deepspeed.cli.main import main
-    from qa_deepspeed.engine.engine import Engine
     from qa_deepspeed.training import loop, throughput
 
-    end_step, fit = throughput.ThroughputMeter.end_step, loop.fit
+    add, end_step, fit = throughput.ThroughputMeter.add, throughput.ThroughputMeter.end_step, loop.fit
+
+    def added(meter: throughput.ThroughputMeter, loss: torch.Tensor, lengths: Any, computed: int) -> None:
+        add(meter, loss, lengths, computed)
+        clock.add(int(lengths.sum()))
 
     def timed(meter: throughput.ThroughputMeter) -> None:
         end_step(meter)
         clock.end_step()
 
-    def counted(engine: Engine, *rest: Any) -> int:
-        engine.module.register_forward_pre_hook(clock.count, with_kwargs=True)
-        done = fit(engine, *rest)
+    def fitted(*arguments: Any) -> int:
+        done = fit(*arguments)
         clock.write()
         return done
 
+    throughput.ThroughputMeter.add = added  # type: ignore[method-assign]
     throughput.ThroughputMeter.end_step = timed  # type: ignore[method-assign]
     from qa_deepspeed.training import train
 
-    train.fit = counted  # type: ignore[assignment]
+    train.fit = fitted
     main(arguments)
 
 
