@@ -32,6 +32,7 @@ REST = (
     "output_dir",
     "fingerprint",
     "layout",
+    "group_by_length",
     "evaluation",
     "steps",
     "stops",
