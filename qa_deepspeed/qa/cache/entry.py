@@ -19,55 +19,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from qa_deepspeed.qa.cache.background import BackgroundCall
+from qa_deepspeed.qa.cache.manifest import Status, checksum_of, shape_of, total_counts
 from qa_deepspeed.qa.cache.waiting import POLL_SECONDS, Locks
 from qa_deepspeed.qa.features.arrow import ArrowFile, Column, CorruptFile, check_size, write_columns
 from qa_deepspeed.utils.errors import StorageError, UserError
 from qa_deepspeed.utils.files import write_bytes
-from qa_deepspeed.utils.json_files import CHECKSUM, DamagedFile, read_json, sealed
+from qa_deepspeed.utils.json_files import DamagedFile, read_json, sealed
 from qa_deepspeed.utils.locks import HOLDER_SUFFIX
 
 ProgressCallback = Callable[[int, "int | None"], None]
-
-Status = dict[str, Any]
-"""Status of a complete shard: `size` and `checksum` of its file; `examples` or `counts` of what it holds."""
-
-Shape = dict[Any, Any]
-
-FILE: Shape = {"size": int, "checksum": str}
-EXAMPLES: Shape = {**FILE, "examples": int}
-COUNTS: Shape = {str: int, "examples": int, "features": int}
-REPORT: Shape = {
-    **{name: int for name in ("usable", "mended", "unanswerable")},
-    **{name: {str: int} for name in ("rejected_by_reason", "answer_faults")},
-}
-READING: Shape = {"shards": int, "examples": int, "report": REPORT, "rejected?": str}
-"""What is known when the input was read to its end; `rejected` is the checksum of rejected.json, if there is one."""
-
-MANIFEST: Shape = {
-    "fingerprint": str,
-    "counts": COUNTS,
-    "shards": [{"examples": EXAMPLES, "features": {**FILE, "features": int}}],
-    "index": FILE,
-    "report": REPORT,
-    "rejected?": str,
-}
-REJECTED: Shape = {
-    "rejected": [{"example_id": (str, type(None)), "file": int, "where": str, "reason": str, "detail?": str}]
-}
 
 OVERWRITTEN = ".overwritten"
 """The file with the token of the run for which an entry was last discarded."""
 
 log = logging.getLogger(__name__)
-
-
-def _shape_of(name: str) -> Shape:
-    """The shape of NAME.json, by `json_files.fault_of`."""
-    if name.startswith("features-"):
-        return {**FILE, "counts": COUNTS}
-    if name.startswith("examples-"):
-        return EXAMPLES
-    return {"manifest": MANIFEST, "reading": READING, "rejected": REJECTED}[name]
 
 
 class EntryContent(Protocol):
@@ -194,7 +159,11 @@ class CacheEntry:
         if not count:
             return []
         found = self._read_json("rejected")
-        if found is None or len(found["rejected"]) != count or manifest.get("rejected") not in (None, _sum_of(found)):
+        if (
+            found is None
+            or len(found["rejected"]) != count
+            or manifest.get("rejected") not in (None, checksum_of(found))
+        ):
             if "rejected" not in self._named:
                 log.warning("%s: missing or altered; reading the input again", self.folder / "rejected.json")
             for _ in self._content.example_shards():
@@ -234,7 +203,12 @@ class CacheEntry:
             if rejected["rejected"]:
                 self._write_json("rejected", rejected)
             examples = sum(status["examples"] for status in statuses.values())
-            reading = {"shards": len(statuses), "examples": examples, "report": report, "rejected": _sum_of(rejected)}
+            reading = {
+                "shards": len(statuses),
+                "examples": examples,
+                "report": report,
+                "rejected": checksum_of(rejected),
+            }
             self._write_json("reading", sealed(reading))
             return True
 
@@ -307,7 +281,7 @@ class CacheEntry:
             ]
             if any(len(shard) < 2 for shard in shards):
                 return False
-            counts = _total_counts(shards)
+            counts = total_counts(shards)
             manifest = {
                 "fingerprint": self._fingerprint,
                 "counts": counts,
@@ -368,7 +342,7 @@ class CacheEntry:
         """A file of the entry; None where it is missing or damaged, which is named once."""
         path = self.folder / f"{name}.json"
         try:
-            content: dict[str, Any] | None = read_json(path, _shape_of(name), exact=True)
+            content: dict[str, Any] | None = read_json(path, shape_of(name), exact=True)
         except DamagedFile as error:
             if name not in self._named:
                 log.warning("%s; building it again", error)
@@ -378,22 +352,6 @@ class CacheEntry:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_bytes(self.folder / f"{name}.json", json.dumps(content).encode())
-
-
-def _sum_of(rejected: dict[str, Any]) -> str:
-    """The checksum of the content of rejected.json."""
-    return str(sealed(rejected)[CHECKSUM])
-
-
-def _total_counts(shards: list[dict[str, Status]]) -> dict[str, int]:
-    """The sum of the shards' counts, of which each status keeps only `features`."""
-    total: dict[str, int] = {}
-    for shard in shards:
-        counts = shard["features"].pop("counts")
-        shard["features"]["features"] = counts["features"]
-        for name, count in counts.items():
-            total[name] = total.get(name, 0) + count
-    return total
 
 
 def _storage_error(folder: Path, error: OSError) -> UserError:
