@@ -202,7 +202,7 @@ def table(found: dict[str, Any]) -> list[str]:
             (
                 "padding",
                 f"{padding['to_the_longest_of_the_batch']:.1%}",
-                f"in batches of {padding['rows_of_a_batch']} rows of similar length; "
+                f"of padded batches of {padding['rows_of_a_batch']} rows of similar length, none of packed ones; "
                 f"{padding['to_max_seq_length']:.1%} if every row were padded to max_seq_length",
             ),
         ],

@@ -48,8 +48,14 @@ NAMES = {
     """,
     "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
     "deepspeed.runtime.zero.config": "ZeroStageEnum",
+    "deepspeed.runtime.zero.stage_1_and_2": "is_invalid_grad_norm",
+    "deepspeed.runtime.zero.stage3": "is_invalid_grad_norm",
+    "deepspeed.runtime.fp16.unfused_optimizer": "is_invalid_grad_norm",
 }
 """Module or "module:class" -> names in it."""
+
+NORM_READERS = [place for place, names in NAMES.items() if names == "is_invalid_grad_norm"]
+"""Modules whose optimizers read the gradient norm of every step."""
 
 TORCH_NAMES = {
     "torch.optim.lr_scheduler:LambdaLR": "_last_lr",
@@ -178,6 +184,21 @@ def set_counters(engine: Any, steps: int, samples: int, skipped: int) -> None:
 def is_loss_scale_exhausted(error: Exception) -> bool:
     """Whether DeepSpeed raised this because float16 overflows at the smallest loss scale."""
     return LOSS_SCALE_EXHAUSTED in str(error)
+
+
+@contextlib.contextmanager
+def norms_unread() -> Iterator[None]:
+    """Inside, DeepSpeed's optimizers do not ask whether a gradient norm is finite: two to three times a step the host
+    would wait for the device. training/nonfinite_loss.py ends a run after such a norm; float16 needs the answer."""
+    modules = [importlib.import_module(place) for place in NORM_READERS]
+    originals = [module.is_invalid_grad_norm for module in modules]
+    for module in modules:
+        module.is_invalid_grad_norm = lambda norm: False
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.is_invalid_grad_norm = original
 
 
 def set_gradient_clipping(optimizer: Any, norm: float) -> None:

@@ -180,8 +180,10 @@ class Engine(EvalModel):
         norm: Any = None
         if want_norm and self.zero_stage == 0 and self.precision in ("fp32", "torch_autocast"):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        unread = contextlib.nullcontext() if self.precision == "fp16" else compat.norms_unread()
         try:
-            self._engine.step()
+            with unread:
+                self._engine.step()
         except Exception as error:  # DeepSpeed raises a plain Exception
             if not compat.is_loss_scale_exhausted(error):
                 raise
