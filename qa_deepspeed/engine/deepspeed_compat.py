@@ -190,7 +190,7 @@ def is_loss_scale_exhausted(error: Exception) -> bool:
 def norms_unread() -> Iterator[None]:
     """Inside, DeepSpeed's optimizers do not ask whether a gradient norm is finite: two to three times a step the host
     would wait for the device. training/nonfinite_loss.py ends a run after such a norm; float16 needs the answer."""
-    modules = [importlib.import_module(place) for place in NORM_READERS]
+    modules: list[Any] = [importlib.import_module(place) for place in NORM_READERS]
     originals = [module.is_invalid_grad_norm for module in modules]
     for module in modules:
         module.is_invalid_grad_norm = lambda norm: False

@@ -33,7 +33,7 @@ TWO_RANKS = {
     "zero2_autocast": {"deepspeed_config": "zero2_autocast"},
     "zero2_recomputed": {"deepspeed_config": "zero2", "gradient_checkpointing": True},
     "zero0_marginal_of_one": {"deepspeed_config": "zero0", "answers": "all", "objective": "marginal"},
-    "other_rate": {"deepspeed_config": "zero2", "learning_rate": 1.1e-3},
+    "other_rate": {"deepspeed_config": "zero2", "learning_rate": 1.3e-3},
 }
 IN_BF16 = {"bf16": True, "per_gpu_train_batch_size": 8, "batch_layout": "padded"}
 ONE_RANK = {
