@@ -42,13 +42,14 @@ from qa_deepspeed.runs.folder import OUTPUT_DIR_MISSING, leave_run_dir, lock_run
 from qa_deepspeed.runs.identity import run_fingerprint
 from qa_deepspeed.runs.preflight import IN_WORDS, features_bytes, require_room, require_writable, settings_with_origins
 from qa_deepspeed.runs.resume import refuse_overwriting, require_named_checkpoint, resume_decision
+from qa_deepspeed.training.evaluate import require_folder_for_files
 from qa_deepspeed.training.features import (
     EPOCH_ROWS,
     Purpose,
     file_weights,
     longest_rows_at_once,
     look_up_features,
-    trained_and_evaluated,
+    warnings_of_files,
 )
 from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.training.validate import validate_options
@@ -229,8 +230,8 @@ def _data(checked: PreflightState) -> list[str]:
                 f"{purpose}: {run_options.data_file(purpose)}, {plural(counts['examples'], 'question')}, "
                 f"{plural(counts['features'], 'feature')} in the cache ({fingerprint[:12]})"
             )
-    if evaluates:
-        lines += [f"WARNING: {file} is trained on and evaluated on" for file in trained_and_evaluated(run_options)]
+    if evaluates and run_options.do_train:
+        lines += warnings_of_files(run_options)
     return lines
 
 
@@ -317,8 +318,9 @@ def _output(checked: PreflightState) -> list[str]:
 
 def _evaluation_output(checked: PreflightState) -> list[str]:
     run_options = checked.options
+    require_folder_for_files(run_options)
     if not run_options.output_dir:
-        raise UserError(OUTPUT_DIR_MISSING)
+        return ["the scores are printed, and nothing is written"]
     folder = Path(run_options.output_dir)
     require_writable(folder)
     refuse_foreign_answers(folder, run_options)

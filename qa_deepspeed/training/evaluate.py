@@ -216,13 +216,18 @@ def evaluate_run(options: RunOptions) -> dict[str, Any]:
     Raises:
         UserError: options, data or device do not allow it.
     """
+    require_folder_for_files(options)
     if options.output_dir:
         return _evaluate_into(options, writable_folder(options.output_dir))
-    for name, asked in (("eval_all_checkpoints", options.eval_all_checkpoints), ("gather", options.gather == "full")):
-        if asked:
-            raise UserError(f"{name} reads or leaves files of a folder: pass --output_dir")
     with tempfile.TemporaryDirectory(prefix="qa_deepspeed_evaluate_") as scratch:
         return _evaluate_into(options, Path(scratch))
+
+
+def require_folder_for_files(options: RunOptions) -> None:
+    """Raises UserError if the options of an evaluation without `output_dir` need files of a folder."""
+    for name, asked in (("eval_all_checkpoints", options.eval_all_checkpoints), ("gather", options.gather == "full")):
+        if asked and not options.output_dir:
+            raise UserError(f"{name} reads or leaves files in a folder: pass --output_dir")
 
 
 def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:

@@ -101,13 +101,17 @@ def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
     return min(by_tokens, -(-plan.global_batch_size // plan.world_size))
 
 
-def trained_and_evaluated(options: RunOptions) -> list[str]:
-    """Files of the evaluation that are trained on too, also by other paths; none with validation_split."""
+def warnings_of_files(options: RunOptions) -> list[str]:
+    """A line for the log if a file of the evaluation is trained on too, by whatever path."""
     if options.validation_split:
         return []
     files = {purpose: DataSource.resolve(options.data_patterns(purpose)) for purpose in ("train", "evaluate")}
     trained = {os.path.realpath(file) for file in files["train"]}
-    return [file for file in files["evaluate"] if os.path.realpath(file) in trained]
+    both = [file for file in files["evaluate"] if os.path.realpath(file) in trained]
+    if not both:
+        return []
+    which = both[0] if len(both) == 1 else f"{both[0]} and {plural(len(both) - 1, 'more file')}"
+    return [f"WARNING: trained on and evaluated on: {which}: scores will be too high"]
 
 
 def data_source(options: RunOptions, purpose: Purpose, files: tuple[str, ...], by_file: bool = False) -> DataSource:

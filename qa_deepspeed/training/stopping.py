@@ -80,13 +80,14 @@ class StopController:
         self._answered: float | None = None
         self._handlers: dict[int, Any] = {}
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup_before = -1
 
     def __enter__(self) -> StopController:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
             receiver, sender = self._wakeup = socket.socketpair()
             sender.setblocking(False)
-            signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+            self._wakeup_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         return self
 
@@ -95,10 +96,8 @@ class StopController:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             if self._wakeup is not None:
-                signal.set_wakeup_fd(-1)
-                receiver, sender = self._wakeup
-                sender.close()  # ends the thread
-                self._wakeup = None
+                signal.set_wakeup_fd(self._wakeup_before)
+                self._wakeup[1].close()  # ends the thread
 
     def _listen(self, receiver: socket.socket) -> None:
         """Answer the signals that the interpreter writes into the socket, a byte each, as they arrive."""

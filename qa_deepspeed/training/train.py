@@ -62,7 +62,7 @@ from qa_deepspeed.training.evaluate import (
     log_features,
     model_of_checkpoint,
 )
-from qa_deepspeed.training.features import file_weights, load_features, require_gold, trained_and_evaluated
+from qa_deepspeed.training.features import file_weights, load_features, require_gold, warnings_of_files
 from qa_deepspeed.training.loop import Run, evaluate_and_report, fit, reference_outputs_of
 from qa_deepspeed.training.reporter import make_metrics_logger
 from qa_deepspeed.training.stopping import StopController
@@ -234,8 +234,8 @@ def _features(options: RunOptions, facts: ModelFacts, output_dir: Path) -> tuple
             log_features(built, purpose, output_dir)
     if evaluation is not None:
         require_gold(evaluation, options)
-        for file in trained_and_evaluated(options):
-            dist.log0(f"WARNING: {file} is trained on and evaluated on: scores will be too high")
+        for warning in warnings_of_files(options):
+            dist.log0(warning)
     return store, evaluation
 
 

@@ -120,7 +120,7 @@ def test_weights_of_files_and_intervals_count_in_the_schedule(
     out = capsys.readouterr().out
     assert "40 questions, 40 features in the cache" in out and "30 rows an epoch, by the weights of the files" in out
     assert "24 optimizer steps, a checkpoint every 8, a log line every 1" in out and "5 evaluations" in out
-    assert f"WARNING: {tmp_path / 'more.json'} is trained on and evaluated on" in out
+    assert f"WARNING: trained on and evaluated on: {tmp_path / 'more.json'}: scores" in out
     (fault,) = faults(capsys, changed(run, train_file=f"{run.train_file}=0"))
     assert "the weight of a file must be a number above 0" in fault
 
@@ -190,6 +190,10 @@ def test_an_evaluation_is_checked_as_one(run: RunOptions, capsys: pytest.Capture
     assert check(only, port=free_port()) == 0
     out = capsys.readouterr().out
     assert "do_train is false: the model is evaluated, in fp32" in out and "train:" not in out
+    assert check(changed(only, output_dir=None), port=free_port()) == 0
+    assert "the scores are printed, and nothing is written" in capsys.readouterr().out
+    (fault,) = faults(capsys, changed(only, output_dir=None, gather="full"))
+    assert "gather reads or leaves files in a folder: pass --output_dir" in fault
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions.json").write_text("{}")
     (fault,) = faults(capsys, only)

@@ -23,7 +23,7 @@ from qa_deepspeed.training.features import (
     load_features,
     look_up_features,
     notes,
-    trained_and_evaluated,
+    warnings_of_files,
 )
 from qa_deepspeed.training.loop import Run
 from qa_deepspeed.utils.errors import UserError
@@ -199,16 +199,18 @@ def test_weights_of_files_decide_the_rows_of_an_epoch(sample: Path, tmp_path: Pa
     assert all((np.diff(step) <= 0).all() for step in lengths)
 
 
-def test_a_file_that_is_trained_on_and_evaluated_on_is_found(sample: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_trained_on_and_evaluated_on_is_a_warning(sample: Path, tmp_path: Path) -> None:
     """By whatever path, and among others."""
-    (tmp_path / "link.json").symlink_to(sample / "train.json")
-    both = f"{sample}/dev.json,{tmp_path}/link.json"
-    assert trained_and_evaluated(options(sample, predict_file=both)) == [f"{tmp_path}/link.json"]
-    assert trained_and_evaluated(options(sample, train_file=f"{sample}/train.json=2", predict_file=both)) == [
-        f"{tmp_path}/link.json"
-    ]
-    assert trained_and_evaluated(options(sample, predict_file=f"{sample}/dev.json")) == []
-    assert trained_and_evaluated(options(sample, validation_split=0.1)) == []
+    links = [tmp_path / "link.json", tmp_path / "other.json"]
+    for link in links:
+        link.symlink_to(sample / "train.json")
+    warning = "WARNING: trained on and evaluated on: {}: scores will be too high"
+    one, two = f"{sample}/dev.json,{links[0]}", ",".join(map(str, links))
+    assert warnings_of_files(options(sample, predict_file=one)) == [warning.format(links[0])]
+    weighted = options(sample, train_file=f"{sample}/train.json=2", predict_file=two)
+    assert warnings_of_files(weighted) == [warning.format(f"{links[0]} and 1 more file")]
+    assert warnings_of_files(options(sample, predict_file=f"{sample}/dev.json")) == []
+    assert warnings_of_files(options(sample, validation_split=0.1)) == []
 
 
 def test_windows_without_an_answer_that_come_from_faulty_gold_answers_are_said_to(tmp_path: Path, sample: Path) -> None:
