@@ -108,7 +108,7 @@ def answer_and_score(
     )
     with ProgressBar("decoding and scoring", questions, "question") as bar:
         predictions = _counted(predict(settings), bar)
-        observed = builder.observe(store.examples, predictions, _windows_of_examples(store), _data_name(options))
+        observed = builder.observe(store.examples, predictions, _windows_of_examples(store))
         write_predictions(observed, output_dir, settings)
     metrics = builder.metrics() | untuned
     if losses is not None:

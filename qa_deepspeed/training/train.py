@@ -29,6 +29,7 @@ from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.mixture import epoch_size
 from qa_deepspeed.qa.features.store import FeatureStore
+from qa_deepspeed.qa.report.page import PAGE_FILE
 from qa_deepspeed.runs.finish import finish_run, hyperparameters
 from qa_deepspeed.runs.folder import (
     files_of_run,
@@ -201,7 +202,8 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             no_timeout=True,
         )
     )
-    dist.log0(f"model, predictions and tensorboard/ are in {run.output_dir}")
+    made = ["model", *["predictions"] * bool(evaluation.metrics), *[PAGE_FILE] * (evaluation.result is not None)]
+    dist.log0(f"{', '.join(made)} and tensorboard/ are in {run.output_dir}")
     return evaluation.metrics
 
 

@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.predictions import Prediction, columns_of
 from qa_deepspeed.qa.metrics.compare import explain
@@ -51,10 +53,9 @@ def evaluation(questions: int = 200) -> EvaluationResult:
         rest = [("her", 0.0, 1.0, 0.0, -1), ("", (1 - probability) / 2, 0.0, 0.0, -1)]
         nbest = columns_of([(text, probability, 2.0, 1.0, place), *rest])
         predictions.append(Prediction(examples[-1].example_id, text, nbest, chance.gauss(0, 4)))
-    builder = ResultBuilder(True, "en", questions)
-    half = questions // 2
-    for part, file in ((slice(0, half), "news.json"), (slice(half, None), "wiki.json")):
-        list(builder.observe(examples[part], predictions[part], [1 + i % 2 for i in range(half)], file))
+    file_of_question = np.arange(questions) * 2 // questions
+    builder = ResultBuilder(True, "en", questions, None, ("news.json", "wiki.json"), file_of_question)
+    list(builder.observe(examples, predictions, [1 + i % 2 for i in range(questions)]))
     result = builder.result(builder.metrics())
     assert result is not None
     return result

@@ -24,11 +24,12 @@ CURVE_POINTS = 200
 MAX_MISTAKES = 50
 MAX_CLUSTERS = 4000  # of the bootstrap, whose memory grows with their number
 MIN_PARAGRAPHS = 10  # of a slice with an interval: a bootstrap over fewer is too narrow
+MAX_FILES = 50  # of an evaluation whose files are a slice: intervals of many take memory
 SNIPPET_CHARACTERS = 80  # of context on either side of the predicted answer
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "where", "when", "why", "how many", "how much", "how")
 
 
-SLICES = ("question_word", "context_words", "windows", "answer_words", "answerable")
+SLICES = ("file", "question_word", "context_words", "windows", "answer_words", "answerable")
 NO_CELL = 255  # of a question without a value of this slice
 
 _Intervals = dict[str, list[float]]
@@ -60,10 +61,12 @@ class Analysis:
         self._mistakes: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(
-        self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float
+        self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float, file: str = ""
     ) -> tuple[GivenAnswer, dict[str, str]]:
-        """Add one question with its scores; `windows` is the number of its features.
+        """Add one question with its scores.
 
+        Args:
+            windows: the number of its features. file: the value of its slice "file", "" for none.
         Returns:
             The answer with its place and confidence, and the question's value of each slice that it is in.
         """
@@ -74,7 +77,7 @@ class Analysis:
             self._paragraphs += 1
             self._context = example.context
         cells = [NO_CELL] * len(SLICES)
-        values = self._slices_of(example, golds, windows)
+        values = (file or None, *self._slices_of(example, golds, windows))
         for place, value in enumerate(values):
             if value is not None:
                 cell = self._cell(SLICES[place], value)
@@ -95,7 +98,7 @@ class Analysis:
         return cell
 
     def _slices_of(self, example: Example, golds: tuple[str, ...], windows: int) -> tuple[str | None, ...]:
-        """The question's value of each of SLICES, None where it has none."""
+        """The question's value of each of SLICES but the first, None where it has none."""
         words = min((len(normalized_tokens(gold, self._language)) for gold in golds), default=None)
         return (
             question_word(example.question),
@@ -286,7 +289,7 @@ def _bucket(value: int, ends: tuple[int, ...]) -> str:
 
 
 def _natural_order(name: str, value: str) -> tuple[int, int, str]:
-    digits = re.match(r"\d+", value)
+    digits = re.match(r"\d+", value) if name != "file" else None
     return SLICES.index(name), int(digits.group()) if digits else 0, value
 
 

@@ -83,8 +83,10 @@ def score_cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
         known = f"95% interval {interval(ends)}" if ends else "too few paragraphs for an interval"
         return {"name": name, "value": f"{value:.1f}", "interval": known, "hint": hint}
 
+    macro = f"; mean of the files {metrics['macro_f1']:.1f}" if "macro_f1" in metrics else ""
+    hint = f"words in common with the closest gold answer, 0 to 100{macro}"
     cards = [
-        card("F1", metrics["f1"], intervals.get("f1"), "words in common with the closest gold answer, 0 to 100"),
+        card("F1", metrics["f1"], intervals.get("f1"), hint),
         card("Exact match", metrics["exact"], intervals.get("exact"), "percent of answers equal to a gold answer"),
     ]
     if "HasAns_f1" in metrics:

@@ -35,6 +35,7 @@ CONTEXT_BEFORE = 1000
 TEXT_CHARACTERS = 2000
 """A longer question, or answer that does not stand in the shown context, is cut to this length."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
@@ -228,8 +229,7 @@ def script_json(value: Any) -> str:
 
     These occur only inside JSON texts, where `\u003c` says the same.
     """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return _UNSAFE.sub(_escaped, text)
+    return _UNSAFE.sub(_escaped, _ENCODER.encode(value))
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -6,6 +6,7 @@
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
   const two = data.systems.length > 1;
+  const collator = new Intl.Collator(undefined, { numeric: true });
 
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -58,7 +59,8 @@
     { title: "Question", key: (row) => row.question, cell: (row) => opener(row), kind: "question" },
     { title: "Gold answer", key: (row) => row.gold.join("|"), cell: shownGold, kind: "spare" },
     ...systemColumns,
-    { title: "Outcome", key: (row) => row.outcome, cell: (row) => data.outcomes[row.outcome][1], kind: "outcome" },
+    { title: "Outcome", key: (row) => row.outcome, cell: (row) => data.outcomes[row.outcome][1],
+      kind: two ? "outcome spare" : "outcome" },
   ];
   if (hasConfidence && !two) {
     columns.push({ title: "Confi\u00addence", key: (row) => row.sure, cell: (row) => asPercent(row.sure),
@@ -158,7 +160,7 @@
   function compare(one, other, column, down) {
     const [a, b] = [column.key(one), column.key(other)];
     if (a === null || b === null) return (a === null) - (b === null) || one.order - other.order;
-    const order = typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b;
+    const order = typeof a === "string" ? collator.compare(a, b) : a - b;
     return (down ? -order : order) || one.order - other.order;
   }
 
@@ -212,7 +214,7 @@
       const values = [...used].filter((one) => data.words[one].startsWith(`${name}=`));
       if (values.length < 2) continue;
       const labels = values.map((one) => [one, data.words[one].slice(name.length + 1)]);
-      labels.sort((a, b) => a[1].localeCompare(b[1], undefined, { numeric: true }));
+      labels.sort((a, b) => collator.compare(a[1], b[1]));
       byId("slice").append(element("optgroup", { label: title }, ...labels.map(([one, label]) => option(one, label))));
     }
     byId("slice").parentNode.hidden = used.size < 2;

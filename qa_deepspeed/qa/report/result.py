@@ -14,7 +14,7 @@ from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.by_file import scores_by_file
 from qa_deepspeed.qa.metrics.squad import Gold, Scorer
-from qa_deepspeed.qa.report.analysis import Analysis
+from qa_deepspeed.qa.report.analysis import MAX_FILES, Analysis
 from qa_deepspeed.qa.report.errors import CLASSES, RIGHT, ErrorCounts, error_class, gold_doubt
 from qa_deepspeed.qa.report.questions import QuestionRecord, QuestionTable
 from qa_deepspeed.qa.report.samples import Sample, sample_numbers
@@ -71,14 +71,11 @@ class ResultBuilder:
         self._file_of_scored = array("i")
 
     def observe(
-        self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int], file: str = ""
+        self, examples: Iterable[Example], predictions: Iterable[Prediction], windows: Iterable[int]
     ) -> Iterator[Prediction]:
         """Pass the predictions through, adding each with its example and its number of windows.
 
         Questions whose gold answers are not known are counted only.
-
-        Args:
-            file: where the questions come from, as the page names it, unless they are those of several files.
         """
         triples = zip(examples, predictions, windows, strict=True)
         for number, (example, prediction, window_count) in enumerate(triples):
@@ -87,6 +84,7 @@ class ResultBuilder:
                 self._not_scored += 1
             else:
                 self._scored += 1
+                file = ""
                 if self._file_of_question is not None:
                     number_of_file = int(self._file_of_question[number])
                     self._file_of_scored.append(number_of_file)
@@ -100,7 +98,8 @@ class ResultBuilder:
     def _analyse(
         self, example: Example, prediction: Prediction, windows: int, exact: int, f1: float, file: str
     ) -> None:
-        answer, slices = self._analysis.add(example, prediction, windows, exact, f1)
+        compared = file if len(self._files) <= MAX_FILES else ""
+        answer, slices = self._analysis.add(example, prediction, windows, exact, f1, compared)
         error = error_class(example, answer.text, answer.start, exact, f1)
         self._errors.add(error, f1)
         self._table.add(
@@ -112,7 +111,7 @@ class ResultBuilder:
                 answers=[answer],
                 outcome=error,
                 wrong=error != RIGHT,
-                slices=slices,
+                slices={name: value for name, value in slices.items() if name != "file"},
                 note="" if error == RIGHT else gold_doubt(example),
                 file=file,
             )

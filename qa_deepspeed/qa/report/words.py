@@ -35,6 +35,7 @@ METRICS: dict[str, str] = {
 """What a metric is, by its key in metrics.json."""
 
 SLICES: dict[str, str] = {
+    "file": "File",
     "question_word": "Question word",
     "context_words": "Words in the context",
     "windows": "Windows that the context was cut into",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.predictions import Prediction, columns_of
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder
@@ -23,8 +25,9 @@ def hostile_result() -> EvaluationResult:
         predictions.append(
             Prediction(examples[-1].example_id, text, columns_of([(text, i / 40, 1.0, 1.0, 9)]), i - 20.0)
         )
-    builder = ResultBuilder(True, "en", len(examples))
-    list(builder.observe(examples, predictions, [1 + i % 2 for i in range(40)], f"{HOSTILE}.json"))
+    files = ("dev.json", f"{HOSTILE}.json")
+    builder = ResultBuilder(True, "en", len(examples), None, files, np.arange(len(examples)) % 2)
+    list(builder.observe(examples, predictions, [1 + i % 2 for i in range(40)]))
     result = builder.result(builder.metrics())
     assert result is not None
     return result

@@ -55,7 +55,7 @@ def class_by_sets(example: Example, text: str, start: int, exact: int, f1: float
     return "boundary" if any(given_characters & one for one in characters) else "wrong_place"
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(cases())
 def test_classes_equal_those_by_sets_of_characters(case: tuple[Example, str, int]) -> None:
     example, text, start = case

@@ -9,6 +9,7 @@ from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,16 +85,16 @@ MARKUP = ("</script><script>alert(1)</script>", "<!--<script>", "]]>", "<img src
 TEXT = st.text(max_size=30) | st.sampled_from([*MARKUP, "\ud800"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(TEXT, TEXT, TEXT, TEXT, TEXT)
 def test_no_text_of_the_data_is_markup(example_id, question, context, answer, name):
     """Whatever the texts hold, the page has the same elements, and its data are the texts."""
     found = []
     for values in ((example_id, question, context, answer, name), ("q", "what?", "Ann met Bob", "Ann", "dev.json")):
-        builder = ResultBuilder(False, "en", 1)
+        builder = ResultBuilder(False, "en", 1, None, (values[4],), np.zeros(1, int))
         example = Example(values[0], values[1], values[2], (Answer(values[3], -1),))
         prediction = Prediction(values[0], "unlike", columns_of([("unlike", 0.5, 1.0, 1.0, 0)]), None)
-        list(builder.observe([example], [prediction], [1], values[4]))
+        list(builder.observe([example], [prediction], [1]))
         result = builder.result(builder.metrics())
         about = {"Model": values[4], "Data": values[4]}
         found.append(Elements(page(result.report, result.questions, values[4], about)))
@@ -119,23 +120,23 @@ def test_the_first_screen_has_scores_in_words_and_no_raw_key(report):
 
 
 def test_a_page_of_very_many_questions_stays_small():
-    builder = ResultBuilder(True, "en", 20000)
-    context = "Ann met Bob in the old town of Rome, as she had done every year. " * 12
+    builder = ResultBuilder(True, "en", 8000)
+    context = "Ann met Bob in the old town of Rome, as she had done every year. " * 40
 
     def rows():
-        for number in range(20000):
+        for number in range(8000):
             text = context + str(number // 4)
             gold = (Answer("Ann", 0),) if number % 3 else ()
             yield Example(f"question-{number:024}", f"Whom did Ann meet in year {number}?", text, gold)
 
     nbest = columns_of([("Bob", 0.5, 1.0, 1.0, 8), ("", 0.2, 1.0, 1.0, -1), ("Rome", 0.1, 1.0, 1.0, 31)])
     predictions = (Prediction(example.example_id, "Bob", nbest, 0.0) for example in rows())
-    for _ in builder.observe(rows(), predictions, [1] * 20000):
+    for _ in builder.observe(rows(), predictions, [1] * 8000):
         pass
     result = builder.result(builder.metrics())
     document = page(result.report, result.questions, "Evaluation", {})
     assert 0.85 * PAGE_BYTES < len(document.encode()) < PAGE_BYTES
-    assert f"{len(result.questions):,} of 20,000 questions are listed, so that this page stays under 5 MB" in document
+    assert f"{len(result.questions):,} of 8,000 questions are listed, so that this page stays under 5 MB" in document
 
 
 def test_tensorboard_renders_texts_literally(report):

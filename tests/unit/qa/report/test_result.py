@@ -43,6 +43,38 @@ def test_result_has_the_numbers_of_each_question(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_several_files_are_compared_with_intervals() -> None:
+    examples = [Example(f"q{n}", "who?", f"{n} Ann", (Answer("Ann", 2),)) for n in range(30)]
+    predictions = [
+        Prediction(f"q{n}", text, columns_of([(text, 0.5, 1.0, 0.0, 2)]), None)
+        for n, text in enumerate("Ann" if n % 5 else "Bob" for n in range(30))
+    ]
+    names, file_of_question = ("one.json", "other.json"), np.arange(30) // 12 > 0
+    builder = ResultBuilder(False, "en", 30, None, names, file_of_question)
+    list(builder.observe(examples, predictions, [1] * 30))
+    result = builder.result(builder.metrics())
+    assert result is not None
+    by_file = result.report["slices"]["file"]
+    assert {file: (cell["questions"], cell["exact"]) for file, cell in by_file.items()} == {
+        "one.json": (12, pytest.approx(100 * 9 / 12)),
+        "other.json": (18, pytest.approx(100 * 15 / 18)),
+    }
+    assert {file: cell["exact"] for file, cell in by_file.items()} == pytest.approx(
+        {file: metrics["exact"] for file, metrics in result.metrics["files"].items()}
+    )
+    assert "intervals" in by_file["one.json"] and result.questions.files == list(names)
+
+
+def test_very_many_files_are_listed_and_not_compared() -> None:
+    count = 300
+    examples = [Example(f"q{n}", "who?", f"{n} Ann", (Answer("Ann", 2),)) for n in range(count)]
+    nbest = columns_of([("Ann", 0.5, 1.0, 0.0, 2)])
+    builder = ResultBuilder(False, "en", count, None, [f"{n}.json" for n in range(count)], np.arange(count))
+    list(builder.observe(examples, [Prediction(f"q{n}", "Ann", nbest, None) for n in range(count)], [1] * count))
+    result = builder.result(builder.metrics())
+    assert result is not None and "file" not in result.report["slices"] and len(result.questions.files) == count
+
+
 def test_v1_data_has_no_null_odds() -> None:
     builder = ResultBuilder(False, "en", 1)
     example, nbest = Example("q", "who?", "Ann", (Answer("Ann", 0),)), columns_of([("Ann", 0.5, 1.0, 0.0, 0)])
