@@ -27,7 +27,7 @@ PAGE_WIDTH = 460
 """Pixels of a chart that the page shows too: its text can be read on a narrow screen."""
 
 DPI = 100
-PLOT_AREA, PAGE_AREA = (0.11, 0.23, 0.85, 0.64), (0.16, 0.17, 0.78, 0.71)
+PLOT_AREA, PAGE_AREA = (0.11, 0.27, 0.85, 0.6), (0.16, 0.17, 0.78, 0.71)
 """Left, bottom, width and height of the axes as fractions of the figure. A fixed area needs no layout pass, and the
 charts of all evaluations align."""
 
@@ -45,6 +45,9 @@ STYLE: dict[Any, Any] = {
     "xtick.bottom": False,
     "ytick.left": False,
 }
+
+LABEL_CHARACTERS = 64
+"""Characters that fit side by side under a chart in TensorBoard."""
 
 Ticks = tuple[Sequence[float], Sequence[str]]
 PERCENT_TICKS: Ticks = ((0.0, 0.25, 0.5, 0.75, 1.0), ("0%", "25%", "50%", "75%", "100%"))
@@ -162,8 +165,10 @@ def _precision_recall(curves: Mapping[str, Any]) -> Figure:
 
 
 def _slice(name: str, values: Mapping[str, Mapping[str, Any]]) -> Figure:
-    # one word a line, so that long neighbours do not overlap
-    labels = ["\n".join([*value.split(), f"{cell['questions']:,}"]) for value, cell in values.items()]
+    # one word a line, and a long one cut in the middle, so that long neighbours do not overlap
+    most = max(LABEL_CHARACTERS // len(values), 8)
+    words = {value: [_shortened(word, most) for word in value.split()][:2] for value in values}
+    labels = ["\n".join([*words[value], f"{cell['questions']:,}"]) for value, cell in values.items()]
     places = list(range(len(values)))
     below = "value, and its number of questions; lines: 95% intervals"
     figure, axes = _axes(SLICES.get(name, name), below, "", (places, labels))
@@ -180,6 +185,10 @@ def _slice(name: str, values: Mapping[str, Mapping[str, Any]]) -> Figure:
     legend = {"ncols": 2, "frameon": False, "borderpad": 0, "handletextpad": 0.4, "columnspacing": 1.8}
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **legend)
     return figure
+
+
+def _shortened(word: str, most: int) -> str:
+    return word if len(word) <= most else f"{word[: most // 2]}…{word[len(word) - most // 2 :]}"
 
 
 def _draw_intervals(axes: Axes, offset: float, intervals: Sequence[Sequence[float] | None]) -> None:

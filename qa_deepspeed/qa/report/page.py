@@ -138,7 +138,7 @@ def markdown_parts(report: Mapping[str, Any]) -> dict[str, str]:
         )
         for mistake in report["mistakes"]
     )
-    named = [[METRICS.get(name, name.replace("|", "\\|")), *others] for name, *others in score_rows(report)]
+    named = [[METRICS.get(name, plain(name).replace("|", "\\|")), *others] for name, *others in score_rows(report)]
     rows = [["metric", "value", "95% interval"], ["---"] * 3, *named]
     scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return {"scores": scores, "mistakes": question_list(mistakes)}
