@@ -185,14 +185,14 @@ def _line_passages(value: Any, path: str, number: int, reading: _Reading) -> Ite
 
 def _document_passages(document: Any, path: str, reading: _Reading) -> Iterator[Passage]:
     columns = reading.columns
-    if isinstance(document, dict) and "data" in document:
+    if isinstance(document, dict) and (rows := rows_of_columns(document, columns)) is not None:
+        entries, prefix = list(rows), "row"
+    elif isinstance(document, dict) and "data" in document:
         version = str(document.get("version", "")).strip().lower().removeprefix("v")
         read_as_1 = version.split(".")[0] == "2" and not reading.version_2_with_negative
         if read_as_1 and _has_empty_answers(document["data"]):
             raise version_2_error(path)
         entries, prefix = document["data"], "data"
-    elif isinstance(document, dict) and (rows := rows_of_columns(document, columns)) is not None:
-        entries, prefix = list(rows), "row"
     elif isinstance(document, dict) and (names := splits_of(document)):
         entries, prefix = _split(document, names, path, reading)
     elif isinstance(document, dict):

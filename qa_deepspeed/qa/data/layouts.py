@@ -78,11 +78,19 @@ def is_header(entry: Any) -> bool:
 
 
 def rows_of_columns(document: Mapping[str, Any], columns: ColumnNames) -> Iterator[dict[str, Any]] | None:
-    """The rows of a table that pandas wrote by columns, `{column: {index: value}}` or `{column: [values]}`.
+    """The rows of a table that pandas wrote: by columns, `{column: {index: value}}` or `{column: [values]}`, by rows,
+    `{index: {column: value}}`, or `{"columns": [...], "data": [[values]]}`.
 
     None if the document is something else.
     """
     values = list(document.values())
+    if values and all(isinstance(one, dict) and columns.question in one for one in values):
+        return iter(values)
+    names: Any = document.get("columns")
+    lists: Any = document.get("data")
+    is_split = isinstance(names, list) and columns.question in names and isinstance(lists, list)
+    if is_split and all(isinstance(row, list) and len(row) == len(names) for row in lists):
+        return (dict(zip(names, row, strict=True)) for row in lists)
     if columns.question not in document or not values:
         return None
     if all(isinstance(one, dict) for one in values) and all(one.keys() == values[0].keys() for one in values):
@@ -140,17 +148,18 @@ def _answers_in_columns(
 
     None if it has neither, "" if its cells are blank.
     """
-    answer = row.get("answer")
+    start_column = columns.answer_start or next((name for name in START_COLUMNS if name in row), None)
+    answer = row.get("answer") if start_column else answers_in_cell(row.get("answer"))
     if isinstance(answer, (dict, list)):
         found: list[dict[str, Any]] = _as_answers(answer)
         return found
     for name in SPAN_LISTS:
-        if isinstance(row.get(name), list):
-            return [_of_span(span, context) for span in row[name]]
+        spans = answers_in_cell(row.get(name))
+        if isinstance(spans, list):
+            return [_of_span(span, context) for span in spans]
     is_context = columns.context not in row  # then "text" is the context
     known = (name for name in TEXT_COLUMNS if name in row and not (is_context and name in CONTEXT_COLUMNS))
     text_column = columns.answer_text or next(known, None)
-    start_column = columns.answer_start or next((name for name in START_COLUMNS if name in row), None)
     if text_column is None or text_column not in row or (start_column is None and columns.answer_text is None):
         return None
     text = row[text_column]

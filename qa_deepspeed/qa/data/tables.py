@@ -71,7 +71,7 @@ def csv_passages(
             delimiter = max(_DELIMITERS, key=lambda one: len(next(csv.reader([header], delimiter=one))))
             names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))
             blanks = any(name != name.strip() for name in next(csv.reader([header], delimiter=delimiter)))
-            names = [name.strip() for name in names]
+            names = _usual_names(names, columns)
             _require_columns(path, names, columns, needed)
             reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=blanks)
             line = before + 1
@@ -169,7 +169,7 @@ def excel_passages(
                     row = dict(zip(names, map(_cell, cells), strict=False))
                     yield flat_row(row, f"{path}: sheet {sheet.title}, row {number}", columns)
                 else:
-                    names = [str(cell).strip() if cell is not None else "" for cell in cells]
+                    names = _usual_names(["" if cell is None else str(cell) for cell in cells], columns)
                     _require_columns(path, names, columns, needed)
         except (zipfile.BadZipFile, KeyError, IndexError, ValueError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -209,6 +209,20 @@ def parquet_passages(path: str, columns: ColumnNames, needed: tuple[str, ...] = 
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not Parquet, or damaged: {reason}; get or write the file again") from error
+
+
+def _usual_names(header: list[str], columns: ColumnNames) -> list[str]:
+    """The names of a header without blanks around them; those that are used get the spelling of `ColumnNames`.
+
+    `Answer Start` is answer_start, unless there is such a column too.
+    """
+    names = [name.strip() for name in header]
+    used = _used_columns(columns)
+    spelled = ["_".join(name.lower().replace("-", " ").split()) for name in names]
+    return [
+        usual if name not in used and usual in used and spelled.count(usual) == 1 else name
+        for name, usual in zip(names, spelled, strict=True)
+    ]
 
 
 def _used_columns(columns: ColumnNames) -> set[str]:

@@ -89,6 +89,8 @@ DOCUMENTS: dict[str, Any] = {
     "columns of pandas": {
         name: {str(number): row[name] for number, row in enumerate(rows())} for name in rows()[0]
     },
+    "rows of pandas": {str(number): row for number, row in enumerate(rows())},
+    "split of pandas": {"columns": list(rows()[0]), "index": [0, 1], "data": [list(row.values()) for row in rows()]},
     "columns as lists": {name: [row[name] for row in rows()] for name in rows()[0]},
 }  # fmt: skip
 
@@ -213,6 +215,32 @@ def as_csv(made: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(made)
     return text.getvalue()
+
+
+@pytest.mark.parametrize("name", ["answer", "label"])
+def test_span_labels_in_the_cells_of_a_table(tmp_path: Path, name: str) -> None:
+    """Label Studio's CSV export: JSON in the cells, spans with start, end and text."""
+    made = [{"id": q, "text": CONTEXT, "question": q, name: json.dumps([spans(q, t, s)])} for q, t, s in FOUND]
+    path = tmp_path / "d.csv"
+    path.write_text(as_csv(made))
+    assert as_found(read(path)[0]) == FOUND
+
+
+def test_headers_are_found_in_other_spellings(tmp_path: Path) -> None:
+    """Upper case and blanks; a column of the very name comes first."""
+    names = {"id": "ID", "question": "Question", "context": "CONTEXT", "answer_text": "Answer Text",
+             "answer_start": "answer-start"}  # fmt: skip
+    path = tmp_path / "d.csv"
+    path.write_text(as_csv([{names[key]: value for key, value in row.items()} for row in rows()]))
+    examples, report = read(path)
+    assert as_found(examples) == FOUND and report.ids_made == 0
+    path.write_text(as_csv([{"Question": "x", **row} for row in rows()]))
+    assert as_found(read(path)[0]) == FOUND
+    path.write_text(
+        as_csv([{names.get(key, key): value for key, value in row.items()} | {"QUESTION": "x"} for row in rows()])
+    )
+    with pytest.raises(UserError, match="no column 'question' for the question among id, Question, context, "):
+        read(path)
 
 
 def test_cells_without_a_column_reject_their_row(tmp_path: Path) -> None:
