@@ -239,7 +239,11 @@ class CheckpointOptions:
 
     GROUP: ClassVar[str] = "checkpoints"
 
-    output_dir: str | None = option(None, RUN, "folder for the model, checkpoints, predictions and TensorBoard")
+    output_dir: str | None = option(
+        None,
+        RUN,
+        "folder for the model, checkpoints, predictions and TensorBoard; evaluate: left out, scores are only printed",
+    )
     overwrite_output_dir: bool = option(
         False, RUN, "start again in an output_dir that holds another run; evaluate: replace another model's answers"
     )

@@ -16,6 +16,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.loading import load_config
 from qa_deepspeed.qa.features.mixture import rows_of_epoch
+from qa_deepspeed.training.evaluate import log_features
 from qa_deepspeed.training.features import (
     EPOCH_ROWS,
     cache_folder,
@@ -225,3 +226,20 @@ def test_windows_without_an_answer_that_come_from_faulty_gold_answers_are_said_t
     windows = int((store.example_index < 2).sum())
     assert f"2 questions and {windows} window" in notes(store)[-1]
     assert notes(store)[-1].endswith("of these have faulty gold answers only, which are not in the context")
+
+
+def test_the_log_names_the_list_of_rejected_questions(
+    tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is one; an evaluation without an output folder writes none."""
+    rows = rows_of(sample / "train.json")[:5]
+    rows[2]["ask"] = ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"id_column": "key", "question_column": "ask", "context_column": "text", "answers_column": "gold"}
+    given = options(sample, train_file=f"{tmp_path}/train.jsonl", **names)
+    store = load_features(given, "train", model_facts(given))
+    log_features(store, "train", tmp_path, keep=False)
+    assert "1 rejected" in capsys.readouterr().out and not (tmp_path / "rejected_train.jsonl").exists()
+    log_features(store, "train", tmp_path)
+    assert f"rejected questions, each with its reason: {tmp_path}/rejected_train.jsonl" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rejected_train.jsonl").read_text())["reason"] == "empty question"
