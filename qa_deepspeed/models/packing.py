@@ -58,8 +58,7 @@ def choose_packing(
     Raises:
         UserError: packed rows are asked for, and the model cannot have them.
     """
-    asked = options.batch_layout == "packed" or packed_before is True
-    if options.batch_layout == "padded" or (packed_before is False and not asked):
+    if options.batch_layout == "padded" or (packed_before is False and options.batch_layout != "packed"):
         return None
     found: Packing | str | None
     if options.attn_implementation not in (None, "flash_attention_2"):
@@ -72,18 +71,23 @@ def choose_packing(
         found = Packing(tried) if isinstance(tried, int) else tried
     if isinstance(found, Packing):
         return found
-    _refuse_if_asked(asked, found)
+    _refuse_if_asked(options, packed_before, found)
     return None
 
 
 def _tried(found: Packing | str) -> int | str:
-    """What ranks are told: the first position id, or the reason against packing."""
+    """What rank 0 broadcasts: the first position id, or the reason against packing."""
     return found if isinstance(found, str) else found.first_position
 
 
-def _refuse_if_asked(asked: bool, reason: str) -> None:
-    if asked:
+def _refuse_if_asked(options: RunOptions, packed_before: bool | None, reason: str) -> None:
+    if options.batch_layout == "packed":
         raise UserError(f"this model's rows cannot be packed: {reason}; leave --batch_layout packed out")
+    if packed_before:
+        raise UserError(
+            f"the rows of this run were packed, and now cannot be: {reason}; --batch_layout padded resumes with padded "
+            "ones"
+        )
 
 
 def confirm_packing(
@@ -108,7 +112,7 @@ def confirm_packing(
     reason = dist.run_on_rank_zero(lambda: reason)
     if reason is None:
         return layout.packing
-    _refuse_if_asked(options.batch_layout == "packed" or packed_before is True, reason)
+    _refuse_if_asked(options, packed_before, reason)
     dist.log0(f"rows are padded: {reason}")
     return None
 
@@ -175,7 +179,7 @@ def difference(
     packing: Packing,
     tolerance: float,
 ) -> str | None:
-    """Why logits of packed rows are not those of padded ones; None if they are. As often collective as `forward` is."""
+    """Why logits of packed rows are not those of padded ones; None if they are. Collective if `forward` is."""
     padded = make_batch(take, rows, dataclasses.replace(layout, packing=None))
     packed = make_batch(take, rows, dataclasses.replace(layout, packing=packing))
     expected = _logits(forward(padded.inputs), padded)
@@ -184,6 +188,8 @@ def difference(
     except TRIAL_ERRORS as error:
         return f"it takes no packed rows ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     span = float(expected.max() - expected.min())
+    if span == 0.0:
+        return "its logits are all equal, so that nothing can be compared"
     largest = float((found - expected).abs().max())
     if not largest <= tolerance * span:
         return f"logits of packed rows differ by {largest:.1e}, in a range of {span:.1e}"

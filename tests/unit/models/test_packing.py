@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.heads import Objective, SpanHead
-from qa_deepspeed.models.packing import PACKED_FAMILIES, packing_of, rows_to_try
+from qa_deepspeed.models.packing import PACKED_FAMILIES, choose_packing, packing_of, rows_to_try
 from qa_deepspeed.models.row_attention import NAME, set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.transformers_compat import attention_implementation
 from qa_deepspeed.qa.features.batching import Batch, Layout, Packing, make_batch
 from qa_deepspeed.qa.features.families import FAMILIES
 from qa_deepspeed.qa.features.store import FeatureRows
+from qa_deepspeed.utils.errors import UserError
 from tests.unit.engine.test_optim import WITHOUT_QA_CLASS
 
 SMALL: dict[str, Any] = {
@@ -161,6 +163,55 @@ def test_attention_across_rows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     model = small_model("llama")
     monkeypatch.setattr(row_attention, "pairwise", everything)
     assert isinstance(packing_of(model, take, rows_to_try(np.array(LENGTHS)), layout_of(model)), str)
+
+
+def test_a_head_of_zeros_shows_nothing() -> None:
+    model = small_model("bert")
+    for parameter in model.qa_outputs.parameters():
+        torch.nn.init.zeros_(parameter)
+    reason = packing_of(model, take, rows_to_try(np.array(LENGTHS)), layout_of(model))
+    assert reason == "its logits are all equal, so that nothing can be compared"
+
+
+class Features:
+    """What the choice needs of a store."""
+
+    lengths = np.array(LENGTHS)
+    take = staticmethod(take)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "before", "expected"),
+    [
+        ("bert", {}, None, Packing(0)),
+        ("bert", {}, True, Packing(0)),
+        ("bert", {}, False, None),
+        ("bert", {"batch_layout": "packed"}, False, Packing(0)),
+        ("bert", {"batch_layout": "padded"}, True, None),
+        ("bert", {"attn_implementation": "eager"}, None, None),
+        ("t5", {}, None, None),
+    ],
+)
+def test_the_options_and_the_resumed_run_choose(
+    name: str, options: dict[str, str], before: bool | None, expected: Packing | None
+) -> None:
+    model, features = small_model(name), Features()
+    assert choose_packing(model, RunOptions(**options), features, layout_of(model), 2, before) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "advice"),
+    [
+        ({"batch_layout": "packed"}, None, "leave --batch_layout packed out"),
+        ({}, True, "--batch_layout padded resumes with padded ones"),
+    ],
+)
+def test_packed_rows_that_are_asked_for_and_impossible_are_an_error(
+    options: dict[str, str], before: bool | None, advice: str
+) -> None:
+    model = small_model("t5")
+    with pytest.raises(UserError, match=advice):
+        choose_packing(model, RunOptions(**options), Features(), layout_of(model), 2, before)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fill", [1, 64, 256])
