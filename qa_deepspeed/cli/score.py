@@ -25,6 +25,7 @@ from qa_deepspeed.qa.metrics.prediction_files import (
 from qa_deepspeed.qa.metrics.significance import confidence_interval
 from qa_deepspeed.qa.metrics.squad import score, score_answer
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import plural
 
 NAMES_SHOWN = 20
 
@@ -155,7 +156,8 @@ def _without(gold: GoldFile, predictions: dict[str, str]) -> dict[str, str]:
     """The predictions but those of questions without gold answers, which a remark counts."""
     ids = set(gold.without_gold).difference(question.example_id for question in gold.questions)
     if ids:
-        print(f"{len(ids)} questions without gold answers, not scored: {_listed(gold.without_gold)}", file=sys.stderr)
+        counted = plural(len(ids), "question")
+        print(f"{counted} without gold answers, not scored: {_listed(gold.without_gold)}", file=sys.stderr)
     return {example_id: text for example_id, text in predictions.items() if example_id not in ids}
 
 
@@ -200,20 +202,25 @@ def _remark(metrics: dict[str, Any], names: dict[str, list[str]], version_2: boo
         share = metrics["total"] / (metrics["total"] + len(missing))
         wrong = f"exact {metrics['exact'] * share:.4f}, f1 {metrics['f1'] * share:.4f}"
         print(
-            f"{len(missing)} questions have no prediction and are left out of the totals, as in the official script "
-            f"(counted as wrong: {wrong}): {_listed(missing)}",
+            f"{plural(len(missing), 'question')} without a prediction, left out of the totals, as in the official "
+            f"script (counted as wrong: {wrong}): {_listed(missing)}",
             file=sys.stderr,
         )
     elif missing:
-        print(f"{len(missing)} questions have no prediction and count as 0: {_listed(missing)}", file=sys.stderr)
+        print(
+            f"{plural(len(missing), 'question')} without a prediction, which count as 0: {_listed(missing)}",
+            file=sys.stderr,
+        )
     if extra:
-        print(f"{len(extra)} predictions have no matching question in the gold file: {_listed(extra)}", file=sys.stderr)
+        print(
+            f"{plural(len(extra), 'prediction')} without a question in the gold file: {_listed(extra)}", file=sys.stderr
+        )
 
 
 def _remark_blanked(count: int, threshold: float) -> None:
     if count:
         print(
-            f"{count} answers count as none because their null odds exceed {threshold:g}, as in the official "
+            f"{plural(count, 'answer')} taken for none, as the null odds exceed {threshold:g}, as in the official "
             "script (--null_odds_threshold none takes the answers as they are)",
             file=sys.stderr,
         )

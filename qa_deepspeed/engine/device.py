@@ -11,7 +11,7 @@ import torch
 
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.units import GIB
+from qa_deepspeed.utils.units import GIB, plural
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
@@ -79,10 +79,8 @@ def assign_cores() -> None:
     if bound:  # a rank on a single core could not evade other processes
         os.sched_setaffinity(0, mine)
     if dist.local_world_size() > 1:
-        dist.log0(
-            f"each of {dist.local_world_size()} ranks here computes with {len(mine)} "
-            f"{'cores of its own' if bound else 'threads'} ({THREADS} sets another number)"
-        )
+        means = f"{len(mine)} cores of its own" if bound else plural(len(mine), "thread")
+        dist.log0(f"each of {dist.local_world_size()} ranks here computes with {means} ({THREADS} sets another number)")
 
 
 def cores_of(cores: set[int], rank: int, ranks: int) -> set[int]:

@@ -16,6 +16,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.metrics.by_file import FILES
 from qa_deepspeed.utils.files import write_text
 from qa_deepspeed.utils.json_files import ANYTHING, DamagedFile, read_json
+from qa_deepspeed.utils.units import plural
 
 CARD_FILE = "README.md"
 TASK = "question-answering"
@@ -261,10 +262,10 @@ def _training(options: RunOptions, record: Mapping[str, Any]) -> str:
     facts = [
         f"data: {_data_name(options, 'train')}",
         (f"{taken:,} of " if taken < usable else "")
-        + f"{usable:,} usable questions"
+        + f"{plural(usable, 'usable question')}"
         + (f", {sum(questions['rejected'].values()):,} left out" if questions.get("rejected") else ""),
-        f"{identity['steps']:,} steps of {identity['global_batch_size']} rows, {identity['precision']}",
-        f"{hardware['ranks']} ranks; {device}",
+        f"{plural(identity['steps'], 'step')} of {identity['global_batch_size']} rows, {identity['precision']}",
+        f"{plural(hardware['ranks'], 'rank')}; {device}",
         f"training {record['seconds'].get('training', 0):,.0f} s",
         ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed") if name in versions),
     ]

@@ -276,7 +276,7 @@ def log_features(store: FeatureStore, purpose: str, output_dir: Path, keep: bool
     """One line on what was read and made of it. keep: write what was rejected into a file of the output folder."""
     how = "built" if store.built else "from the cache"
     taken = f", {len(store.examples):,} of them drawn" if len(store.examples) < store.report.usable else ""
-    dist.log0(f"{purpose}: {store.report.summary()}{taken}; {len(store):,} features ({how})")
+    dist.log0(f"{purpose}: {store.report.summary()}{taken}; {plural(len(store), 'feature')} ({how})")
     for note in [*store.report.advice(), *notes(store)]:
         dist.log0(f"  {note}")
     if dist.is_rank_zero() and store.report.rejected and keep:

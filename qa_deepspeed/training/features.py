@@ -146,12 +146,13 @@ def feature_settings(options: RunOptions) -> FeatureSettings:
 def notes(store: FeatureStore) -> list[str]:
     """Notes for the log about truncated or lost questions, one line each; empty if there are none."""
     kinds = (
-        ("truncated_questions", "questions cut to max_query_length"),
-        ("examples_without_tokens", "questions whose context has no tokens"),
-        ("windows_without_answer", "windows without the answer of their question"),
-        ("answers_in_no_window", "questions whose answers are in no window"),
+        ("truncated_questions", "question", "cut to max_query_length"),
+        ("examples_without_tokens", "question", "whose context has no tokens"),
+        ("windows_without_answer", "window", "without the answer of their question"),
+        ("answers_in_no_window", "question", "whose answers are in no window"),
     )
-    found = [f"{store.counts[name]:,} {what}" for name, what in kinds if store.counts.get(name)]
+    counted = ((store.counts.get(name, 0), noun, what) for name, noun, what in kinds)
+    found = [f"{plural(count, noun)} {what}" for count, noun, what in counted if count]
     unplaced = store.examples.unplaced() if store.report.answer_faults else np.zeros(0, dtype=bool)
     if unplaced.any():
         windows = int(unplaced[np.asarray(store.example_index)].sum())
@@ -160,7 +161,7 @@ def notes(store: FeatureStore) -> list[str]:
             "answers only, which are not in the context"
         )
     if store.without_gold:
-        found.append(f"{store.without_gold:,} questions without gold answers: they are answered and not scored")
+        found.append(f"{plural(store.without_gold, 'question')} without gold answers, answered and not scored")
     return found
 
 

@@ -70,8 +70,8 @@ def test_v1_or_v2_by_what_the_file_says(capsys, files):
 def test_missing_and_extra_ids_are_named(capsys, files):
     code, out, err = call(capsys, *files(gold=V2, predictions={"a": "The Rhine!", "x1": "", "x2": ""}))
     assert code == 0
-    assert "1 questions have no prediction and are left out" in err and "exact 50.0000" in err
-    assert "2 predictions have no matching question in the gold file: x1, x2" in err
+    assert "1 question without a prediction, left out" in err and "exact 50.0000" in err
+    assert "2 predictions without a question in the gold file: x1, x2" in err
     assert out.startswith("rules of SQuAD v2.0\n")
     assert [line.split() for line in out.splitlines() if line.startswith("exact")] == [["exact", "100.0000"]]
 
@@ -80,7 +80,7 @@ def test_null_odds_and_their_threshold(capsys, files):
     paths = files(gold=V2, predictions={"a": "Rhine", "b": "long"}, odds={"b": 3.0, "a": 2.0})
     metrics, err = metrics_of(capsys, *paths[:2], "--null_odds", paths[2])
     assert (metrics["exact"], metrics["HasAns_exact"], metrics["NoAns_exact"]) == (50.0, 0.0, 100.0)
-    assert "2 answers count as none because their null odds exceed 1" in err
+    assert "2 answers taken for none, as the null odds exceed 1" in err
     assert (metrics["best_exact"], metrics["best_exact_thresh"]) == (100.0, 2.0)
     metrics, err = metrics_of(capsys, *paths[:2], "--null_odds", paths[2], "--null_odds_threshold", "none")
     assert (metrics["exact"], metrics["HasAns_exact"], err) == (50.0, 100.0, "")
@@ -203,7 +203,7 @@ def test_questions_without_gold_are_not_scored(capsys, files, version):
     code, out, err = call(capsys, gold, answers, "--json")
     found = json.loads(out)
     assert code == 0 and (found["exact"], found["total"], found["extra"]) == (100, 1, 0)
-    assert "1 questions without gold answers, not scored: u" in err
+    assert "1 question without gold answers, not scored: u" in err
     assert found["ids_without_gold"] == ["u"]
     (none,) = files(none=article(unknown, version=version))
     code, _, err = call(capsys, none, answers)
