@@ -26,7 +26,7 @@ WAITING = {
     "aten::_unique2",
     "aten::unique_consecutive",
 }
-"""Operators whose result the host must have before it goes on."""
+"""Operators whose result the host must have before it continues."""
 
 
 class Waits(TorchDispatchMode):

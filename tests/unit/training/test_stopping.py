@@ -47,7 +47,7 @@ def test_a_folder_is_locked_by_one_running_process(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_its_holder_removes_is_made_anew(tmp_path: Path) -> None:
-    """Whoever waited for it does not hold a lock on a file that is gone."""
+    """A process that waited for it does not hold a lock on a file that is gone."""
     waiting = RunLock(tmp_path)
     (tmp_path / ".lock").unlink()
     assert not waiting._take(tmp_path) and waiting._take(tmp_path)
