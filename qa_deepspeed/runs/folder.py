@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -76,7 +77,7 @@ def leave_run_dir(output_dir: Path, lock: RunLock | None, existed: bool) -> None
     existed: whether the folder was there before the run.
     """
     if lock is not None:
-        lock.release(remove=not (output_dir / RUN_FILE).exists())
+        lock.release(remove=not os.path.exists(output_dir / RUN_FILE))  # also on a disk that fails
     if dist.is_rank_zero() and not existed:
         with contextlib.suppress(OSError):  # it is not empty
             output_dir.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -61,5 +62,6 @@ class RunLock:
         """Release the lock. remove: the file too, where nothing else was done in the folder."""
         self._holder.clear()
         if remove:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that fails: the run's own error is the one to show
+                self._path.unlink(missing_ok=True)
         os.close(self._handle)
