@@ -37,6 +37,8 @@ def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None
     shutil.copytree(sample / "model", tmp_path / "bert-base-uncased")
     for name in ("train", "dev"):
         shutil.copy(sample / f"{name}.json", tmp_path / f"{name}-v2.0.json")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "home.md").write_text("I live in a lighthouse near Weimar.")
     ran = 0
     for words in commands():
         if words[0] in NOT_RUN_HERE or " ".join(words[:2]) in NOT_RUN_HERE:
@@ -55,7 +57,7 @@ def test_every_command_of_the_readme_works(sample: Path, tmp_path: Path) -> None
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         ran += 1
-    assert ran == 6
+    assert ran == 7
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) > 10 and all("answer" in row and "score" in row for row in answers)
     assert (tmp_path / "runs/mine/predictions.json").read_bytes() == (
