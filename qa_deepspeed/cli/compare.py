@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.qa.data.reading import resolve_files
 from qa_deepspeed.qa.decoding.predictions import NBEST_FILE, PREDICTIONS_FILE
 from qa_deepspeed.qa.metrics.compare import explain
-from qa_deepspeed.qa.metrics.prediction_files import GoldFile, read_gold, read_nbest, read_predictions
+from qa_deepspeed.qa.metrics.prediction_files import GoldFile, read_gold_files, read_nbest, read_predictions
 from qa_deepspeed.qa.report.comparison import SIGNIFICANT, SystemAnswers, comparison_page, verdict
 from qa_deepspeed.qa.report.page import now
 from qa_deepspeed.utils.errors import UserError
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gold",
         metavar="FILE",
-        help="SQuAD JSON of the questions that the runs answered (default: the predict_file that they name)",
+        help="the questions that the runs answered, in any format that evaluate reads; several files with commas "
+        "between (default: the predict_file that they name)",
     )
     parser.add_argument(
         "--report",
@@ -165,12 +167,16 @@ def _pair(one: Path, other: Path, records: list[dict[str, Any]], gold: str | Non
         reason = f"they answered different files ({files[0]} and {files[1]}); name one with --gold"
         return _Pair(one, other, reason)
     path = gold or files[0]
-    if not path or not Path(path).is_file():
+    try:
+        paths = resolve_files([] if not path else [path] if Path(path).exists() else path.split(","))
+    except UserError:
+        paths = ()
+    if not path or not paths:
         return _Pair(one, other, f"the questions they answered are not at {path}; name the file with --gold")
     language = options[0].get("metric_language", "en")
     try:
         a, b = (read_predictions(str(folder / PREDICTIONS_FILE)) for folder in (one, other))
-        questions = read_gold(path)
+        questions = read_gold_files(paths)
         return _Pair(one, other, "", questions, path, a, b, explain(questions, a, b, language), language)
     except UserError as error:
         return _Pair(one, other, str(error))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qa_deepspeed.qa.data.examples import Answer
+from qa_deepspeed.qa.data.files import distinct_names
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS, NBestEntry
 from qa_deepspeed.qa.metrics.squad import Gold
@@ -24,6 +26,7 @@ class GoldFile(NamedTuple):
     without_gold: list[str]  # ids of questions whose gold answers are not known; they are not among the others
     starts: dict[str, tuple[int, ...]]  # by question id, where the file says that each gold text begins; -1 if nowhere
     left_out: tuple[str, ...] = ()  # lines about rows that cannot be read
+    files: Mapping[str, str] = MappingProxyType({})  # by question id, the name of its file if there are several
 
     def places(self, question: Gold) -> list[Answer]:
         """The gold texts of a question with their places, -1 where the context does not have the text there."""
@@ -54,6 +57,37 @@ def read_gold(path: str) -> GoldFile:
             "is nothing to score against"
         )
     return gold
+
+
+def read_gold_files(paths: Sequence[str]) -> GoldFile:
+    """The questions of several gold files as those of one.
+
+    An id that an earlier file has too gets the number of its file in front (`2/ID`), as in evaluations.
+
+    Raises:
+        UserError: as `read_gold`.
+    """
+    if len(paths) == 1:
+        return read_gold(paths[0])
+    merged, version_2 = GoldFile([], False, {}, {}, [], {}), False
+    files: dict[str, str] = {}
+    left_out: list[str] = []
+    for number, (path, name) in enumerate(zip(paths, distinct_names(paths), strict=True), 1):
+        one = read_gold(path)
+        ids = {}
+        for example_id, context in one.contexts.items():
+            distinct = example_id
+            while distinct in merged.contexts:
+                distinct = f"{number}/{distinct}"
+            ids[example_id] = distinct
+            merged.contexts[distinct], files[distinct] = context, name
+            merged.wording[distinct] = one.wording[example_id]
+            merged.starts[distinct] = one.starts.get(example_id, ())
+        merged.questions.extend(question._replace(example_id=ids[question.example_id]) for question in one.questions)
+        merged.without_gold.extend(ids[example_id] for example_id in one.without_gold)
+        left_out += one.left_out
+        version_2 = version_2 or one.version_2
+    return merged._replace(version_2=version_2, left_out=tuple(left_out), files=files)
 
 
 def _nested_document(path: str) -> dict[str, Any] | None:

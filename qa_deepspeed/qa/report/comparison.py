@@ -124,6 +124,7 @@ def _records(gold: GoldFile, systems: tuple[SystemAnswers, SystemAnswers], langu
                 wrong=change != 0,
                 slices={"question_word": question_word(gold.wording[example_id])}
                 | ({"answerable": "yes" if question.texts else "no"} if gold.version_2 else {}),
+                file=gold.files.get(example_id, ""),
                 note=f"no prediction of {' and '.join(missing)}" if missing else "",
             )
         )

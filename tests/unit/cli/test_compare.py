@@ -120,3 +120,23 @@ def test_no_page_is_written_where_there_is_nothing_to_show(tmp_path: Path, capsy
     assert compare(one, other, one, "--report", target) == 2 and "two runs" in capsys.readouterr().err
     assert compare(one, one, "--report", tmp_path / "gone" / "page.html") == 2
     assert "there is no folder" in capsys.readouterr().err and not target.exists()
+
+
+def test_runs_on_several_files_are_compared_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids that an earlier file has too are named as evaluations name them."""
+    runs = [make_run(tmp_path / name, right) for name, right in (("one", 30), ("other", 50))]
+    gold = json.loads((tmp_path / "gold.json").read_text())
+    gold["data"][0]["paragraphs"] = gold["data"][0]["paragraphs"][:3]
+    (tmp_path / "more.json").write_text(json.dumps(gold))
+    for run in runs:
+        record = json.loads((run / "run.json").read_text())
+        record["options"]["predict_file"] = f"{tmp_path}/gold.json,{tmp_path}/more.json"
+        (run / "run.json").write_text(json.dumps(record))
+    answers = json.loads((runs[1] / "predictions.json").read_text())
+    (runs[1] / "predictions.json").write_text(json.dumps({**answers, "2/0": "0", "2/1": "1", "2/2": "wrong"}))
+    assert compare(*runs, "--report", tmp_path / "page.html", "--json") == 0
+    (test,) = json.loads(capsys.readouterr().out)["significance"]
+    assert test["total"] == QUESTIONS + 3 and test["f1_b"] == pytest.approx(100 * 52 / (QUESTIONS + 3))
+    data = page_data(tmp_path / "page.html")
+    files = {row[0]: data["words"][row[7]] for row in data["rows"]}
+    assert files["0"] == "/gold.json" and files["2/0"] == "/more.json" and len(files) == QUESTIONS + 3
