@@ -216,7 +216,8 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     """The words of a command line that sets these options; those that are None are left out."""
     words = []
     for name, given in values.items():
-        value = str(given).lower() if isinstance(given, bool) else str(given)
+        whole = isinstance(given, float) and given.is_integer() and abs(given) < LARGEST_NUMBER
+        value = str(given).lower() if isinstance(given, bool) else str(int(given) if whole else given)
         if given is not None:  # null in a YAML file
             words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
     return words

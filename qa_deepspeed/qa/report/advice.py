@@ -45,30 +45,36 @@ def advice(report: Mapping[str, Any]) -> list[Advice]:
     Args:
         report: the content of report.json.
     """
-    metrics = report["metrics"]
-    found = [*_threshold(metrics), *_errors(report["errors"]), *_weakest_slice(report), *_calibration(report)]
+    others = [*_errors(report["errors"]), *_weakest_slice(report), *_calibration(report)]
+    recommended, unchanged = _threshold(report["metrics"])
+    found = [*recommended, *others, *unchanged]
     return found or [Advice("Nothing stands out: all answers are right, or wrong in ways that have little in common.")]
 
 
-def _threshold(metrics: Mapping[str, Any]) -> Iterator[Advice]:
+def _threshold(metrics: Mapping[str, Any]) -> tuple[list[Advice], list[Advice]]:
+    """A threshold to set, and what is said of one that stays as it is."""
     if "tuned_f1" not in metrics:
-        return
+        return [], []
     tuned, threshold, expected = (metrics[name] for name in ("tuned_f1", "tuned_f1_thresh", "crossfit_f1"))
     if "untuned_f1" in metrics:
-        yield Advice(
+        words = (
             f"The null threshold {threshold:.2f} was tuned on these questions: F1 {metrics['f1']:.1f}, against "
             f"{metrics['untuned_f1']:.1f} at 0. Expect about {expected:.1f} on new data."
         )
-    elif tuned - metrics["f1"] >= WORTH_TUNING and expected > metrics["f1"]:
-        yield Advice(
+        return [], [Advice(words)]
+    if tuned - metrics["f1"] < WORTH_TUNING:
+        return [], []
+    if expected > metrics["f1"]:
+        words = (
             f"A null threshold of {threshold:.2f} would give F1 {tuned:.1f} here instead of {metrics['f1']:.1f}, and "
             f"about {expected:.1f} on new data: --null_score_diff_threshold auto finds and stores it."
         )
-    elif tuned - metrics["f1"] >= WORTH_TUNING:
-        yield Advice(
-            f"Another null threshold ({threshold:.2f}) would give F1 {tuned:.1f} on these questions, but not on new "
-            f"ones: expect {expected:.1f}. Leave it as it is."
-        )
+        return [Advice(words)], []
+    words = (
+        f"A null threshold of {threshold:.2f} would give F1 {tuned:.1f} on these questions, but not on new ones: "
+        f"expect {expected:.1f} there. Leave it as it is."
+    )
+    return [], [Advice(words)]
 
 
 def _errors(errors: Mapping[str, Mapping[str, Any]]) -> Iterator[Advice]:

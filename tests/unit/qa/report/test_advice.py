@@ -34,9 +34,16 @@ def test_a_threshold_is_recommended_where_it_lasts() -> None:
     (found,) = words(metrics=better)
     assert "A null threshold of -2.67 would give F1 93.8 here instead of 91.0, and about 92.9 on new data" in found
     (found,) = words(metrics=better | {"crossfit_f1": 90.5})
-    assert "but not on new ones: expect 90.5" in found
+    assert "but not on new ones: expect 90.5 there" in found
     (found,) = words(metrics=better | {"untuned_f1": 90.1})
     assert "-2.67 was tuned on these questions: F1 91.0, against 90.1 at 0. Expect about 92.9 on new data" in found
+
+
+def test_a_threshold_to_set_comes_first_and_one_to_leave_last() -> None:
+    errors = {"missed": {"questions": 2, "lost_f1": 9.0, "part_of_lost_f1": 1.0}}
+    better = {"tuned_f1": 93.84, "crossfit_f1": 92.9}
+    assert "null threshold" in words(metrics=better, errors=errors)[0]
+    assert "Leave it as it is" in words(metrics=better | {"crossfit_f1": 90.0}, errors=errors)[-1]
 
 
 def test_the_dearest_class_of_errors_comes_first() -> None:
