@@ -235,6 +235,16 @@ def partition_of(parameter: Any) -> torch.Tensor | None:
     return partition
 
 
+def place_of_partition(parameter: Any, rank: int) -> tuple[int, int]:
+    """First element and number of elements of the full parameter that the partition of `rank` holds.
+
+    What follows them in the partition is padding, which DeepSpeed does not initialize: it may hold NaN.
+    """
+    size, full = parameter.ds_tensor.numel(), full_numel(parameter)
+    begin = min(rank * size, full)
+    return begin, min(size, full - begin)
+
+
 def is_plain_partition(parameter: Any) -> bool:
     """Whether writing into `partition_of` suffices: no partition on NVMe, quantized, or with a second copy (ZeRO++)."""
     partition = parameter.ds_tensor

@@ -209,9 +209,13 @@ class Engine(EvalModel):
 
         A scalar on the device, read without a synchronization.
         """
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        held = (compat.partition_of(parameter) for parameter in trained)
-        parts = [one.detach() if part is None else part.detach() for one, part in zip(trained, held, strict=True)]
+        parts = []
+        for parameter in self.module.parameters():
+            partition = compat.partition_of(parameter)
+            if partition is not None:
+                partition = partition.narrow(0, 0, compat.place_of_partition(parameter, dist.rank())[1])
+            if parameter.requires_grad:
+                parts.append((parameter if partition is None else partition).detach())
         return torch.nn.utils.get_total_norm(parts)
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:

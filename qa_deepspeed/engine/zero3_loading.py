@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.compiled_ops import builds_reported
-from qa_deepspeed.engine.deepspeed_compat import full_shape, is_plain_partition, partition_of
+from qa_deepspeed.engine.deepspeed_compat import full_shape, is_plain_partition, partition_of, place_of_partition
 from qa_deepspeed.engine.engine import import_deepspeed
 from qa_deepspeed.models import transformers_compat
 from qa_deepspeed.models.loading import load_model
@@ -59,8 +59,7 @@ def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
         if partition is None:
             parameter.copy_(value)
         elif is_plain_partition(parameter):
-            begin = min(dist.rank() * partition.numel(), value.numel())
-            real = min(partition.numel(), value.numel() - begin)  # the rest is padding
+            begin, real = place_of_partition(parameter, dist.rank())
             partition.narrow(0, 0, real).copy_(value.reshape(-1).narrow(0, begin, real))
         else:
             import deepspeed
