@@ -5,7 +5,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -165,15 +164,13 @@ def test_wrong_calls(capsys, files):
 
 
 def process(*arguments):
-    began = time.perf_counter()
     command = [sys.executable, "-m", "qa_deepspeed", "score", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
-    return done, time.perf_counter() - began
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
 
 
 def test_a_real_process_prints_one_line_and_brings_no_torch(files):
     gold, predictions = files(gold=V2, predictions={"a": "Rhine", "b": ""})
-    done, _ = process(gold, predictions, "--json")
+    done = process(gold, predictions, "--json")
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert (metrics["exact"], metrics["f1"], metrics["total"]) == (100.0, 100.0, 2)
@@ -184,14 +181,13 @@ def test_a_real_process_prints_one_line_and_brings_no_torch(files):
 
 
 @needs_real_data
-def test_starts_and_scores_real_gold_in_about_a_second(tmp_path):
+def test_gold_answers_of_real_data_score_100(tmp_path):
     gold = json.loads((DATA / "en-v2-dev.json").read_text(encoding="utf-8"))
     questions = [q for a in gold["data"] for p in a["paragraphs"] for q in p["qas"]]
     predictions = tmp_path / "predictions.json"
     predictions.write_text(json.dumps({q["id"]: q["answers"][0]["text"] if q["answers"] else "" for q in questions}))
-    runs = [process(DATA / "en-v2-dev.json", predictions, "--json") for _ in range(3)]
-    assert all(json.loads(done.stdout)["exact"] == 100.0 for done, _ in runs)
-    assert min(seconds for _, seconds in runs) < 2  # 0.5 s when nothing else runs
+    done = process(DATA / "en-v2-dev.json", predictions, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["exact"] == 100.0
 
 
 @pytest.mark.parametrize("version", ["1.1", "v2.0"])
