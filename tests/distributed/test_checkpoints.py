@@ -65,7 +65,7 @@ def test_another_number_of_ranks_resumes(played: Path) -> None:
 def test_a_disk_that_refuses_leaves_the_run_going(options: dict[str, object], tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: it needs no rights. Both ranks come through."""
     limited = 'ulimit -f 300; exec "$0" "$@"'  # 300 KiB: the log fits, shards and model do not
-    command = by_torchrun(2, "train", *flags(**{**options, "output_dir": tmp_path / "run"}))
+    command = by_torchrun(2, "train", *flags(**{**options, "output_dir": tmp_path / "run", "save_retry": 1}))
     done = run(["bash", "-c", limited, *command], tmp_path)
     for step in (2, 4, 6):
         assert f"checkpoint-{step} was NOT saved; training continues" in done.stdout
