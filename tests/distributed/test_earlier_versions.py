@@ -20,7 +20,7 @@ import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
-from qa_deepspeed.training.features import load_features, look_up_features
+from qa_deepspeed.training.features import EPOCH_ROWS, load_features, look_up_features
 from tests.distributed.launching import alone, losses, run
 from tests.paths import REPOSITORY
 
@@ -206,7 +206,8 @@ def options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunOptions:
 
 def test_the_cache_is_loaded_without_building(folder: Path, options: RunOptions) -> None:
     expected, facts = FEATURES["train"], model_facts(options)
-    assert look_up_features(options, "train", facts) == (expected["fingerprint"], expected["counts"])
+    counts = expected["counts"] | {EPOCH_ROWS: expected["counts"]["features"]}
+    assert look_up_features(options, "train", facts) == (expected["fingerprint"], counts)
     store = load_features(options, "train", facts)
     assert not store.built and store.fingerprint == expected["fingerprint"]
     assert store.counts == expected["counts"] and store.report.to_dict() == expected["report"]
