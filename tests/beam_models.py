@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from qa_deepspeed.cli.sample import make_corpora
+from qa_deepspeed.cli.data.sample import make_corpora
 
 QUESTIONS = 32
 SPECIAL = {

@@ -1,7 +1,7 @@
-"""The command line: one file per sub-command, and the parser that finds them.
+"""The command line: one file per sub-command, in folders by purpose, and the parser that finds them.
 
 Imports: every other folder; nothing imports it.
-Start reading: main.py, then train.py.
+Start reading: main.py, then training/train.py.
 """
 
 from __future__ import annotations

@@ -21,68 +21,68 @@ from qa_deepspeed.utils.home import ensure_home
 
 COMMANDS = {
     "train": (
-        "qa_deepspeed.cli.train",
+        "qa_deepspeed.cli.training.train",
         "fine-tune a model (alone, or under deepspeed or torchrun)",
         "deepspeed --num_gpus 8 --module qa_deepspeed train --model_name_or_path roberta-base --train_file "
         "train-v1.1.json --predict_file dev-v1.1.json --do_eval --output_dir runs/one",
     ),
     "evaluate": (
-        "qa_deepspeed.cli.evaluate",
+        "qa_deepspeed.cli.results.evaluate",
         "answer and score a file with a trained model",
         "qa-deepspeed evaluate --model_name_or_path runs/one --predict_file dev-v1.1.json --output_dir runs/one-dev",
     ),
     "predict": (
-        "qa_deepspeed.cli.predict",
+        "qa_deepspeed.cli.inference.predict",
         "answer questions with a trained model, from a file or one by one",
         "qa-deepspeed predict questions.jsonl --model_name_or_path runs/one --output answers.jsonl",
     ),
     "score": (
-        "qa_deepspeed.cli.score",
+        "qa_deepspeed.cli.results.score",
         "score any system's predictions against a gold file, without a model",
         "qa-deepspeed score dev-v2.0.json predictions.json --null_odds null_odds.json",
     ),
     "compare": (
-        "qa_deepspeed.cli.compare",
+        "qa_deepspeed.cli.results.compare",
         "runs side by side: what differs, and whether F1 differs by more than chance",
         "qa-deepspeed compare runs/one runs/other",
     ),
     "ensemble": (
-        "qa_deepspeed.cli.ensemble",
+        "qa_deepspeed.cli.results.ensemble",
         "one set of answers from the n-best files of several runs",
         "qa-deepspeed ensemble runs/a/nbest_predictions.json runs/b/nbest_predictions.json --output_dir runs/both",
     ),
     "export": (
-        "qa_deepspeed.cli.export",
+        "qa_deepspeed.cli.inference.export",
         "make a normal model of a checkpoint and verify it",
         "qa-deepspeed export runs/one/checkpoint-500 model --dtype bf16",
     ),
     "audit": (
-        "qa_deepspeed.cli.audit",
+        "qa_deepspeed.cli.data.audit",
         "what training on a file would do: rejected questions, lengths, windows",
         "qa-deepspeed audit train-v2.0.json --model_name_or_path roberta-base --version_2_with_negative",
     ),
     "convert": (
-        "qa_deepspeed.cli.convert",
+        "qa_deepspeed.cli.data.convert",
         "write any readable file as clean SQuAD v2 JSON",
         "qa-deepspeed convert export.csv train.json --encoding cp1252",
     ),
     "prepare": (
-        "qa_deepspeed.cli.prepare",
+        "qa_deepspeed.cli.data.prepare",
         "build the features of a run beforehand",
         "qa-deepspeed prepare --config run.yaml --num_proc 8",
     ),
     "check": (
-        "qa_deepspeed.cli.check",
+        "qa_deepspeed.cli.training.check",
         "say whether a run would start and what it would do, without loading weights",
         "qa-deepspeed check --config run.yaml --hostfile hosts",
     ),
     "plan": (
-        "qa_deepspeed.cli.plan",
+        "qa_deepspeed.cli.training.plan",
         "memory and traffic of a model under every shipped DeepSpeed config",
         "qa-deepspeed plan --model_name_or_path bert-large-uncased --gpus_per_node 8 --gpu_memory 80GiB --bf16",
     ),
     "sample": (
-        "qa_deepspeed.cli.sample",
+        "qa_deepspeed.cli.data.sample",
         "generate the quickstart's corpus and tiny model",
         "qa-deepspeed sample quickstart/sample",
     ),

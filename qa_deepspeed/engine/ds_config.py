@@ -182,7 +182,7 @@ def check_trainable(resolved: ResolvedConfig) -> None:
 
     In float16 at stage 0 it divides gradients by a loss scale that the loss was not multiplied by: seen on a GPU, where
     the loss hardly fell (DeepSpeedEngine.backward scales for ZeRO's optimizers only). Its writers in the background do
-    not work here, see engine/checkpoint.py.
+    not work here, see engine/checkpoints/checkpoint.py.
     """
     if resolved.config.get("sequence_parallel_size", 1) != 1:
         raise UserError(

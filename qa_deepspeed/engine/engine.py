@@ -17,14 +17,14 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.engine.checkpoints.shards import Shards, fill_engine
 from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
 from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups, works_elementwise
-from qa_deepspeed.engine.shards import Shards, fill_engine
+from qa_deepspeed.models.attention.row_attention import set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
-from qa_deepspeed.models.row_attention import set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import dtype_named, weight_dtype
@@ -298,8 +298,8 @@ class Engine(EvalModel):
 
 
 def choose_attention(model: Any, resolved: ResolvedConfig, device: torch.device, packed: bool = False) -> None:
-    """Set the fastest available attention unless the options name one: the one of models/row_attention.py on CPUs and
-    for packed rows, flash attention in half precision on GPUs where it is installed, else torch's."""
+    """Set the fastest attention unless the options name one: models/attention/row_attention.py on CPUs and for
+    packed rows, flash attention in half precision on GPUs where it is installed, else torch's."""
     if device.type == "cpu":
         speed_up_on_cpu(model, keep_attention=resolved.options.attn_implementation is not None)
         return

@@ -163,8 +163,8 @@ def estimate_memory(
 
 
 CPU_ATTENTION_RATIO = 5 / 12
-"""Attention matrices that models/cpu_attention.py keeps for the backward pass (float32 probabilities, and one byte per
-score for dropout), relative to torch's attention (three float32 matrices)."""
+"""Attention matrices that models/attention/cpu_attention.py keeps for the backward pass (float32 probabilities, and one
+byte per score for dropout), relative to torch's attention (three float32 matrices)."""
 
 
 def estimate_cpu_memory(

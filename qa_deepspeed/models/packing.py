@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.models.row_attention import set_row_attention
+from qa_deepspeed.models.attention.row_attention import set_row_attention
 from qa_deepspeed.models.transformers_compat import attention_implementation
 from qa_deepspeed.qa.features.batching import Batch, Layout, Packing, make_batch
 from qa_deepspeed.qa.features.store import FeatureRows, FeatureStore

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import LOOP_FILE
+from qa_deepspeed.engine.checkpoints.checkpoint_files import LOOP_FILE
 from qa_deepspeed.models.lora import CONFIG_FILE, WEIGHTS_FILE, save_weights
 from qa_deepspeed.runs.evaluation_folder import ANSWER_FILES, EVALUATION_FILE
 from qa_deepspeed.runs.lock import LOCK_FILE, RunLock

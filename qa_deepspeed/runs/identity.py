@@ -7,7 +7,7 @@ from typing import Any
 
 from qa_deepspeed.config.options import nearest
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import LoopState
+from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig, section_in_words
 from qa_deepspeed.utils.errors import UserError
 

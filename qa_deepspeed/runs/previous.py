@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from qa_deepspeed.engine.checkpoint_files import checkpoints
+from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints
 from qa_deepspeed.runs.folder import files_of_run
 
 PREFIX = ".previous-run."

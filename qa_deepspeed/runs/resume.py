@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import checkpoints, newest_first, read_loop_state, verify_checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
+    checkpoints,
+    newest_first,
+    read_loop_state,
+    verify_checkpoint,
+)
 from qa_deepspeed.engine.ds_config import STAND_IN
 from qa_deepspeed.runs.folder import RUN_FILE, files_of_run, holds_files
 from qa_deepspeed.runs.identity import may_change, refuse_changes

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import checkpoint_name
+from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoint_name
 from qa_deepspeed.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from qa_deepspeed.engine.checkpoint_files import checkpoints
+from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints
 from qa_deepspeed.runs.requeue import REQUEUE_STATUS
 from qa_deepspeed.training.stopping import StopController
 from qa_deepspeed.utils import dist

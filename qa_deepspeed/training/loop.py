@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from qa_deepspeed.config.batch_plan import epoch_steps
 from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import checkpoint
-from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState
+from qa_deepspeed.engine.checkpoints import checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import MODEL_FOLDER, LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
 from qa_deepspeed.models.heads import Objective, head_of
@@ -37,10 +37,10 @@ from qa_deepspeed.runs.previous import PreviousRun
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
-from qa_deepspeed.training.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
+from qa_deepspeed.training.evaluation.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
+from qa_deepspeed.training.evaluation.scoring import about_evaluation
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
 from qa_deepspeed.training.reporter import NullMetricsLogger
-from qa_deepspeed.training.scoring import about_evaluation
 from qa_deepspeed.training.stopping import Preempted, StopController
 from qa_deepspeed.training.throughput import ThroughputMeter
 from qa_deepspeed.utils import dist

@@ -12,8 +12,14 @@ import transformers
 
 from qa_deepspeed.config.batch_plan import keep_global_batch_size, total_steps
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import checkpoint, compiled_ops, ds_config, zero3_loading
-from qa_deepspeed.engine.checkpoint_files import LoopState, read_loop_state, rename_by_rows, verify_checkpoint
+from qa_deepspeed.engine import compiled_ops, ds_config, zero3_loading
+from qa_deepspeed.engine.checkpoints import checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
+    LoopState,
+    read_loop_state,
+    rename_by_rows,
+    verify_checkpoint,
+)
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.config_choice import choose_config
 from qa_deepspeed.engine.device import bf16_supported, choose_device
@@ -55,7 +61,7 @@ from qa_deepspeed.runs.resume import (
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.disk_patience import DiskPatience, requeue_on_disk_failure
-from qa_deepspeed.training.evaluate import (
+from qa_deepspeed.training.evaluation.evaluate import (
     Evaluation,
     EvaluationData,
     evaluate_checkpoints,

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import qa_deepspeed.training.train as trainer
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine import checkpoint
-from qa_deepspeed.engine.checkpoint_files import LoopState, total_bytes, verify_checkpoint
+from qa_deepspeed.engine.checkpoints import checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState, total_bytes, verify_checkpoint
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.models.facts import model_facts

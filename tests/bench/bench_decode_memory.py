@@ -27,7 +27,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.exact import Candidates
 from qa_deepspeed.qa.decoding.row_table import RowTable
-from qa_deepspeed.training.scoring import answer_and_score, decoder
+from qa_deepspeed.training.evaluation.scoring import answer_and_score, decoder
 
 N_BEST, ROWS, TOKENS = 20, 4096, 150
 COLUMNS = {

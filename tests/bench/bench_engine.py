@@ -40,10 +40,10 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import training_engine
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
 from qa_deepspeed.engine.optim import default_optimizer
+from qa_deepspeed.models.attention.row_attention import speed_up_on_cpu
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.heads import Head, head_of
 from qa_deepspeed.models.loading import load_model
-from qa_deepspeed.models.row_attention import speed_up_on_cpu
 from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.sampler import epoch_order

@@ -37,7 +37,7 @@ from qa_deepspeed.models.loading import load_model, quiet_transformers
 from qa_deepspeed.qa.features.batching import make_batch
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.sampler import evaluation_batches
-from qa_deepspeed.training.evaluation_forward import gather_evaluation
+from qa_deepspeed.training.evaluation.evaluation_forward import gather_evaluation
 from qa_deepspeed.training.features import load_features
 from tests.bench.bench_decode import LENGTH, OVERLAP, load_peer
 from tests.paths import DATA, MINILM

@@ -5,7 +5,7 @@
 The model is a deep, narrow BERT (24 layers, width 64, 391 tensors) whose arithmetic is negligible, so that milliseconds
 on one CPU thread are dispatch and Python: what a GPU waits for where kernels are short. Our engine at ZeRO 0 to 3 in
 three precisions stands beside a plain PyTorch loop (fused AdamW, clipping); all take turns of a step in one process.
-Attention and dropout are torch's on both sides, as on a GPU, not those of models/cpu_attention.py.
+Attention and dropout are torch's on both sides, as on a GPU, not those of models/attention/cpu_attention.py.
 Operators are those of torch's profiler whose name begins with `aten::`, nested ones included. --json prints one line.
 """
 

@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 from tests.distributed.launching import environment, flags, free_port
 from tests.paths import REPOSITORY
 
@@ -259,7 +259,7 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
     import qa_deepspeed.training.loop as loop
     import qa_deepspeed.training.train as trainer
     from qa_deepspeed.cli.main import main
-    from qa_deepspeed.engine.checkpoint import CheckpointWriter
+    from qa_deepspeed.engine.checkpoints.checkpoint import CheckpointWriter
 
     rank = os.environ["RANK"]
 

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from qa_deepspeed.cli.export import export
+from qa_deepspeed.cli.inference.export import export
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint import full_weights
-from qa_deepspeed.engine.checkpoint_files import (
+from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
     LOOP_FILE,
     MANIFEST_FILE,
     checkpoints,
     read_loop_state,
     verify_checkpoint,
 )
+from qa_deepspeed.engine.checkpoints.shards import Shards
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
-from qa_deepspeed.engine.shards import Shards
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
 from qa_deepspeed.training import stopping
 from qa_deepspeed.training.train import train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 
 TRAIN_ARTICLES, DEV_ARTICLES = 40, 6
 

@@ -16,7 +16,7 @@ from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.qa.features.families import model_columns
-from qa_deepspeed.training.evaluate import EvaluationData, evaluate
+from qa_deepspeed.training.evaluation.evaluate import EvaluationData, evaluate
 from qa_deepspeed.training.features import load_features
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError

@@ -8,14 +8,14 @@ from peft import AutoPeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from qa_deepspeed.cli.export import export
+from qa_deepspeed.cli.inference.export import export
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint import full_weights
-from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER
+from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
+from qa_deepspeed.engine.checkpoints.checkpoint_files import MODEL_FOLDER
 from qa_deepspeed.inference.answerer import QuestionAnswerer
 from qa_deepspeed.models.lora import WEIGHTS_FILE
 from qa_deepspeed.runs.verify import MERGED_TOLERANCE, largest_difference, load_reference_outputs
-from qa_deepspeed.training.evaluate import evaluate_run
+from qa_deepspeed.training.evaluation.evaluate import evaluate_run
 from qa_deepspeed.utils import dist
 from tests.distributed.checkpoint_scenes import FOLDER, OPTIONS, on_first, run, same_states
 from tests.distributed.launching import losses

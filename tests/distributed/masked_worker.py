@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.models.cpu_dropout import KeepMasks
+from qa_deepspeed.models.attention.cpu_dropout import KeepMasks
 from qa_deepspeed.training.train import train
 from qa_deepspeed.utils import dist
 

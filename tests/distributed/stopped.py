@@ -28,11 +28,11 @@ import torch.distributed
 
 import qa_deepspeed.training.train
 from qa_deepspeed.cli.main import main as run_command_line
-from qa_deepspeed.engine.checkpoint import CheckpointWriter
+from qa_deepspeed.engine.checkpoints.checkpoint import CheckpointWriter
 from qa_deepspeed.engine.engine import Engine
 from qa_deepspeed.qa.cache import prepare
 from qa_deepspeed.qa.features import example_store
-from qa_deepspeed.training import evaluate
+from qa_deepspeed.training.evaluation import evaluate
 
 STAGES: dict[str, tuple[Any, str]] = {
     "features": (prepare, "build_features"),

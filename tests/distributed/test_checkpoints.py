@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qa_deepspeed.engine.checkpoint_files import checkpoints, step_of, verify_checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints, step_of, verify_checkpoint
 from tests.distributed.launching import alone, by_deepspeed, by_torchrun, environment, flags, free_port, run
 from tests.paths import REPOSITORY
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qa_deepspeed.engine.checkpoint_files import read_loop_state
-from qa_deepspeed.engine.shards import Shards
+from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
+from qa_deepspeed.engine.checkpoints.shards import Shards
 from tests.distributed.launching import losses, run_many
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qa_deepspeed.engine.checkpoint_files import read_loop_state
+from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
 from tests.distributed.launching import logged, losses, run_many
 
 pytestmark = pytest.mark.distributed

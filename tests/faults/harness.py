@@ -267,7 +267,7 @@ def partial_files(folder: Path) -> Iterator[str]:
     """Files and checkpoints under a final name that are not whole."""
     from safetensors import SafetensorError, safe_open
 
-    from qa_deepspeed.engine.checkpoint_files import checkpoints, verify_checkpoint
+    from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints, verify_checkpoint
 
     for path in folder.rglob("*"):
         try:

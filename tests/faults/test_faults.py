@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 from tests.distributed.launching import by_torchrun, flags, run
 from tests.faults.harness import Bench, Fault, compile_library, preload, server, table
 from tests.paths import REPOSITORY

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 from tests.bench.bench_train import DEV, TRAIN, environment_of, make_parser, measure
 from tests.paths import MINILM
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from qa_deepspeed.models.attention.row_attention import set_row_attention
 from qa_deepspeed.models.packing import TOLERANCES, packing_of, rows_to_try
-from qa_deepspeed.models.row_attention import set_row_attention
 from qa_deepspeed.qa.features.batching import Packing
 from tests.distributed.launching import logged, losses, run_many
 from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks

@@ -159,7 +159,7 @@ def reachable(name: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["qa.data.reading", "qa.decoding.exact", "qa.metrics.squad", "cli.score"])
+@pytest.mark.parametrize("name", ["qa.data.reading", "qa.decoding.exact", "qa.metrics.squad", "cli.results.score"])
 def test_reading_decoding_and_metrics_import_no_torch(name: str) -> None:
     heavy = {"torch", "transformers", "deepspeed", "datasets"}
     assert not {found.split(".")[0] for found in reachable(f"qa_deepspeed.{name}")} & heavy

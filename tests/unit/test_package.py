@@ -71,7 +71,7 @@ def test_an_installed_wheel_works_away_from_the_sources(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import json, qa_deepspeed, qa_deepspeed.cli.sample as s; from qa_deepspeed.engine import ds_config as d; "
+        "import json, qa_deepspeed, qa_deepspeed.cli.data.sample as s; from qa_deepspeed.engine import ds_config as d; "
         "print(json.dumps([qa_deepspeed.__file__, len(s.read_material().kinds), d.load('zero2')]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}

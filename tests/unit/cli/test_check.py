@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from qa_deepspeed.cli import check as preflight
-from qa_deepspeed.cli.check import check
+from qa_deepspeed.cli.training import check as preflight
+from qa_deepspeed.cli.training.check import check
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.qa.data.examples import Answer, Example

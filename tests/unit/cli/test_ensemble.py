@@ -6,8 +6,8 @@ from argparse import Namespace
 
 import pytest
 
-from qa_deepspeed.cli import ensemble
 from qa_deepspeed.cli.main import Parser
+from qa_deepspeed.cli.results import ensemble
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS, DecodeSettings
 from qa_deepspeed.utils.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig
 
-from qa_deepspeed.cli.plan import parse_size, peak_lines, step_work
+from qa_deepspeed.cli.training.plan import parse_size, peak_lines, step_work
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.config_choice import Machines, estimate_configs, recommend
 from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qa_deepspeed.cli import sample
+from qa_deepspeed.cli.data import sample
 from qa_deepspeed.qa.data.read_report import ReadReport
 from qa_deepspeed.qa.data.reading import DataSource, read_examples
 from qa_deepspeed.utils.errors import UserError
@@ -167,7 +167,7 @@ def test_pieces_are_those_of_byte_pair_merging(words, merges):
 def write_in_a_process(directory, hash_seed):
     """The sample by the command's own functions in a fresh process; the digest of every file by name."""
     code = (
-        "import sys; from pathlib import Path; from qa_deepspeed.cli import sample; "
+        "import sys; from pathlib import Path; from qa_deepspeed.cli.data import sample; "
         "sample.write_sample(Path(sys.argv[1]), 3, 30, 6)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(REPOSITORY)}

@@ -174,7 +174,10 @@ def test_a_real_process_prints_one_line_and_brings_no_torch(files):
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert (metrics["exact"], metrics["f1"], metrics["total"]) == (100.0, 100.0, 2)
-    code = "import sys; import qa_deepspeed.cli.score, qa_deepspeed.qa.decoding.exact; print([m for m in sys.modules])"
+    code = (
+        "import sys; import qa_deepspeed.cli.results.score, qa_deepspeed.qa.decoding.exact; "
+        "print([m for m in sys.modules])"
+    )
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY).stdout
     heavy = {"torch", "transformers", "pandas", "pyarrow", "datasets", "deepspeed"}
     assert not heavy & set(modules.replace("'", "").strip("[]\n").split(", "))

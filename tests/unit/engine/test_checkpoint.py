@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from qa_deepspeed.engine.checkpoint import CheckpointWriter
-from qa_deepspeed.engine.checkpoint_files import LoopState, checkpoints, verify_checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint import CheckpointWriter
+from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState, checkpoints, verify_checkpoint
 from tests.unit.small_disk import mounted
 
 

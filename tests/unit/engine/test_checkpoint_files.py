@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.engine.checkpoint_files import (
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
     LOOP_FILE,
     MANIFEST_FILE,
     LoopState,
@@ -21,7 +21,7 @@ from qa_deepspeed.engine.checkpoint_files import (
     write_loop_state,
     write_manifest,
 )
-from qa_deepspeed.engine.shards import Shards, require_shards
+from qa_deepspeed.engine.checkpoints.shards import Shards, require_shards
 from qa_deepspeed.utils.errors import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from qa_deepspeed.cli import check as preflight
+from qa_deepspeed.cli.training import check as preflight
 from qa_deepspeed.config import options
 from qa_deepspeed.config.run_options import RunOptions, check_objective
 from qa_deepspeed.engine import ds_config

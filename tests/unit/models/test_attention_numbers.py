@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qa_deepspeed.models import row_attention
-from qa_deepspeed.models.cpu_dropout import KeepMasks
+from qa_deepspeed.models.attention import row_attention
+from qa_deepspeed.models.attention.cpu_dropout import KeepMasks
 
 ROWS, HEADS, LENGTH, WIDTH = 2, 2, 9, 8
 SPANS = torch.tensor([[0, 9], [0, 9]])

@@ -14,7 +14,7 @@ from qa_deepspeed.models.loading import load_model, model_from_config
 from qa_deepspeed.qa.features.batching import make_batch
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.metrics.prediction_files import read_nbest, read_null_odds, read_predictions
-from qa_deepspeed.training.evaluate import EvaluationData, evaluate
+from qa_deepspeed.training.evaluation.evaluate import EvaluationData, evaluate
 from qa_deepspeed.training.features import load_features
 from qa_deepspeed.utils.errors import UserError
 from tests.beam_models import save_model, write_questions

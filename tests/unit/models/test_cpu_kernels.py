@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, LlamaForQuestionAnswering
 
-from qa_deepspeed.models import cpu_attention
-from qa_deepspeed.models.cpu_attention import _rows, dropped_attention
-from qa_deepspeed.models.cpu_dropout import CpuDropout, KeepMasks
-from qa_deepspeed.models.row_attention import speed_up_on_cpu
+from qa_deepspeed.models.attention import cpu_attention
+from qa_deepspeed.models.attention.cpu_attention import _rows, dropped_attention
+from qa_deepspeed.models.attention.cpu_dropout import CpuDropout, KeepMasks
+from qa_deepspeed.models.attention.row_attention import speed_up_on_cpu
 
 SPANS = [(0, 0, 11), (1, 0, 8), (2, 3, 11)]
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.models.attention.row_attention import NAME, set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.heads import Objective, SpanHead
 from qa_deepspeed.models.packing import PACKED_FAMILIES, choose_packing, packing_of, rows_to_try
-from qa_deepspeed.models.row_attention import NAME, set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.transformers_compat import attention_implementation
 from qa_deepspeed.qa.features.batching import Batch, Layout, Packing, make_batch
 from qa_deepspeed.qa.features.families import FAMILIES
@@ -155,7 +155,7 @@ def test_positions_that_continue_across_rows_are_noticed() -> None:
 
 
 def test_attention_across_rows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qa_deepspeed.models import row_attention
+    from qa_deepspeed.models.attention import row_attention
 
     def everything(bounds: list[int]) -> list[tuple[int, int]]:
         return [(bounds[0], bounds[-1])]

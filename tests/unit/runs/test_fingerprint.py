@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import LoopState, newest_first, write_loop_state
+from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState, newest_first, write_loop_state
 from qa_deepspeed.engine.ds_config import resolve
 from qa_deepspeed.runs.folder import write_run
 from qa_deepspeed.runs.identity import completed_steps, refuse_changes, run_fingerprint

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from qa_deepspeed.cli.main import Parser, main
-from qa_deepspeed.cli.train import add_arguments
+from qa_deepspeed.cli.training.train import add_arguments
 from qa_deepspeed.config.run_arguments import read_run_options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.runs.hub_upload import check_upload, upload

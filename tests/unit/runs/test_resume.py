@@ -15,7 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.checkpoint_files import LoopState, read_loop_state, write_loop_state, write_manifest
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
+    LoopState,
+    read_loop_state,
+    write_loop_state,
+    write_manifest,
+)
 from qa_deepspeed.runs.folder import files_of_run, write_run
 from qa_deepspeed.runs.previous import PREFIX, PreviousRun, recover
 from qa_deepspeed.runs.resume import ResumeDecision, read_run, resume_decision, select_checkpoint

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
+from qa_deepspeed.cli.data.sample import write_sample
 from qa_deepspeed.cli.main import main
-from qa_deepspeed.cli.sample import write_sample
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.qa.decoding.classic import classic_text, decode_classic
@@ -24,9 +24,9 @@ from qa_deepspeed.qa.metrics.by_file import flat_metrics
 from qa_deepspeed.qa.metrics.prediction_files import read_gold, read_null_odds, read_predictions
 from qa_deepspeed.qa.metrics.squad import score
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
-from qa_deepspeed.training.evaluate import EvaluationData, describe, describe_files, evaluate
+from qa_deepspeed.training.evaluation.evaluate import EvaluationData, describe, describe_files, evaluate
+from qa_deepspeed.training.evaluation.scoring import evaluation_options
 from qa_deepspeed.training.features import load_features, require_gold
-from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.utils.errors import UserError
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 from qa_deepspeed.config.batch_plan import plan_batches
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import model_facts
 from qa_deepspeed.models.loading import load_config
 from qa_deepspeed.qa.features.mixture import rows_of_epoch
-from qa_deepspeed.training.evaluate import log_features
+from qa_deepspeed.training.evaluation.evaluate import log_features
 from qa_deepspeed.training.features import (
     EPOCH_ROWS,
     cache_folder,

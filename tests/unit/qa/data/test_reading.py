@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.cli.sample import make_corpora
+from qa_deepspeed.cli.data.sample import make_corpora
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.data.read_report import ReadReport, Reason
 from qa_deepspeed.qa.data.reading import DataSource, read_examples

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qa_deepspeed.cli.sample import write_sample
+from qa_deepspeed.cli.data.sample import write_sample
 from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode, write_predictions
 from qa_deepspeed.qa.decoding.full_logits import FullLogits
 from qa_deepspeed.qa.decoding.hf import decode_like_transformers

@@ -26,7 +26,7 @@ from qa_deepspeed.qa.decoding.hf import decode_like_transformers, list_differenc
 from qa_deepspeed.qa.decoding.predictions import DecodeSettings
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.metrics.squad import Gold, score
-from qa_deepspeed.training.evaluation_forward import gather_evaluation
+from qa_deepspeed.training.evaluation.evaluation_forward import gather_evaluation
 from qa_deepspeed.training.features import load_features
 from tests.paths import DATA, needs_real_data
 from tests.unit.qa.decoding.test_classic import answers_of_transformers_4, needs_transformers_4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qa_deepspeed.cli.sample import make_corpora
+from qa_deepspeed.cli.data.sample import make_corpora
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.normalization import METRIC_LANGUAGES, normalized_tokens
 from qa_deepspeed.qa.metrics.prediction_files import read_gold

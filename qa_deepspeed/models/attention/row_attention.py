@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qa_deepspeed.models.cpu_attention import dropped_attention
-from qa_deepspeed.models.cpu_dropout import CpuDropout
+from qa_deepspeed.models.attention.cpu_attention import dropped_attention
+from qa_deepspeed.models.attention.cpu_dropout import CpuDropout
 from qa_deepspeed.models.torch_compat import PackedRows, check_supported, flash_attention, memory_efficient_attention
 from qa_deepspeed.models.transformers_compat import (
     masks_padding_only,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qa_deepspeed.models.cpu_dropout import KeepMasks
+from qa_deepspeed.models.attention.cpu_dropout import KeepMasks
 
 Spans = Sequence[tuple[int, int, int]]
 """Row, first and last + 1 token of each span of tokens that attend to each other. Spans do not overlap, those of a row

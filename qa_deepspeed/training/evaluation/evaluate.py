@@ -13,8 +13,9 @@ import torch
 
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions, check_counts
-from qa_deepspeed.engine import checkpoint, ds_config, zero3_loading
-from qa_deepspeed.engine.checkpoint_files import checkpoints, read_loop_state
+from qa_deepspeed.engine import ds_config, zero3_loading
+from qa_deepspeed.engine.checkpoints import checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints, read_loop_state
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
@@ -32,10 +33,16 @@ from qa_deepspeed.qa.report.page import LOGITS_FILE, PAGE_FILE
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers, write_evaluation_record
 from qa_deepspeed.runs.folder import writable_folder
-from qa_deepspeed.training.evaluation_forward import LOSS, gather_evaluation
+from qa_deepspeed.training.evaluation.evaluation_forward import LOSS, gather_evaluation
+from qa_deepspeed.training.evaluation.scoring import (
+    about_evaluation,
+    answer_and_score,
+    decoder,
+    evaluation_options,
+    save_logits,
+)
 from qa_deepspeed.training.features import load_features, notes, require_gold
 from qa_deepspeed.training.reporter import may_be_lost
-from qa_deepspeed.training.scoring import about_evaluation, answer_and_score, decoder, evaluation_options, save_logits
 from qa_deepspeed.training.tensorboard import FOLDER, write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError

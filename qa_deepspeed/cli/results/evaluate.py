@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from qa_deepspeed.cli.train import add_arguments as add_arguments
-from qa_deepspeed.cli.train import start_run
+from qa_deepspeed.cli.training.train import add_arguments as add_arguments
+from qa_deepspeed.cli.training.train import start_run
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -15,7 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: as `evaluate.evaluate_run`.
     """
     run_options = start_run(arguments)
-    from qa_deepspeed.training.evaluate import evaluate_run
+    from qa_deepspeed.training.evaluation.evaluate import evaluate_run
     from qa_deepspeed.utils import dist
 
     evaluate_run(run_options)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from qa_deepspeed.cli.score import metric_lines
+from qa_deepspeed.cli.results.score import metric_lines
 from qa_deepspeed.qa.decoding.predictions import (
     NBEST_FILE,
     NO_SPAN_NULL_ODDS,

@@ -18,7 +18,7 @@ from qa_deepspeed.config.option_groups import EPOCH
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions, check_counts
 from qa_deepspeed.engine import compiled_ops, ds_config
-from qa_deepspeed.engine.checkpoint import checkpoint_bytes
+from qa_deepspeed.engine.checkpoints.checkpoint import checkpoint_bytes
 from qa_deepspeed.engine.config_choice import choose_config
 from qa_deepspeed.engine.device import device_for_check
 from qa_deepspeed.engine.ds_config import ResolvedConfig
@@ -42,7 +42,8 @@ from qa_deepspeed.runs.folder import OUTPUT_DIR_MISSING, leave_run_dir, lock_run
 from qa_deepspeed.runs.identity import run_fingerprint
 from qa_deepspeed.runs.preflight import IN_WORDS, features_bytes, require_room, require_writable, settings_with_origins
 from qa_deepspeed.runs.resume import refuse_overwriting, require_named_checkpoint, resume_decision
-from qa_deepspeed.training.evaluate import require_folder_for_files
+from qa_deepspeed.training.evaluation.evaluate import require_folder_for_files
+from qa_deepspeed.training.evaluation.scoring import evaluation_options
 from qa_deepspeed.training.features import (
     EPOCH_ROWS,
     Purpose,
@@ -51,7 +52,6 @@ from qa_deepspeed.training.features import (
     look_up_features,
     warnings_of_files,
 )
-from qa_deepspeed.training.scoring import evaluation_options
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils import hosts
 from qa_deepspeed.utils.dtypes import weight_dtype

@@ -24,7 +24,7 @@ from qa_deepspeed.qa.metrics.squad import Scorer
 from qa_deepspeed.qa.report.page import PAGE_FILE, REPORT_FILE, now, page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder, score_prediction
 from qa_deepspeed.runs.evaluation_folder import METRICS_FILE
-from qa_deepspeed.training.evaluation_forward import LOSS
+from qa_deepspeed.training.evaluation.evaluation_forward import LOSS
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import replacing, write_json, write_text
 from qa_deepspeed.utils.progress import ProgressBar

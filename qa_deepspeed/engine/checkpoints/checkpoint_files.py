@@ -1,6 +1,6 @@
 """Folders of checkpoints: state of the loop, manifest with checksums, listing, order and removal.
 
-The contents of the other files are known to engine/checkpoint.py only, which writes and reads them.
+The contents of the other files are known to engine/checkpoints/checkpoint.py only, which writes and reads them.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def read_material() -> Material:
 
 
 def _material_text() -> str:
-    return resources.files("qa_deepspeed.cli").joinpath("sample_text.yaml").read_text(encoding="utf-8")
+    return resources.files("qa_deepspeed.cli.data").joinpath("sample_text.yaml").read_text(encoding="utf-8")
 
 
 def _kind(noun: str, kind: dict[str, Any]) -> Kind:

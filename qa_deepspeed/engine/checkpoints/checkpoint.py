@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.engine.checkpoint_files import (
+from qa_deepspeed.engine.checkpoints.checkpoint_files import (
     LoopState,
     flush_folder,
     read_loop_state,
@@ -32,9 +32,9 @@ from qa_deepspeed.engine.checkpoint_files import (
     write_loop_state,
     write_manifest,
 )
+from qa_deepspeed.engine.checkpoints.shards import Shards, require_shards
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
-from qa_deepspeed.engine.shards import Shards, require_shards
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from qa_deepspeed.engine.checkpoint import full_weights
-from qa_deepspeed.engine.checkpoint_files import MODEL_FOLDER, LoopState, read_loop_state, verify_checkpoint
+from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
+from qa_deepspeed.engine.checkpoints.checkpoint_files import MODEL_FOLDER, LoopState, read_loop_state, verify_checkpoint
 from qa_deepspeed.models.loading import model_from_config, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters, save_weights
 from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model

@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     from qa_deepspeed.utils import dist
 
     if run_options.dry_run:
-        from qa_deepspeed.cli.check import check
+        from qa_deepspeed.cli.training.check import check
 
         return check(run_options) if dist.is_rank_zero() else 0
     if not run_options.do_train:
-        from qa_deepspeed.training.evaluate import evaluate_run
+        from qa_deepspeed.training.evaluation.evaluate import evaluate_run
 
         evaluate_run(run_options)
         dist.destroy()
