@@ -292,6 +292,12 @@ class EngineOptions:
     flat_parameters: bool = option(
         True, TRAIN, "hold each layer's weights in one parameter per weight-decay group: less work on the host"
     )
+    cuda_graphs: str = option(
+        AUTO,
+        TRAIN,
+        "run forward and backward of packed rows as one CUDA graph per shape; auto: on one GPU, in bf16 or float32",
+        choices=(AUTO, "true", "false"),
+    )
     bf16: bool = option(False, DEVICE, "train and evaluate in bfloat16")
     fp16: bool = option(False, DEVICE, "train and evaluate in float16 with loss scaling (GPU only)")
     no_cuda: bool = option(False, DEVICE, "run on the CPU even if there is a GPU")

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,18 @@ class Engine(EvalModel):
     def train_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         """The model's outputs, with dropout and gradients."""
         return self._engine(**inputs)
+
+    def as_forward(self, compute: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """What `compute` returns, as the result of a forward pass of DeepSpeed's engine, which prepares the backward
+        pass by it. `compute` may call the model."""
+
+        def instead(*arguments: Any) -> torch.Tensor:
+            del self.module.forward
+            return compute(*arguments)
+
+        self.module.forward = instead
+        result: torch.Tensor = self._engine(*arguments)
+        return result
 
     def begin_micro_batch(self, last: bool) -> None:
         """Call before each forward: `last` if the optimizer step ends with this micro-batch."""

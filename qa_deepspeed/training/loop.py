@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoints import checkpoint
 from qa_deepspeed.engine.checkpoints.checkpoint_files import MODEL_FOLDER, LoopState
+from qa_deepspeed.engine.cuda_graphs import Forward, StepGraphs
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
-from qa_deepspeed.models.heads import Objective, head_of
+from qa_deepspeed.models.heads import Head, Objective, head_of
 from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
 from qa_deepspeed.qa.features.mixture import epoch_size, rows_of_epoch
 from qa_deepspeed.qa.features.sampler import (
@@ -47,6 +49,7 @@ from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import StorageError
 from qa_deepspeed.utils.progress import clock
 from qa_deepspeed.utils.threads import one_ahead
+from qa_deepspeed.utils.units import plural
 
 
 @dataclass
@@ -90,6 +93,11 @@ class Run:
         """How often the run logs, evaluates and saves."""
         return Intervals.of(self.options, self.steps, self.steps_per_epoch)
 
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether micro-batches run as CUDA graphs: their rows are then packed in fixed shapes."""
+        return self.layout.packing is not None and self.layout.packing.row_length is not None
+
     def evaluates_after(self, number: int) -> bool:
         """Whether the loop evaluates after this optimizer step (counted from 1); the model at the end is evaluated by
         itself, and here only where it may be the best."""
@@ -127,6 +135,7 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
+    graphs = _graphs(engine, run, head) if run.uses_graphs else None
     number = first_step
     batches = _batches(run, first_step, engine.device)
     for step, step_rows in _steps(run, first_step):
@@ -145,9 +154,10 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
                 batch = next(batches)
             _seed_dropout(options.seed, step, micro, rank)
             with meter.clock.phase("forward"):
-                outputs = batch.by_row(engine.train_forward(head.training_inputs(batch)))
-                losses = head.losses(outputs, batch)
-                loss = (losses * batch.weight).sum() / len(step_rows)  # this micro-batch's part of the mean
+                if graphs is not None:
+                    loss = engine.as_forward(graphs.loss, batch, len(step_rows))
+                else:
+                    loss = weighted_loss(head, engine.train_forward, batch) / len(step_rows)  # its part of the mean
             with meter.clock.phase("backward"):
                 # DeepSpeed takes the mean over ranks and accumulation steps; these parts are to be summed.
                 engine.backward(loss * (plan.world_size * plan.gradient_accumulation_steps))
@@ -183,7 +193,24 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
             raise Preempted(
                 f"preempted by {decision.stop} after step {number} of {run.steps}; the same command resumes"
             )
+    if graphs is not None and graphs.count:
+        dist.log0(f"CUDA graphs: {plural(graphs.count, 'shape')} captured in {graphs.seconds:.1f} s")
     return number
+
+
+def weighted_loss(head: Head, forward: Forward, batch: Batch) -> torch.Tensor:
+    """The sum of the losses of a micro-batch's rows, dummy rows left out."""
+    outputs = batch.by_row(forward(head.training_inputs(batch)))
+    return (head.losses(outputs, batch) * batch.weight).sum()
+
+
+def _graphs(engine: Engine, run: Run, head: Head) -> StepGraphs:
+    """What runs micro-batches as CUDA graphs."""
+    plan = run.resolved.plan
+    accumulates = plan.gradient_accumulation_steps > 1 or run.options.max_tokens_per_batch is not None
+    return StepGraphs(
+        engine.module, functools.partial(weighted_loss, head), float(plan.world_size), accumulates, dist.log0
+    )
 
 
 def _steps(run: Run, first_step: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -202,10 +229,15 @@ def _batches(run: Run, first_step: int, device: torch.device) -> Iterator[Batch]
     On a GPU each is gathered, copied to pinned memory and sent while the one before it is computed.
     """
 
+    stream = None if device.type == "cpu" else torch.cuda.current_stream(device)
+
     def gathered() -> Iterator[Batch]:
         for _, step_rows in _steps(run, first_step):
             for rows in _micro_batches(run, step_rows):
-                yield make_batch(run.store.take, rows, run.layout).to(device)
+                batch = make_batch(run.store.take, rows, run.layout)
+                with torch.cuda.stream(stream):  # the one that computes: a copy ends before its batch is read
+                    batch = batch.to(device)
+                yield batch
 
     return gathered() if device.type == "cpu" else one_ahead(gathered())
 

@@ -22,6 +22,7 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import (
 )
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.config_choice import choose_config
+from qa_deepspeed.engine.cuda_graphs import fixed_shapes, graphs_wanted, use_own_stream
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
@@ -34,6 +35,7 @@ from qa_deepspeed.models.trained_settings import store_settings
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import model_columns
 from qa_deepspeed.qa.features.mixture import epoch_size
+from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.report.page import PAGE_FILE
 from qa_deepspeed.runs.finish import finish_run, hyperparameters
@@ -333,9 +335,15 @@ def _make_engine(
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     packed_before = None if before is None else before.packed
     packing = choose_packing(model, options, store, layout, resolved.zero_stage, packed_before)
+    graphs = graphs_wanted(options, resolved, device, packing is not None, dist.world_size())
+    if graphs:
+        use_own_stream()
     engine = training_engine(model, config, resolved, steps, device, packed=packing is not None)
     if packing is not None:
-        packing = dataclasses.replace(packing, token_multiple=TOKEN_MULTIPLES[device.type])
+        if graphs:
+            packing = fixed_shapes(packing, padded_length(int(store.lengths.max())))
+        else:
+            packing = dataclasses.replace(packing, token_multiple=TOKEN_MULTIPLES[device.type])
         layout = dataclasses.replace(layout, packing=packing)
         if resolved.zero_stage == 3:
             packing = confirm_packing(engine, options, store, layout, packed_before)

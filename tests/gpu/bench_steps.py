@@ -31,7 +31,7 @@ SIZES = {"bert-large": (1024, 24, 16), "bert-base": (768, 12, 12), "minilm": Non
 
 CASES = [("bert-large", 16), ("minilm", 16), ("bert-base", 16), ("bert-large", 64), ("bert-large", 128)]
 CASES += [("minilm", 32), ("bert-base", 32)]
-CONTESTANTS = ("ours", "peer tuned", "peer")
+CONTESTANTS = ("ours", "peer tuned", "ours without graphs", "peer")
 STEPS = 40
 """Optimizer steps of a contestant; a row of the data is about one question."""
 
@@ -91,10 +91,12 @@ def record(name: str, rows: int, who: str, out: Path, arguments: argparse.Namesp
     """Measure a contestant: seconds, steps and tokens; of ours also milliseconds of the phases, MFU and memory."""
     work = out / "work" / f"{name}-{rows}"
     work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"model": name, "rows": rows, "who": who, **measure(who, work, arguments)}
+    arguments.cuda_graphs = "false" if who.endswith("without graphs") else "auto"
+    contestant = "ours" if who.startswith("ours") else who
+    found: dict[str, Any] = {"model": name, "rows": rows, "who": who, **measure(contestant, work, arguments)}
     found["ms"] = 1000 * found["seconds"] / found["steps"]
     found["tokens_per_second"] = found["tokens"] / found["seconds"]
-    if who == "ours":
+    if who.startswith("ours"):
         lines = [json.loads(line) for line in (work / "ours" / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if "speed/mfu" in line][-1]
         found |= {key: last[f"speed/{key}"] for key in PHASES}

@@ -28,8 +28,8 @@ fi
 cat "$OUT/machine.txt"
 failed=0
 if [ "$TINY" != --tiny ]; then
-    timeout "${SECONDS_OF_TESTS:-200}" "$PYTHON" -m pytest tests/gpu/test_packing.py tests/gpu/test_kernels.py \
-        tests/gpu/test_gpu.py -m gpu -v -rs -p no:cacheprovider >"$OUT/tests.txt" 2>&1 || failed=1
+    timeout "${SECONDS_OF_TESTS:-200}" "$PYTHON" -m pytest tests/gpu/test_graphs.py tests/gpu/test_packing.py \
+        tests/gpu/test_kernels.py tests/gpu/test_gpu.py -m gpu -v -rs -p no:cacheprovider >"$OUT/tests.txt" 2>&1 || failed=1
     grep -E "FAILED|ERROR|SKIPPED|passed|failed" "$OUT/tests.txt"
 fi
 "$PYTHON" tests/gpu/bench_steps.py "$OUT" --seconds "${SECONDS_OF_STEPS:-300}" ${TINY:+"$TINY"} || failed=1

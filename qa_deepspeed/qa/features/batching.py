@@ -25,6 +25,9 @@ class Packing:
     """Position id of a row's first token: 0, or pad_token_id + 1 in models of RoBERTa's kind."""
     token_multiple: int = 1
     """Micro-batches are filled up to a multiple of this many tokens: fewer shapes on GPUs."""
+    row_length: int | None = None
+    """Tokens of the longest row of all; if given, shapes do not depend on a batch's own, and a filler row is always
+    there."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,20 @@ class Batch:
         """The same batch with its tensors on `device`; a GPU copies them from pinned memory, without a wait."""
         if device.type == "cpu":
             return self
+        return self.with_tensors([one.pin_memory().to(device, non_blocking=True) for one in self.tensors()])
 
-        def move(value: Any) -> Any:
-            return value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+    def tensors(self) -> list[torch.Tensor]:
+        """The model's arguments that are tensors, then the other tensors, in a fixed order."""
+        others = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [one for one in (*self.inputs.values(), *others) if torch.is_tensor(one)]
 
-        moved = {field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return Batch(**moved | {"inputs": {name: move(value) for name, value in self.inputs.items()}})
+    def with_tensors(self, tensors: list[torch.Tensor]) -> Batch:
+        """The same batch with other tensors in the order of `tensors`."""
+        rest = iter(tensors)
+        inputs = {name: next(rest) if torch.is_tensor(one) else one for name, one in self.inputs.items()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        others = {name: next(rest) for name, one in fields.items() if torch.is_tensor(one)}
+        return dataclasses.replace(self, inputs=inputs, **others)
 
 
 def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layout: Layout) -> Batch:
@@ -160,17 +171,19 @@ def _packed_inputs(features: FeatureRows, layout: Layout, length: int) -> tuple[
     their own, which `place` does not name.
     """
     assert layout.packing is not None
-    splits, multiple = features.row_splits, layout.packing.token_multiple
+    splits, multiple, row_length = features.row_splits, layout.packing.token_multiple, layout.packing.row_length
     lengths = np.diff(splits)
     filler = -int(splits[-1]) % multiple
+    length = length if row_length is None else row_length
 
     def packed(values: np.ndarray, fill: int) -> torch.Tensor:
         return torch.from_numpy(np.pad(values.astype(np.int64), (0, filler), constant_values=fill)[np.newaxis])
 
     first = layout.packing.first_position
     positions = np.arange(splits[-1]) - np.repeat(splits[:-1], lengths) + first
-    bounds = torch.from_numpy(np.append(splits, [splits[-1] + filler] if filler else []).astype(np.int32))
-    longest = max(length, filler)
+    fills = filler or row_length is not None
+    bounds = torch.from_numpy(np.append(splits, [splits[-1] + filler] if fills else []).astype(np.int32))
+    longest = max(length, filler if row_length is None else multiple)
     inputs = {
         "input_ids": packed(features.input_ids, layout.pad_token_id),
         "position_ids": packed(positions, first),

@@ -18,7 +18,7 @@ from qa_deepspeed.utils.errors import LostRankError, UserError
 OPTIONS = {
     "train": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation batch_layout "
-        "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
+        "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
@@ -26,14 +26,14 @@ OPTIONS = {
         "is_impossible_column label_smoothing lang_id learning_rate load_best_model_at_end local_rank logging_steps "
         "lora_alpha lora_dropout lora_rank lora_target_modules lr_scheduler_type max_answer_len max_answer_length "
         "max_eval_examples max_grad_norm max_query_length max_question_len max_seq_len max_seq_length max_steps "
-        "max_time max_tokens_per_batch max_train_examples merge_duplicate_texts metric_for_best_model metric_language "
-        "model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs nvme_path "
-        "objective output_dir overwrite_cache overwrite_output_dir per_device_eval_batch_size "
-        "per_device_train_batch_size per_gpu_eval_batch_size per_gpu_train_batch_size predict_file predict_split "
-        "print_config push_to_hub qa_head question_column report_to resume_from_checkpoint resume_with_changes "
-        "save_on_time save_retry save_steps save_total_limit seed server_ip server_port threads timeout "
-        "tokenizer_name train_file train_split use_cpu validation_file validation_split verbose_logging "
-        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
+        "max_time max_tokens_per_batch max_train_examples merge_duplicate_texts metric_for_best_model "
+        "metric_language model_name_or_path model_type n_best_size no_cuda null_score_diff_threshold "
+        "num_train_epochs nvme_path objective output_dir overwrite_cache overwrite_output_dir "
+        "per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size per_gpu_train_batch_size "
+        "predict_file predict_split print_config push_to_hub qa_head question_column report_to "
+        "resume_from_checkpoint resume_with_changes save_on_time save_retry save_steps save_total_limit seed "
+        "server_ip server_port threads timeout tokenizer_name train_file train_split use_cpu validation_file "
+        "validation_split verbose_logging version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "evaluate": (
         "answer_start_column answer_text_column answers_column attn_implementation best_window_only bf16 cache_dir "
@@ -75,7 +75,7 @@ OPTIONS = {
     ),
     "check": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation batch_layout "
-        "best_window_only bf16 cache_dir config config_name context_column data_dir dataset_config "
+        "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level gather "
