@@ -26,7 +26,6 @@ MOVED = {
     "save_strategy": "--save_steps here: a number of steps, epoch, or 0 for none",
     "test_file": "qa-deepspeed predict FILE",
     "token": "run hf auth login, or set HF_TOKEN",
-    "torch_compile": "removed",
     "trust_remote_code": "removed: code that comes with a model is not run",
     "warmup_ratio": "--warmup_steps here, a number of steps",
 }

@@ -292,6 +292,7 @@ class EngineOptions:
     flat_parameters: bool = option(
         True, TRAIN, "hold each layer's weights in one parameter per weight-decay group: less work on the host"
     )
+    torch_compile: bool = option(False, TRAIN, "compile each layer; pays off in long runs on GPUs")
     cuda_graphs: str = option(
         AUTO,
         TRAIN,

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.models.torch_compat import copy_all
 from qa_deepspeed.qa.features.batching import Batch, Packing
 from qa_deepspeed.utils.errors import UserError
 
@@ -83,7 +84,7 @@ def fixed_shapes(packing: Packing, longest: int) -> Packing:
 
 def use_own_stream() -> None:
     """Make this thread work on a new stream: the default stream cannot be captured."""
-    torch.cuda.set_stream(torch.cuda.Stream())
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 class _Known(torch.autograd.Function):
@@ -170,7 +171,7 @@ class StepGraphs:
         if graph is None:
             return self._loss_of(lambda inputs: self._module(**inputs), batch) / rows
         self._rows.fill_(rows)
-        torch._foreach_copy_(graph.batch.tensors(), batch.tensors())
+        copy_all(graph.batch.tensors(), batch.tensors())
         graph.replay()
         assert self._gradients is not None
         known = [
@@ -211,9 +212,10 @@ class StepGraphs:
     def _difference(self, graph: _Graph, seed: int) -> str | None:
         """Why results of the graph are not those of the work without a graph; None if they are. Waits for the GPU."""
         found = []
-        for run in (lambda: self._work(graph.batch), graph.replay):
+        ways: tuple[Work, Work] = (lambda: self._work(graph.batch), graph.replay)
+        for way in ways:
             torch.manual_seed(seed)
-            run()
+            way()
             gradients = [one for one in self._gradients or [] if one is not None]
             found.append((float(self._loss), float(torch.nn.utils.get_total_norm(gradients))))
         for name, expected, value in zip(("loss", "gradient norm"), *found, strict=True):
@@ -227,7 +229,7 @@ class StepGraphs:
         The trained parameters are replaced by new leaves on the same memory: autograd's node of a parameter belongs to
         the stream on which it was made, and carries DeepSpeed's hooks, and a capture must meet neither.
         """
-        aliases = {name: torch.nn.Parameter(one.detach()) for name, one in self._parameters.items()}
+        aliases: dict[str, Tensor] = {name: torch.nn.Parameter(one.detach()) for name, one in self._parameters.items()}
 
         def forward(inputs: dict[str, Any]) -> Any:
             return functional_call(self._module, aliases, (), inputs)
@@ -238,4 +240,4 @@ class StepGraphs:
         if self._gradients is None:
             self._gradients = [None if one is None else torch.empty_like(one) for one in gradients]
         pairs = [(own, one) for own, one in zip(self._gradients, gradients, strict=True) if own is not None]
-        torch._foreach_copy_([own for own, _ in pairs], [one for _, one in pairs])
+        copy_all([own for own, _ in pairs], [one for _, one in pairs])

@@ -24,11 +24,13 @@ from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
 from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups, works_elementwise
 from qa_deepspeed.models.attention.row_attention import set_row_attention, speed_up_on_cpu
+from qa_deepspeed.models.compiled_layers import compile_layers
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
 from qa_deepspeed.models.transformers_compat import supports_flash_attention
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import dtype_named, weight_dtype
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.units import plural
 
 
 def import_deepspeed(verbose: bool) -> Any:
@@ -354,6 +356,8 @@ def training_engine(
     flops = training_flops(model, model.config)
     if options.flat_parameters and _can_be_flat(resolved):
         flatten(model, decays)
+    if options.torch_compile:
+        dist.log0(f"torch_compile: {plural(compile_layers(model), 'layer')}, at the first step")
     optimizer = None if "optimizer" in config else default_optimizer(model, options)
     schedule = None
     if "scheduler" not in config:

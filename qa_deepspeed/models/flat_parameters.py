@@ -84,7 +84,7 @@ def flatten(model: nn.Module, decays: DecayRule) -> None:
     flattened = _Flattened()
     uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     groups: dict[tuple[str, bool, torch.dtype], list[tuple[_Tensor, Tensor]]] = {}
-    stacks = _stacks(model)
+    stacks = stacks_of(model)
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             table = isinstance(module, nn.Embedding) and parameter.numel() >= LARGE_TABLE
@@ -124,7 +124,7 @@ def _views(flat: Tensor, tensors: list[_Tensor]) -> list[Tensor]:
     return [part.view(one.shape) for part, one in zip(parts, tensors, strict=True)]
 
 
-def _stacks(model: nn.Module) -> list[str]:
+def stacks_of(model: nn.Module) -> list[str]:
     """Paths of the lists of layers, none inside another."""
     found: list[str] = []
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Private names of torch's operators: attention over rows of several lengths on GPUs, without a package of its own.
+"""Private names of torch: attention over rows of several lengths on GPUs, without a package of its own, and copies.
 
 torch's public function for this (torch.nn.attention.varlen) has no dropout. `check_supported` looks for the names at
 start.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qa_deepspeed.utils.supported import require_names
 
-NAMES = {"torch.ops:aten": "_flash_attention_forward _efficient_attention_forward"}
+NAMES = {"torch.ops:aten": "_flash_attention_forward _efficient_attention_forward", "torch": "_foreach_copy_"}
 """Private names of torch in use: module and namespace -> operators in it."""
 
 CAUSAL_FROM_TOP_LEFT = 1
@@ -29,6 +29,11 @@ def check_supported() -> None:
         UserError: one is missing.
     """
     require_names("torch", {place: names.split() for place, names in NAMES.items()})
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, by few kernels where devices and dtypes are the same."""
+    torch._foreach_copy_(targets, sources)
 
 
 class PackedRows(NamedTuple):

@@ -9,6 +9,7 @@ from qa_deepspeed.config.run_options import RunOptions, check_counts, check_obje
 from qa_deepspeed.engine import deepspeed_compat, ds_config
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.models import transformers_compat
+from qa_deepspeed.models.compiled_layers import require_compiler
 from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.runs.hub_upload import check_upload
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
@@ -34,6 +35,8 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     check_counts(options)
     check_objective(options)
     check_lora(options)
+    if options.torch_compile:
+        require_compiler(device_type, resolved.zero_stage)
     Intervals.of(options, steps=1, epoch_steps=1)
     duration(options.save_on_time, "save_on_time")
     duration(options.max_time, "max_time")

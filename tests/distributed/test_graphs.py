@@ -51,7 +51,7 @@ def runs(base_options: dict[str, object], sample: Path, tmp_path_factory: pytest
 
 @pytest.mark.parametrize("name", [*ALONE, *TWO_RANKS])
 def test_runs_are_those_without_graphs(runs: Path, name: str) -> None:
-    """Bit by bit on one rank; to rounding on two, where the factor of the mean over ranks is applied in another place."""
+    """Bit by bit on one rank; to rounding on two, where the mean over ranks is taken in another place."""
     graphs, plain = runs / name / "graphs", runs / name / "plain"
     tolerance = {"rtol": 0.0, "atol": 0.0} if name in ALONE else {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(losses(graphs), losses(plain), **tolerance)

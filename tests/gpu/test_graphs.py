@@ -18,7 +18,7 @@ from qa_deepspeed.models.heads import Objective, SpanHead
 from qa_deepspeed.qa.features.batching import Packing, make_batch
 from qa_deepspeed.training.loop import weighted_loss
 from tests.distributed.launching import losses
-from tests.gpu.on_gpu import ON_GPU, SHORT_RUN, gpu_marks, train_at_once
+from tests.gpu.on_gpu import SHORT_RUN, gpu_marks, train_at_once
 from tests.unit.models.test_packing import layout_of, small_model, take
 
 pytestmark = gpu_marks

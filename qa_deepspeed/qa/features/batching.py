@@ -105,7 +105,7 @@ class Batch:
         rest = iter(tensors)
         inputs = {name: next(rest) if torch.is_tensor(one) else one for name, one in self.inputs.items()}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        others = {name: next(rest) for name, one in fields.items() if torch.is_tensor(one)}
+        others: dict[str, Any] = {name: next(rest) for name, one in fields.items() if torch.is_tensor(one)}
         return dataclasses.replace(self, inputs=inputs, **others)
 
 
