@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import plural
 
@@ -77,6 +78,14 @@ def keep_global_batch_size(plan: BatchPlan, global_rows: int) -> BatchPlan:
     each = global_rows // plan.world_size
     rows = max(rows for rows in range(1, plan.micro_batch_size + 1) if each % rows == 0)
     return BatchPlan(rows, each // rows, plan.world_size)
+
+
+def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
+    """Rows of a micro-batch in which all have max_seq_length tokens: the one that needs the most memory."""
+    if not options.max_tokens_per_batch:
+        return plan.micro_batch_size
+    by_tokens = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
+    return min(by_tokens, -(-plan.global_batch_size // plan.world_size))
 
 
 def epoch_steps(rows: int, plan: BatchPlan) -> int:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.config.batch_plan import longest_rows_at_once
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.config_check import AUTO
+from qa_deepspeed.engine.cuda_graphs import uses_graphs
 from qa_deepspeed.engine.device import bf16_supported
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.memory import (
@@ -26,6 +28,7 @@ from qa_deepspeed.engine.memory import (
 )
 from qa_deepspeed.models.footprint import Footprint, footprint
 from qa_deepspeed.models.lora import LoraSettings, check_lora
+from qa_deepspeed.models.packing import packs_by_name
 from qa_deepspeed.utils.dtypes import weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB, gib
@@ -83,7 +86,7 @@ def estimate_configs(
     own = run_options.deepspeed_config
     if own not in (None, AUTO) and own.removesuffix(".json") not in names:
         names.append(own)
-    rows, model = [], None
+    rows, model, packed = [], None, packs_by_name(run_options, model_config)
     for name in names:
         resolved = ds_config.resolve(
             dataclasses.replace(run_options, deepspeed_config=name),
@@ -98,18 +101,16 @@ def estimate_configs(
         element = weight_dtype(resolved.precision).itemsize
         if model is None:
             kind = torch.bfloat16 if element == 2 else torch.float32
-            model = footprint(model_config, resolved.plan.micro_batch_size, run_options.max_seq_length, kind, lora)
+            rows_at_once = longest_rows_at_once(run_options, resolved.plan)
+            model = footprint(model_config, rows_at_once, run_options.max_seq_length, kind, lora)
         zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
-        function = estimate_cpu_memory if on_cpu else estimate_memory
-        rows.append(
-            _row(
-                name,
-                zero.stage,
-                HALF_HOST_WORK[zero.stage] if element == 2 else zero.stage,
-                function(model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps),
-                machines,
-            )
-        )
+        arguments = (model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps)
+        if on_cpu:
+            needed = estimate_cpu_memory(*arguments)
+        else:
+            needed = estimate_memory(*arguments, uses_graphs(resolved, "cuda", packed, machines.ranks))
+        host_work = HALF_HOST_WORK[zero.stage] if element == 2 else zero.stage
+        rows.append(_row(name, zero.stage, host_work, needed, machines))
     assert model is not None, "there are shipped configs"
     return model, rows
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.models.torch_compat import copy_all
 from qa_deepspeed.qa.features.batching import Batch, Packing
@@ -44,33 +44,36 @@ Forward = Callable[[dict[str, Any]], Any]
 """A model's forward pass, from its arguments to its outputs."""
 
 
-def graphs_wanted(
-    options: RunOptions, resolved: ResolvedConfig, device: torch.device, packed: bool, ranks: int
-) -> bool:
-    """Whether micro-batches run as CUDA graphs. By `auto` on one GPU: on several, a graph would keep the gradients'
-    reduction from overlapping with the backward pass.
+def uses_graphs(resolved: ResolvedConfig, device_type: str, packed: bool, ranks: int) -> bool:
+    """Whether micro-batches of a run run as CUDA graphs. By `auto` on one GPU: on several, a graph would keep the
+    gradients' reduction from overlapping with the backward pass."""
+    wanted = resolved.options.cuda_graphs
+    possible = _obstacle(resolved, device_type, packed) is None
+    return possible and (wanted == "true" or (wanted == AUTO and ranks == 1))
+
+
+def require_graphs(resolved: ResolvedConfig, device_type: str, packed: bool) -> None:
+    """Check that a run that asks for CUDA graphs can have them.
 
     Raises:
-        UserError: they are asked for, and this run cannot have them.
+        UserError: it cannot.
     """
-    if options.cuda_graphs == "false":
-        return False
-    reason = None
-    if device.type != "cuda":
-        reason = "there is no GPU"
-    elif not packed:
-        reason = "the rows are padded (--batch_layout)"
-    elif resolved.zero_stage == 3:
-        reason = "ZeRO-3 gathers parameters in every layer"
-    elif resolved.precision not in ("fp32", "bf16"):
-        reason = f"the precision is {resolved.precision}"
-    elif options.gradient_checkpointing:
-        reason = "--gradient_checkpointing reads the random state"
-    if options.cuda_graphs == "true":
-        if reason is not None:
-            raise UserError(f"--cuda_graphs true: {reason}; leave it out")
-        return True
-    return reason is None and ranks == 1
+    obstacle = _obstacle(resolved, device_type, packed)
+    if resolved.options.cuda_graphs == "true" and obstacle is not None:
+        raise UserError(f"--cuda_graphs true: {obstacle}; leave it out")
+
+
+def _obstacle(resolved: ResolvedConfig, device_type: str, packed: bool) -> str | None:
+    """Why a run cannot have CUDA graphs; None if it can."""
+    if device_type != "cuda":
+        return "there is no GPU"
+    if not packed:
+        return "the rows are padded (--batch_layout)"
+    if resolved.zero_stage == 3:
+        return "ZeRO-3 gathers parameters in every layer"
+    if resolved.precision not in ("fp32", "bf16"):
+        return f"the precision is {resolved.precision}"
+    return "--gradient_checkpointing reads the random state" if resolved.options.gradient_checkpointing else None
 
 
 def fixed_shapes(packing: Packing, longest: int) -> Packing:

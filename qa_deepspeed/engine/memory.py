@@ -121,9 +121,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int
+    model: Footprint, zero: ZeroSettings, ranks: int, element: int, accumulation: int, graphs: bool = False
 ) -> MemoryEstimate:
-    """Estimate for a GPU rank; `element` bytes per parameter, `accumulation` micro-batches per optimizer step."""
+    """Estimate for a GPU rank; `element` bytes per parameter, `accumulation` micro-batches per optimizer step.
+
+    With CUDA `graphs` all gradients have a fixed place during the whole run.
+    """
     full, partition = model.parameters, -(-model.parameters // ranks)
     trained, trained_partition = model.trained, -(-model.trained // ranks)
     half = element == 2
@@ -147,6 +150,9 @@ def estimate_memory(
         host += (12 + element + 4) * trained_partition
         bus += (element * accumulation + element) * trained_partition
         gradients, held, optimizer = 0, 0, 0
+    if graphs:
+        held += element * trained
+        gradients += element * trained
     return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,

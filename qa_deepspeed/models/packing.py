@@ -163,6 +163,11 @@ def packing_by_name(config: Any) -> Packing | None:
     return Packing(_first_positions(config)[0]) if config.model_type in PACKED_FAMILIES else None
 
 
+def packs_by_name(options: RunOptions, config: Any) -> bool:
+    """Whether a run is expected to pack its rows, before the model can be tried."""
+    return options.batch_layout != "padded" and packing_by_name(config) is not None
+
+
 def _first_positions(config: Any) -> list[int]:
     """Position ids that a row's first token may have in such a model, the likeliest first."""
     after_padding = (getattr(config, "pad_token_id", None) or 0) + 1

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from qa_deepspeed.config.batch_plan import BatchPlan
 from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.facts import ModelFacts
@@ -18,7 +17,6 @@ from qa_deepspeed.qa.data.hub import hub_file
 from qa_deepspeed.qa.data.reading import ColumnNames, DataSource
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.mixture import epoch_size
-from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
@@ -91,14 +89,6 @@ def _settings_for(options: RunOptions, purpose: Purpose) -> FeatureSettings:
     """Evaluation ignores labels, so that runs with different `answers` share its features."""
     settings = feature_settings(options)
     return settings if purpose == "train" else dataclasses.replace(settings, answers="first")
-
-
-def longest_rows_at_once(options: RunOptions, plan: BatchPlan) -> int:
-    """Rows of a micro-batch in which all have max_seq_length tokens: the one that needs the most memory."""
-    if not options.max_tokens_per_batch:
-        return plan.micro_batch_size
-    by_tokens = max(1, options.max_tokens_per_batch // padded_length(options.max_seq_length))
-    return min(by_tokens, -(-plan.global_batch_size // plan.world_size))
 
 
 def warnings_of_files(options: RunOptions) -> list[str]:

@@ -22,7 +22,7 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import (
 )
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.config_choice import choose_config
-from qa_deepspeed.engine.cuda_graphs import fixed_shapes, graphs_wanted, use_own_stream
+from qa_deepspeed.engine.cuda_graphs import fixed_shapes, require_graphs, use_own_stream, uses_graphs
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
@@ -335,7 +335,8 @@ def _make_engine(
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     packed_before = None if before is None else before.packed
     packing = choose_packing(model, options, store, layout, resolved.zero_stage, packed_before)
-    graphs = graphs_wanted(options, resolved, device, packing is not None, dist.world_size())
+    require_graphs(resolved, device.type, packing is not None)
+    graphs = uses_graphs(resolved, device.type, packing is not None, dist.world_size())
     if graphs:
         use_own_stream()
     engine = training_engine(model, config, resolved, steps, device, packed=packing is not None)

@@ -18,7 +18,8 @@ def main() -> None:
     """Train each run of the file into FOLDER/NAME."""
     runs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     dist.ensure_rank_env()
-    train.graphs_wanted = lambda *arguments: True
+    train.require_graphs = lambda *arguments: None
+    train.uses_graphs = lambda *arguments: True
     train.use_own_stream = lambda: None
     cuda_graphs.capture_on_gpu = lambda pool: lambda work: work  # type: ignore[assignment,misc]
     loop.Run.uses_graphs = property(lambda run: run.options.cuda_graphs == "true")  # type: ignore[assignment,method-assign]

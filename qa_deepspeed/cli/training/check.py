@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qa_deepspeed.config.batch_plan import epoch_steps, total_steps
+from qa_deepspeed.config.batch_plan import epoch_steps, longest_rows_at_once, total_steps
 from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.option_groups import EPOCH
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
@@ -20,6 +20,7 @@ from qa_deepspeed.config.run_options import RunOptions, check_counts
 from qa_deepspeed.engine import compiled_ops, ds_config
 from qa_deepspeed.engine.checkpoints.checkpoint import checkpoint_bytes
 from qa_deepspeed.engine.config_choice import choose_config
+from qa_deepspeed.engine.cuda_graphs import uses_graphs
 from qa_deepspeed.engine.device import device_for_check
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.memory import (
@@ -35,6 +36,7 @@ from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
 from qa_deepspeed.models.loading import head_kind, load_config, quiet_transformers, require_weights
 from qa_deepspeed.models.lora import LoraSettings
+from qa_deepspeed.models.packing import packs_by_name
 from qa_deepspeed.models.trained_settings import with_stored_settings
 from qa_deepspeed.qa.data.reading import resolve_files
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers
@@ -48,7 +50,6 @@ from qa_deepspeed.training.features import (
     EPOCH_ROWS,
     Purpose,
     file_weights,
-    longest_rows_at_once,
     look_up_features,
     warnings_of_files,
 )
@@ -265,12 +266,14 @@ def _memory(checked: PreflightState) -> list[str]:
     on_cpu = run_options.no_cuda or not torch.cuda.is_available()
     checked.config = config = ds_config.finish(resolved, checked.steps or 1, ds_config.hidden_size(facts.config))
     accumulation = resolved.plan.gradient_accumulation_steps
-    arguments = (_known(checked.footprint), ZeroSettings.of(config), checked.ranks, _element(resolved), accumulation)
+    zero = ZeroSettings.of(config)
+    arguments = (_known(checked.footprint), zero, checked.ranks, _element(resolved), accumulation)
     available = free_host_memory()
     if on_cpu:
         wanted = estimate_cpu_memory(*arguments).host * checked.ranks_here
         return [require_host_memory(wanted, available, checked.ranks_here)]
-    needed = estimate_memory(*arguments)
+    packed = packs_by_name(run_options, facts.config)
+    needed = estimate_memory(*arguments, uses_graphs(resolved, "cuda", packed, checked.ranks))
     free, _ = torch.cuda.mem_get_info()
     on_device, on_host = needed.device(run_options.gradient_checkpointing), needed.host_of(checked.ranks_here)
     return [require_gpu_memory(on_device, free, on_host, available)]

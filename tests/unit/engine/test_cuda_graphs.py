@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.cuda_graphs import MOST_SHAPES, StepGraphs, Work, fixed_shapes, graphs_wanted
+from qa_deepspeed.engine.cuda_graphs import MOST_SHAPES, StepGraphs, Work, fixed_shapes, require_graphs, uses_graphs
+from qa_deepspeed.engine.memory import ZeroSettings, estimate_memory
 from qa_deepspeed.engine.optim import decays
 from qa_deepspeed.models.attention.row_attention import set_row_attention
 from qa_deepspeed.models.flat_parameters import flatten
@@ -23,6 +24,7 @@ from qa_deepspeed.models.heads import Objective, SpanHead
 from qa_deepspeed.qa.features.batching import Batch, Packing, make_batch
 from qa_deepspeed.training.loop import weighted_loss
 from qa_deepspeed.utils.errors import UserError
+from tests.unit.cli.test_plan import BILLION
 from tests.unit.models.test_packing import layout_of, small_model, take
 
 LONGEST = 72
@@ -150,9 +152,6 @@ def test_more_shapes_than_the_limit_run_without_a_graph() -> None:
     assert len(captured) == graphs.count == MOST_SHAPES
 
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-
-
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
@@ -160,23 +159,33 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
         ({"cuda_graphs": "false"}, False),
         ({"ranks": 2}, False),
         ({"ranks": 2, "cuda_graphs": "true"}, True),
-        ({"device": CPU}, False),
-        ({"device": CPU, "cuda_graphs": "true"}, "no GPU"),
-        ({"packed": False, "cuda_graphs": "true"}, "padded"),
-        ({"zero_stage": 3, "cuda_graphs": "true"}, "ZeRO-3"),
-        ({"precision": "fp16", "cuda_graphs": "true"}, "fp16"),
-        ({"gradient_checkpointing": True, "cuda_graphs": "true"}, "gradient_checkpointing"),
-        ({"gradient_checkpointing": True}, False),
+        ({"device_type": "cpu"}, "no GPU"),
+        ({"packed": False}, "padded"),
+        ({"zero_stage": 3}, "ZeRO-3"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
     ],
 )
 def test_when_graphs_are_used(settings: dict[str, Any], wanted: bool | str) -> None:
-    given = {"ranks": 1, "device": GPU, "packed": True, "zero_stage": 1, "precision": "bf16", **settings}
+    """A reason against them is an error only where they are asked for."""
+    given = {"ranks": 1, "device_type": "cuda", "packed": True, "zero_stage": 1, "precision": "bf16", **settings}
     names = {field.name for field in dataclasses.fields(RunOptions)}
-    options = RunOptions(output_dir="runs/one", **{name: given[name] for name in given.keys() & names})
-    resolved: Any = SimpleNamespace(zero_stage=given["zero_stage"], precision=given["precision"])
-    arguments = (options, resolved, given["device"], given["packed"], given["ranks"])
+    options = RunOptions(**{name: given[name] for name in given.keys() & names})
+
+    def resolved(options: RunOptions) -> Any:
+        return SimpleNamespace(options=options, zero_stage=given["zero_stage"], precision=given["precision"])
+
+    require_graphs(resolved(options), given["device_type"], given["packed"])
+    used = uses_graphs(resolved(options), given["device_type"], given["packed"], given["ranks"])
+    assert used == (wanted is True)
     if isinstance(wanted, str):
         with pytest.raises(UserError, match=wanted):
-            graphs_wanted(*arguments)
-    else:
-        assert graphs_wanted(*arguments) == wanted
+            require_graphs(
+                resolved(dataclasses.replace(options, cuda_graphs="true")), given["device_type"], given["packed"]
+            )
+
+
+def test_the_memory_plan_counts_the_gradients_of_graphs() -> None:
+    model, zero = BILLION, ZeroSettings.of({"zero_optimization": {"stage": 1}})
+    without, with_graphs = (estimate_memory(model, zero, 1, 2, 1, graphs) for graphs in (False, True))
+    assert with_graphs.device() - without.device() == 2 * model.trained
