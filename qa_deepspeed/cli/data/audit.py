@@ -59,20 +59,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
-    """All findings about a source, as plain values: questions, answers, windows, lengths, padding, suggestion, and the
-    usable questions as `examples`.
+    """All findings about a source, as plain values: questions, rejected ones, the usable ones as `examples`, and with a
+    model answers, windows, lengths, padding, suggestion.
 
     The features are built as training would build them, in a temporary folder.
 
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    examples = [_as_dict(example) for example in read_examples(source, ReadReport())]
+    report = ReadReport()
+    examples = [_as_dict(example) for example in read_examples(source, report)]
+    findings: dict[str, Any] = {
+        "files": list(source.files),
+        "model": run_options.model_name_or_path,
+        "questions": _questions(report) | {"repeated": _repeated_questions(examples)},
+        "rejected": [one.to_dict() for one in report.rejected],
+        "examples": examples,
+    }
+    if run_options.model_name_or_path is None:
+        return findings
     facts = model_facts(run_options)
     with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
-        findings = _findings(source, run_options, facts, Path(folder))
-    findings["questions"]["repeated"] = _repeated_questions(examples)
-    return findings | {"examples": examples}
+        features = _features(source, run_options, facts, Path(folder))
+    findings["questions"]["cut"] = features.pop("cut_questions")
+    return findings | features
 
 
 def _as_dict(example: Example) -> dict[str, Any]:
@@ -102,7 +112,8 @@ def _shown(examples: list[dict[str, Any]]) -> Iterator[str]:
             yield "  (no answer)"
 
 
-def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
+def _features(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
+    """What the features of a model show."""
     settings = feature_settings(run_options)
     store = prepare_features(source, facts.tokenizer, facts.family, settings, folder)
     sizes = measure(store, settings)
@@ -111,10 +122,8 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
     batches = epoch_order(store.lengths, batch, run_options.seed, 0)
     tokens = int(store.lengths.sum())
     return {
-        "files": list(source.files),
-        "model": run_options.model_name_or_path,
         "settings": dataclasses.asdict(settings) | {"max_answer_length": run_options.max_answer_length},
-        "questions": _questions(store.report) | {"cut": store.counts["truncated_questions"]},
+        "cut_questions": store.counts["truncated_questions"],
         "answers": {
             "longest": int(sizes.answer.max(initial=0)),
             "longer_than_max_answer_length": int((sizes.answer > run_options.max_answer_length).sum()),
@@ -135,7 +144,6 @@ def _findings(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
             "to_max_seq_length": 1 - tokens / (len(store) * settings.max_seq_length) if len(store) else 0.0,
         },
         "suggestion": suggest(sizes, special_tokens, settings.max_query_length, _longest_row(facts)),
-        "rejected": [one.to_dict() for one in store.report.rejected],
     }
 
 
@@ -162,9 +170,11 @@ def _longest_row(facts: ModelFacts) -> int | None:
 
 def table(found: dict[str, Any]) -> list[str]:
     """The findings as lines for people."""
-    questions, answers, windows, padding = (found[name] for name in ("questions", "answers", "windows", "padding"))
-    settings, suggestion = found["settings"], found["suggestion"]
-    lines = [f"{', '.join(found['files'])} for {found['model']}", *questions["notes"], ""]
+    questions, model = found["questions"], found["model"]
+    lines = [", ".join(found["files"]) + (f" for {model}" if model else ""), *questions["notes"], ""]
+    cut = []
+    if model:
+        cut = [("  cut", questions["cut"], f"longer than max_query_length {found['settings']['max_query_length']}")]
     lines += _rows(
         "questions",
         [
@@ -172,14 +182,26 @@ def table(found: dict[str, Any]) -> list[str]:
             ("  repaired", questions["repaired"], "answer moved to where it stands"),
             ("  unanswerable", questions["unanswerable"], f"{questions['unanswerable'] / questions['usable']:.1%}"),
             ("  repeated", questions["repeated"], "same question and context under another id"),
-            ("  cut", questions["cut"], f"longer than max_query_length {settings['max_query_length']}"),
+            *cut,
             ("  without an id", questions["ids_made"], "got one: a digest of question and context"),
             ("rejected", questions["rejected"], ""),
             *_with_advice("  ", questions["rejected_by_reason"]),
             *_with_advice("answers: ", questions["answer_faults"]),
         ],
     )
-    lines += _rows(
+    lines += _feature_lines(found) if model else ["with --model_name_or_path also lengths, windows and padding"]
+    for one in found["rejected"][:REJECTED_SHOWN]:
+        lines.append(f"rejected: id {one['example_id']}: {Rejected(**one)}")
+    if len(found["rejected"]) > REJECTED_SHOWN:
+        lines.append(f"... and {len(found['rejected']) - REJECTED_SHOWN:,} more, all with --json")
+    return lines
+
+
+def _feature_lines(found: dict[str, Any]) -> list[str]:
+    """Answers, windows and lengths in tokens."""
+    answers, windows, padding = (found[name] for name in ("answers", "windows", "padding"))
+    settings, suggestion = found["settings"], found["suggestion"]
+    lines = _rows(
         "answers (tokens)",
         [
             ("longest", answers["longest"], ""),
@@ -214,10 +236,6 @@ def table(found: dict[str, Any]) -> list[str]:
             f"suggested: --max_seq_length {suggestion['max_seq_length']} --doc_stride {suggestion['doc_stride']} "
             f"--doc_stride_is step   ({suggestion['windows']:,} windows, {suggestion['tokens']:,} tokens)",
         ]
-    for one in found["rejected"][:REJECTED_SHOWN]:
-        lines.append(f"rejected: id {one['example_id']}: {Rejected(**one)}")
-    if len(found["rejected"]) > REJECTED_SHOWN:
-        lines.append(f"... and {len(found['rejected']) - REJECTED_SHOWN:,} more, all with --json")
     return lines
 
 

@@ -18,6 +18,24 @@ from tests.paths import DATA, MINILM, REPOSITORY, needs_real_data, needs_real_mo
 BROKEN = REPOSITORY / "tests" / "data" / "broken"
 
 
+def test_without_a_model_it_says_what_was_read(capsys, tmp_path):
+    """Counts, rejected questions and examples are those with a model; tokens are left out."""
+    path = made_file(tmp_path / "made.json")
+    squad = json.loads(path.read_text())
+    squad["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "green"
+    path.write_text(json.dumps(squad))
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(path), "--show", "1"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "199" in out and "[blue]" in out and "--model_name_or_path" in out and "windows (" not in out
+    with pytest.raises(SystemExit):
+        main(["audit", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["questions"]["usable"] == len(found["examples"]) == 199 and len(found["rejected"]) == 1
+    assert found["model"] is None and "windows" not in found
+
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """A folder with the config and the tokenizer of a BERT whose pieces are three words and all characters."""
