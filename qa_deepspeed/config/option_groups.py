@@ -131,6 +131,9 @@ class ModelOptions:
     lora_target_modules: str = option(
         "all-linear", SIZE, "modules with adapters, like query,value; or all linear ones but the head's", several=True
     )
+    freeze: str | None = option(
+        None, SIZE, "do not train these: embeddings, and layers by number, like embeddings,0-5", several=True
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,11 @@ class TrainingOptions:
     learning_rate: float = option(5e-5, TRAIN, "peak learning rate")
     lr_scheduler_type: str = option(
         "linear", TRAIN, "schedule after the warm-up, as transformers.get_scheduler", choices=SCHEDULES
+    )
+    layerwise_lr_decay: float = option(
+        1.0,
+        TRAIN,
+        "learning rate of a layer over that of the layer above it; the head has learning_rate",
     )
     warmup_steps: int = option(0, TRAIN, "optimizer steps of linear warm-up")
     weight_decay: float = option(0.0, TRAIN, "decoupled weight decay (none on biases and norms)")

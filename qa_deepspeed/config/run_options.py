@@ -147,6 +147,8 @@ def check_counts(options: RunOptions) -> None:
         raise UserError(f"validation_split must be at least 0 and less than 1, not {options.validation_split}")
     if options.validation_split and options.predict_file:
         raise UserError("validation_split takes the evaluation from train_file: leave it or --predict_file out")
+    if not 0 < options.layerwise_lr_decay <= 1:
+        raise UserError(f"layerwise_lr_decay must be more than 0 and at most 1, not {options.layerwise_lr_decay}")
     if options.seed >= SEEDS:
         raise UserError(f"seed must be less than {SEEDS}, not {options.seed}")
     if options.max_steps <= 0 and not 0 < options.num_train_epochs < math.inf:

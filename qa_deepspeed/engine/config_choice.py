@@ -102,7 +102,7 @@ def estimate_configs(
         if model is None:
             kind = torch.bfloat16 if element == 2 else torch.float32
             rows_at_once = longest_rows_at_once(run_options, resolved.plan)
-            model = footprint(model_config, rows_at_once, run_options.max_seq_length, kind, lora)
+            model = footprint(model_config, rows_at_once, run_options.max_seq_length, kind, lora, run_options.freeze)
         zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
         arguments = (model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps)
         if on_cpu:

@@ -22,7 +22,7 @@ from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
-from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, parameter_groups, works_elementwise
+from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, groups_of_run, works_elementwise
 from qa_deepspeed.models.attention.row_attention import set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.compiled_layers import compile_layers
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names, flatten
@@ -123,6 +123,7 @@ class Engine(EvalModel):
         super().__init__(deepspeed_engine.module, resolved, device)
         self.training_flops = flops
         self._engine = deepspeed_engine
+        self._options = resolved.options
         deepspeed_engine.config = without_secrets(deepspeed_engine.config)  # DeepSpeed saves it in every checkpoint
         self._writer = DeferringWriter(compat.checkpoint_writer(deepspeed_engine))
         compat.set_checkpoint_writer(deepspeed_engine, self._writer)
@@ -274,7 +275,7 @@ class Engine(EvalModel):
     def optimized_names(self) -> list[str]:
         """Names of the trained parameters, in the order of the optimizer's groups."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        groups = parameter_groups(self.module, weight_decay=0.0)
+        groups = groups_of_run(self.module, self._options)
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
     @property
@@ -366,7 +367,7 @@ def training_engine(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=parameter_groups(model, options.weight_decay) if optimizer is None else None,
+            model_parameters=groups_of_run(model, options) if optimizer is None else None,
             lr_scheduler=schedule,
             config=config,
         )

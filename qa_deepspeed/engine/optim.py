@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,26 +11,66 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.engine.deepspeed_compat import full_shape
-from qa_deepspeed.models.flat_parameters import DECAYED, NOT_DECAYED
+from qa_deepspeed.engine.deepspeed_compat import full_numel, full_shape
+from qa_deepspeed.models.flat_parameters import DECAYED, NOT_DECAYED, first_tensor
+from qa_deepspeed.models.layers import Layers
+from qa_deepspeed.utils.errors import UserError
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, learning_rate: float = 0.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Trained parameters in two groups: matrices with weight decay; vectors (norms) and biases of any shape without.
 
     These are Trainer's groups (`get_decay_parameter_names`). XLNet's `r_w_bias` and T5's relative attention bias are
     matrices. Under ZeRO-3 the shape that counts is the full one, not that of the partition.
+
+    layer_decay: other than 1, each layer has two groups of its own, with its peak learning rate (`layers.Layers.rate`).
+    Those of the head come first, since the rate of the first group is what a run logs.
     """
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+    layers = Layers.of(model)
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if decays(name, parameter) else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            place = layers.count if layer_decay == 1 else layers.place(first_tensor(model, name))
+            groups.setdefault((place, decays(name, parameter)), []).append(parameter)
+    made: list[dict[str, Any]] = []
+    for place, decayed in sorted(groups, reverse=True):
+        made.append({"params": groups[place, decayed], "weight_decay": weight_decay if decayed else 0.0})
+        if layer_decay != 1:
+            made[-1]["lr"] = layers.rate(place, learning_rate, layer_decay)
+    return made
+
+
+def groups_of_run(model: torch.nn.Module, options: RunOptions) -> list[dict[str, Any]]:
+    """`parameter_groups` with a run's weight decay and learning rates."""
+    return parameter_groups(model, options.weight_decay, options.learning_rate, options.layerwise_lr_decay)
+
+
+def described_groups(model: torch.nn.Module, options: RunOptions) -> list[str]:
+    """A line for each place from the head down: its parameters, and their peak learning rate or that they are frozen.
+
+    For a model that is not flat yet.
+    """
+    layers = Layers.of(model)
+    sizes: Counter[tuple[int, bool]] = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[layers.place(name), parameter.requires_grad] += full_numel(parameter)
+    lines = []
+    for place, trained in sorted(sizes, reverse=True):
+        rate = layers.rate(place, options.learning_rate, options.layerwise_lr_decay)
+        how = f"learning rate {rate:.3g}" if trained else "frozen"
+        lines.append(f"  {layers.name(place):10}  {sizes[place, trained]:>13,} parameters, {how}")
+    return lines
+
+
+def check_layerwise(options: RunOptions, config: dict[str, Any]) -> None:
+    """Raises UserError where a schedule of DeepSpeed's would set one learning rate for all layers."""
+    if options.layerwise_lr_decay != 1 and "scheduler" in config:
+        raise UserError(
+            f"layerwise_lr_decay: the scheduler of {options.deepspeed_config} sets one learning rate for all layers: "
+            "take it out of the config, and use --lr_scheduler_type and --warmup_steps"
+        )
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -42,7 +83,7 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def default_optimizer(model: torch.nn.Module, options: RunOptions) -> AdamW:
     """torch's fused AdamW (Loshchilov & Hutter 2019), as fast on a CPU as DeepSpeed's compiled ones."""
-    groups = parameter_groups(model, options.weight_decay)
+    groups = groups_of_run(model, options)
     return AdamW(groups, lr=options.learning_rate, eps=options.adam_epsilon, fused=True)
 
 

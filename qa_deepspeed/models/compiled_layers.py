@@ -12,7 +12,7 @@ import os
 import shutil
 from typing import Any
 
-from qa_deepspeed.models.flat_parameters import stacks_of
+from qa_deepspeed.models.layers import layer_lists
 from qa_deepspeed.utils.errors import UserError
 
 
@@ -33,7 +33,7 @@ def require_compiler(device_type: str, zero_stage: int) -> None:
 
 def compile_layers(model: Any) -> int:
     """Compile each layer of the model's stacks at its first forward pass, for any number of tokens; their number."""
-    layers = [layer for stack in stacks_of(model) for layer in model.get_submodule(stack)]
+    layers = [layer for stack in layer_lists(model) for layer in model.get_submodule(stack)]
     for layer in layers:
         layer.compile(dynamic=True)
     return len(layers)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qa_deepspeed.models.layers import Layers, layer_lists
+
 DECAYED, NOT_DECAYED = "flat_decayed", "flat_not_decayed"
 """Names of a block's flat parameters: of the tensors with weight decay, and of the others."""
 
@@ -83,17 +85,18 @@ def flatten(model: nn.Module, decays: DecayRule) -> None:
     """
     flattened = _Flattened()
     uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
-    groups: dict[tuple[str, bool, torch.dtype], list[tuple[_Tensor, Tensor]]] = {}
-    stacks = stacks_of(model)
+    groups: dict[tuple[str, int, bool, torch.dtype], list[tuple[_Tensor, Tensor]]] = {}
+    stacks, layers = layer_lists(model), Layers.of(model)
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             table = isinstance(module, nn.Embedding) and parameter.numel() >= LARGE_TABLE
             if not parameter.requires_grad or uses[id(parameter)] > 1 or table:
                 continue
             name = f"{path}.{attribute}" if path else attribute
-            key = (_block_of(name, model, stacks), decays(name, parameter), parameter.dtype)
+            block = _block_of(name, model, stacks)
+            key = (block, layers.place(name), decays(name, parameter), parameter.dtype)
             groups.setdefault(key, []).append((_Tensor(name, module, attribute, parameter.shape), parameter))
-    for (block, decayed, _), members in groups.items():
+    for (block, _, decayed, _), members in groups.items():
         owner, short = model.get_submodule(block), DECAYED if decayed else NOT_DECAYED
         if len(members) < 2 or sum(one.numel() for _, one in members) > LARGEST or hasattr(owner, short):
             continue
@@ -119,22 +122,14 @@ def flat_names(model: nn.Module) -> FlatNames:
     return {name: {one.name: list(one.shape) for one in tensors} for name, tensors in flattened.tensors.items()}
 
 
+def first_tensor(model: nn.Module, name: str) -> str:
+    """The first tensor of a flat parameter of this name; any other name as it is."""
+    return next(iter(flat_names(model).get(name, [name])))
+
+
 def _views(flat: Tensor, tensors: list[_Tensor]) -> list[Tensor]:
     parts = torch.split(flat, [prod(one.shape) for one in tensors])
     return [part.view(one.shape) for part, one in zip(parts, tensors, strict=True)]
-
-
-def stacks_of(model: nn.Module) -> list[str]:
-    """Paths of the lists of layers, none inside another."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) > 1
-            and not any(path.startswith(f"{one}.") for one in found)
-        ):
-            found.append(path)
-    return found
 
 
 def _block_of(name: str, model: nn.Module, stacks: list[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 
+from qa_deepspeed.models.layers import freeze
 from qa_deepspeed.models.lora import LoraSettings, adapted_modules, add_adapters
 from qa_deepspeed.models.transformers_compat import model_of_class, repeated_layers
 from qa_deepspeed.utils.errors import UserError
@@ -44,13 +45,18 @@ class Footprint:
 
 
 def footprint(
-    config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype, lora: LoraSettings | None = None
+    config: PretrainedConfig,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+    frozen: str | None = None,
 ) -> Footprint:
     """The footprint of a model of this config in training on `rows` rows of `length` tokens in `dtype`; all of it is
-    trained, or only adapters as in `lora` and the head.
+    trained but what is `frozen` (the option `freeze`), or only adapters as in `lora` and the head.
 
     Raises:
-        UserError: it has no question-answering head, or none of the modules named for adapters.
+        UserError: it has no question-answering head, none of the modules named for adapters, or no layer to freeze.
     """
     with torch.device("meta"):
         try:
@@ -59,6 +65,7 @@ def footprint(
             raise UserError(f"no question-answering model of type {config.model_type}: {error}") from None
         if lora is not None:
             add_adapters(model, lora, base="", seed=0)
+        freeze(model, frozen)
     layers = repeated_layers(model)
     parameters = [parameter.numel() for parameter in model.parameters()]
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]

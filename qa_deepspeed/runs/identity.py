@@ -9,6 +9,7 @@ from qa_deepspeed.config.options import nearest
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig, section_in_words
+from qa_deepspeed.models.layers import named_places
 from qa_deepspeed.utils.errors import UserError
 
 FINGERPRINT_OPTIONS = (
@@ -48,12 +49,13 @@ OPTIONS_OF_PART = {
     "steps": ("num_train_epochs", "max_steps"),
     "global_batch_size": ("per_gpu_train_batch_size", "gradient_accumulation_steps"),
     "precision": ("bf16", "fp16", "fp16_opt_level"),
+    "layers": ("layerwise_lr_decay", "freeze"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
 }
 """Part of the fingerprint -> the options it is derived from. An option of two parts stands for the later one in
 `resume_with_changes`."""
 
-FIXED = ("head", "optimizer", "scheduler", "lora")
+FIXED = ("head", "optimizer", "scheduler", "layers", "lora")
 """Parts that the weights or the optimizer state of a checkpoint depend on: they can never change."""
 
 CHANGES_WITH = {"steps": ("features", "global_batch_size", "mixture"), "mixture": ("features",)}
@@ -74,10 +76,14 @@ def run_fingerprint(
     named = {name: getattr(options, name) for name in FINGERPRINT_OPTIONS}
     if options.group_by_length is None:  # then the layout of the batches decides, or the checkpoint
         del named["group_by_length"]
+    # these are parts only where they are used: finished runs of earlier versions stay finished
     mixture = {} if weights is None else {"mixture": list(weights)}
+    by_layer = options.freeze is not None or options.layerwise_lr_decay != 1
+    layers = {"layers": [options.layerwise_lr_decay, *sorted(named_places(options.freeze))]} if by_layer else {}
     return (
         named
         | mixture
+        | layers
         | {
             "lora": adapters,
             "features": features,

@@ -26,7 +26,9 @@ from qa_deepspeed.engine.cuda_graphs import fixed_shapes, require_graphs, use_ow
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
+from qa_deepspeed.engine.optim import described_groups
 from qa_deepspeed.models.facts import ModelFacts, model_facts
+from qa_deepspeed.models.layers import freeze
 from qa_deepspeed.models.loading import head_kind, missing_in_backbone, quiet_transformers
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from qa_deepspeed.models.null_threshold import drop_null_threshold
@@ -332,6 +334,8 @@ def _make_engine(
     adapters = LoraSettings.of(options.to_dict())
     if adapters is not None:
         add_adapters(model, adapters, str(options.model_name_or_path), options.seed)
+    freeze(model, options.freeze)
+    groups = described_groups(model, options) if options.freeze or options.layerwise_lr_decay != 1 else []
     layout = facts.layout(model_columns(model, facts.config), options.lang_id)
     packed_before = None if before is None else before.packed
     packing = choose_packing(model, options, store, layout, resolved.zero_stage, packed_before)
@@ -351,6 +355,8 @@ def _make_engine(
             layout = dataclasses.replace(layout, packing=packing)
     if adapters is not None:
         dist.log0(f"LoRA: {engine.trained_parameters:,} of {engine.parameters:,} parameters are trained")
+    if groups:
+        dist.log0("\n".join([f"parameter groups (layerwise_lr_decay {options.layerwise_lr_decay:g}):", *groups]))
     dist.log0(
         f"{resolved.name} (ZeRO stage {resolved.zero_stage}, {resolved.precision}): {steps} optimizer steps, "
         f"{resolved.plan}, {'padded' if layout.packing is None else 'packed'}"

@@ -189,6 +189,7 @@ def _model(checked: PreflightState) -> list[str]:
         checked.options.max_seq_length,
         kind,
         LoraSettings.of(resolved.options.to_dict()),
+        resolved.options.freeze,
     )
     lines = [f"{facts.config.model_type}, {describe_parameters(checked.footprint)}"]
     if ds_config.chooses_config(checked.options):

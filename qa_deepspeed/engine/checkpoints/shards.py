@@ -258,11 +258,12 @@ def _fill_partitions(engine: Any, shards: Shards) -> None:
 def _fill_flats(engine: Any, shards: Shards, flats: list[tuple[torch.Tensor, list[compat.Slice]]]) -> None:
     """Copy weights and optimizer state into flat tensors, by the places of the parameters in them."""
     names, tensors = compat.parameter_names(engine), flat_names(engine.module)
+    keys = shards.read(next(iter(shards.names))).keys() - {WEIGHT}
     for flat, parts in flats:
-        moments: dict[str, torch.Tensor] = {}
+        moments = {key: torch.zeros_like(flat.data) for key in keys}  # a small group's may be padding alone
         for part in parts:
             for key, value in _read(shards, names[part.parameter], tensors).items():
-                target = flat.data if key == WEIGHT else moments.setdefault(key, torch.zeros_like(flat.data))
+                target = flat.data if key == WEIGHT else moments[key]
                 target.narrow(0, part.target, part.count).copy_(value.narrow(0, part.source, part.count))
         engine.optimizer.optimizer.state[flat] = _state_of(shards, flat.device, moments)
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, BertConfig
 
 from qa_deepspeed.models.footprint import describe_parameters, footprint
+from qa_deepspeed.models.layers import freeze
 from qa_deepspeed.models.lora import LoraSettings, add_adapters
 from tests.unit import small_tokenizers
 
@@ -59,6 +60,20 @@ def test_half_precision_saves_about_half_except_in_attention() -> None:
     full, half = (footprint(config, 3, 40, kind) for kind in (torch.float32, torch.bfloat16))
     assert half.attention == full.attention
     assert 0.45 < (half.saved - half.attention) / (full.saved - full.attention) < 0.6
+
+
+def test_frozen_layers_are_not_trained_and_save_less() -> None:
+    config = BertConfig(num_hidden_layers=3, **SMALL)
+    whole, counted = (
+        footprint(config, 3, 40, torch.float32),
+        footprint(config, 3, 40, torch.float32, None, "embeddings,0"),
+    )
+    model = AutoModelForQuestionAnswering.from_config(config)
+    freeze(model, "embeddings,0")
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    assert (counted.trained, counted.largest_trained) == (sum(trained), max(trained))
+    assert counted.parameters == whole.parameters and sum(trained) < whole.trained
+    assert counted.saved == kept_on_cpu(model, 3, 40) < whole.saved
 
 
 def test_adapters_are_counted() -> None:

@@ -149,3 +149,14 @@ def test_weights_of_files_are_part_of_the_fingerprint_only_where_there_are_some(
         refuse_changes(without, ours, before, options, "run")
     for allowed in ("train_file", "mixture"):
         refuse_changes(theirs, ours, before, replace(options, resume_with_changes=allowed), "run")
+
+
+def test_groups_by_layer_are_part_of_the_fingerprint_only_where_they_are_used() -> None:
+    """In one spelling; they never change on resume, as the optimizer's state depends on them."""
+    plain, options = fingerprint(RunOptions()), RunOptions(freeze="0-1,embeddings", layerwise_lr_decay=0.9)
+    assert "layers" not in plain
+    ours = fingerprint(options)
+    assert ours == {**plain, "layers": [0.9, -1, 0, 1]} == fingerprint(replace(options, freeze="embeddings, 1,0"))
+    with pytest.raises(UserError, match="freeze was None, is 0-1,embeddings") as caught:
+        refuse_changes(plain, ours, RunOptions().to_dict(), options, "run")
+    assert "layerwise_lr_decay was 1.0, is 0.9" in str(caught.value) and "resume_with_changes" not in str(caught.value)
