@@ -269,6 +269,12 @@ class CheckpointOptions:
     )
     save_on_time: str | None = option(None, TRAIN, "also save this long after the last checkpoint, like 15m")
     save_total_limit: int | None = option(None, TRAIN, "checkpoints to keep; the best and the last always stay")
+    save_async: str = option(
+        AUTO,
+        TRAIN,
+        "write checkpoints while training continues, from copies in host memory; auto: where these fit",
+        choices=(AUTO, "true", "false"),
+    )
     save_retry: int = option(600, TRAIN, "seconds to keep trying where a full disk keeps the end from being saved")
     metric_for_best_model: str | None = option(
         None, TRAIN, "metric that selects the best checkpoint, like f1, exact, or loss (lower is better)"

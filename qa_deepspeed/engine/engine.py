@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.engine.checkpoints.shard_writer import ShardWriter
 from qa_deepspeed.engine.checkpoints.shards import Shards, fill_engine
 from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
@@ -87,28 +88,6 @@ class EvalModel:
             self.module.train(training)
 
 
-class DeferringWriter:
-    """DeepSpeed's writer of checkpoint files, which stores the error of a failed write instead of raising it.
-
-    DeepSpeed's save contains barriers: a rank that raised between them would leave the others waiting.
-    """
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self.problem: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file."""
-        try:
-            self._writer.save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-            lines = str(error).splitlines()
-            self.problem = error if isinstance(error, OSError) else OSError(f"{lines[0] if lines else error} ({path})")
-
-
 class Engine(EvalModel):
     """A model in training under DeepSpeed."""
 
@@ -125,7 +104,7 @@ class Engine(EvalModel):
         self._engine = deepspeed_engine
         self._options = resolved.options
         deepspeed_engine.config = without_secrets(deepspeed_engine.config)  # DeepSpeed saves it in every checkpoint
-        self._writer = DeferringWriter(compat.checkpoint_writer(deepspeed_engine))
+        self._writer = ShardWriter(compat.checkpoint_writer(deepspeed_engine))
         compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
         self.grad_norm: float | None = None
@@ -254,6 +233,13 @@ class Engine(EvalModel):
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if self._writer.problem is not None:
             raise self._writer.problem
+
+    def copy_shards(self, folder: Path, tag: str) -> Callable[[], None]:
+        """Copy what `save_shards` writes to host memory; returns what writes it, which no other rank takes part in, and
+        which raises an OSError as it does. Collective."""
+        with self._writer.copying() as write:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        return write
 
     def write_common_states(self) -> None:
         """Make this rank also write the non-partitioned state (node-local disks)."""

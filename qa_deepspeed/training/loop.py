@@ -71,6 +71,8 @@ class Run:
     best: BestCheckpoint
     previous: PreviousRun | None
     """An earlier run that this one overwrites, on rank 0 until something is saved."""
+    overwrites: bool
+    """Whether there is one."""
     tokenizer: Any
     model_config: PretrainedConfig
     weights: tuple[float, ...] | None = None
@@ -127,11 +129,18 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
         Preempted: a signal or the time limit ended the run after a step; a checkpoint is saved.
         UserError: a loss or a gradient is not finite.
     """
+    limit, background = run.options.save_total_limit, run.options.save_async
+    with checkpoint.CheckpointWriter(engine, run.output_dir, limit, background) as writer:
+        return _loop(engine, run, reporter, first_step, writer)
+
+
+def _loop(
+    engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int, writer: checkpoint.CheckpointWriter
+) -> int:
     options, plan = run.options, run.resolved.plan
-    rank = dist.rank()
+    rank, overwrites = dist.rank(), run.overwrites
     meter = ThroughputMeter(engine.device, engine.training_flops, engine.measured_peak_flops())
     guard = NonfiniteLossGuard(engine.device)
-    writer = checkpoint.CheckpointWriter(engine, run.output_dir, options.save_total_limit)
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
@@ -185,14 +194,18 @@ def fit(engine: Engine, run: Run, reporter: NullMetricsLogger, first_step: int) 
                 guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
                 best = run.best.checkpoint(plan.global_batch_size)
                 add_files, keep = _files_for_export(engine, run), [best] if best else []
-                saved = writer.save(_loop_state(engine, run, number), add_files, keep)
+                # the run that this one overwrites goes when a checkpoint is complete
+                saved = writer.save(_loop_state(engine, run, number), add_files, keep, at_once=overwrites)
+                overwrites = overwrites and saved is None
                 if saved is not None and run.previous is not None:
                     run.previous.discard()
         if decision.stop:
+            writer.wait()
             run.stops.ask_for_requeue(decision.stop)
             raise Preempted(
                 f"preempted by {decision.stop} after step {number} of {run.steps}; the same command resumes"
             )
+    writer.wait()
     if graphs is not None and graphs.count:
         dist.log0(f"CUDA graphs: {plural(graphs.count, 'shape')} captured in {graphs.seconds:.1f} s")
     return number

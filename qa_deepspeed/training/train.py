@@ -27,6 +27,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
 from qa_deepspeed.engine.optim import described_groups
+from qa_deepspeed.engine.out_of_memory import explain_out_of_memory
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.layers import freeze
 from qa_deepspeed.models.loading import head_kind, missing_in_backbone, quiet_transformers
@@ -138,7 +139,8 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
         resume_from = _checkpoint_to_resume(output_dir, decision, fingerprint)
         began = time.perf_counter()
         before = None if resume_from is None else read_loop_state(resume_from)
-        engine, layout = _make_engine(resolved, facts, steps, device, store, before)
+        with explain_out_of_memory(resolved, facts.config, device):
+            engine, layout = _make_engine(resolved, facts, steps, device, store, before)
         grouped = layout.packing is None if before is None else before.group_by_length
         evaluation = None
         if evaluation_store is not None:
@@ -157,6 +159,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
             stops=stops,
             best=best,
             previous=previous,
+            overwrites=decision.overwrites,
             tokenizer=facts.tokenizer,
             model_config=facts.config,
             weights=weights,
@@ -164,7 +167,8 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
         )
         first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
         seconds["loading"] = time.perf_counter() - began
-        with requeue_on_disk_failure(output_dir, stops):
+        explained = explain_out_of_memory(resolved, facts.config, device)
+        with explained, requeue_on_disk_failure(output_dir, stops):
             return _fit_and_finish(engine, run, facts, first_step)
     except BaseException:
         if previous is not None:

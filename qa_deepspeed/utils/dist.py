@@ -56,6 +56,9 @@ LOST_RANK_TEXTS = (
 )
 """Parts of the messages, in lower case, by which gloo and NCCL report a rank that has ended or does not answer."""
 
+STORE_SECONDS = 0.05
+"""How often a thread looks into the store for the other ranks' outcomes."""
+
 BEAT_SECONDS = 0.5
 """How often rank 0 gives a sign of life in work for which the others wait without a timeout."""
 
@@ -368,6 +371,27 @@ def _broadcast_by_store(make: Callable[[], Any]) -> Any:
     value = json.loads(store.get(key))
     barrier()  # the store may be rank 0's, which must not end before the others have read
     return value
+
+
+def agree_by_store(name: str, succeeded: bool) -> bool:
+    """Whether all ranks succeeded, through the store in which they met: threads of the ranks can call it, while other
+    threads take part in collectives. `name` is used once in a run.
+
+    Raises:
+        LostRankError: a rank did not come within the timeout.
+    """
+    if _alone():
+        return succeeded
+    store, key = torch_distributed.distributed_c10d._get_default_store(), f"qa_deepspeed/agreements/{name}"
+    store.add(f"{key}/{'succeeded' if succeeded else 'failed'}", 1)
+    began = time.monotonic()
+    while not store.add(f"{key}/failed", 0):  # not `wait`, which would keep other threads from the store
+        if store.add(f"{key}/succeeded", 0) == world_size():
+            return True
+        if time.monotonic() - began > _timeout_seconds:
+            raise LostRankError(f"rank {rank()} waited for another rank, {name}, for {_timeout_seconds} s")
+        time.sleep(STORE_SECONDS)
+    return False
 
 
 class _Works:

@@ -4,10 +4,12 @@
 
 The logits are random (seeded normal, deviation 3): no decoder's work depends on what they say, only on how many spans
 there are. The peer decodes full logits (its `decode`, files written as its `main` writes them). Ours first reduces each
-row to its candidates (`spans.best_spans`, part of an evaluation's forward on the device, here on one CPU thread)
-and then decodes them (`exact.decode`). The table has both: with the reduction, which is the same work as the peer's,
-and without it, the second step alone. The ways take turns, --repeats times, each turn repeating a way for half a
-second; a ratio is the median of the turns' ratios, since the speed of a shared core changes from second to second.
+row to its candidates (`spans.best_spans`, part of an evaluation's forward on the device, here on one CPU thread), in
+the micro-batches of an evaluation (rows of similar length, padded to the longest of the micro-batch), puts them into
+the order of the features, and then decodes them (`exact.decode`). The table has both: with the reduction, which is the
+same work as the peer's, and without it, the second step alone. The ways take turns, --repeats times, each turn
+repeating a way for half a second; a ratio is the median of the turns' ratios, since the speed of a shared core changes
+from second to second.
 "lists" keeps all n-best lists, as the peer does; "streamed" makes them and lets them go, as writing does.
 """
 
@@ -39,6 +41,7 @@ from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode, w
 from qa_deepspeed.qa.decoding.spans import best_spans
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import family_of
+from qa_deepspeed.qa.features.sampler import evaluation_batches, padded_length
 from tests.paths import DATA, MINILM, SHARED
 
 LENGTH, OVERLAP = 384, 128
@@ -71,23 +74,27 @@ def peer_inputs(peer, path, tokenizer, settings):
 
 
 def cut_micro_batches(start_logits, end_logits, store):
-    """(logits, bounds) of ROWS_OF_A_MICRO_BATCH rows at a time, as the forward has them."""
+    """Feature ids of each micro-batch of an evaluation, with (logits, bounds) as the forward has them."""
     batches = []
-    for begin in range(0, len(store), ROWS_OF_A_MICRO_BATCH):
-        rows = store.take(np.arange(begin, min(begin + ROWS_OF_A_MICRO_BATCH, len(store))))
-        logits = (start_logits[rows.feature_id], end_logits[rows.feature_id])
+    for numbers in evaluation_batches(store.lengths, ROWS_OF_A_MICRO_BATCH, 0, 1):
+        rows, width = store.take(numbers), padded_length(int(store.lengths[numbers].max()))
+        logits = (start_logits[numbers, :width], end_logits[numbers, :width])
         bounds = (rows.context_begin, rows.context_end, rows.context_end)
-        batches.append([torch.from_numpy(array) for array in (*logits, *bounds)])
+        batches.append((numbers, [torch.from_numpy(np.ascontiguousarray(array)) for array in (*logits, *bounds)]))
     return batches
 
 
 def take_candidates(batches, null_logits, settings):
-    """The candidates of all rows, a micro-batch at a time."""
+    """The candidates of all rows, a micro-batch at a time, in the order of the features."""
     with torch.inference_mode():
-        kept = [best_spans(*batch, settings.n_best_size, settings.max_answer_length) for batch in batches]
-    start, end, start_logit, end_logit = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
-    feature_id = np.arange(len(start))
-    return Candidates(feature_id, start.astype(np.int32), end.astype(np.int32), start_logit, end_logit, *null_logits)
+        kept = [best_spans(*batch, settings.n_best_size, settings.max_answer_length) for _, batch in batches]
+    columns = [torch.cat(column).numpy() for column in zip(*kept, strict=True)]
+    numbers = np.concatenate([numbers for numbers, _ in batches])
+    dtypes = (np.int32, np.int32, np.float32, np.float32)
+    ordered = [np.empty(column.shape, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+    for target, column in zip(ordered, columns, strict=True):
+        target[numbers] = column
+    return Candidates(np.arange(len(numbers)), *ordered, *null_logits)
 
 
 def in_turn(ways, repeats):

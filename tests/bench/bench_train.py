@@ -58,6 +58,7 @@ def command_line(who: str, folder: Path, arguments: argparse.Namespace) -> list[
             "deepspeed_config": arguments.config,
             "logging_steps": arguments.logging_steps,
             "cuda_graphs": arguments.cuda_graphs,
+            "batch_layout": arguments.batch_layout,
             "save_steps": 0,
         }
         return ["train", *flags(**both, **ours), "--overwrite_output_dir", *precision]
@@ -133,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="zero2", help="our DeepSpeed config")
     parser.add_argument("--peer_without_deepspeed", action="store_true", help="Trainer on one device, by itself")
     parser.add_argument("--logging_steps", type=int, default=50, help="of ours")
+    parser.add_argument("--batch_layout", default="auto", help="of ours")
     parser.add_argument("--cuda_graphs", default="auto", help="of ours")
     return parser
 

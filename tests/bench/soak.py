@@ -45,20 +45,20 @@ RANKS = 2
 CYCLE = (
     "features",
     "training",
-    "save",
+    "writing",
     "loading",
     "evaluation",
     "save",
     "training",
-    "save",
+    "writing",
     "evaluation",
-    "save",
+    "writing",
     "export",
     "export",
     "finishing",
 )
 """Where one kill after another falls; a run comes nearer to its end from kill to kill, then the next one begins."""
-MOST_PASSED = {"training": 5, "save": 3}
+MOST_PASSED = {"training": 5, "save": 3, "writing": 3}
 """So many times at most a phase is let begin before the kill; others are killed the first time."""
 LONGEST_GAP_SECONDS = 0.3
 COMPARED = ("model.safetensors", "metrics.json", "predictions.json", "nbest_predictions.json")
@@ -260,6 +260,7 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
     import qa_deepspeed.training.train as trainer
     from qa_deepspeed.cli.main import main
     from qa_deepspeed.engine.checkpoints.checkpoint import CheckpointWriter
+    from qa_deepspeed.engine.checkpoints.shard_writer import BackgroundTask
 
     rank = os.environ["RANK"]
 
@@ -302,6 +303,17 @@ def be_a_rank(run: str, arguments: list[str]) -> None:
         (trainer, "finish_run", "finishing"),
     ):
         note(owner, function, phase)
+    start = BackgroundTask.start
+
+    def noted_start(task: BackgroundTask, work: Callable[[], None]) -> None:
+        def noted() -> None:
+            mark("begin", "writing")
+            work()
+            mark("end", "writing")
+
+        start(task, noted)
+
+    BackgroundTask.start = noted_start  # type: ignore[method-assign]
     main(["train", *arguments])
 
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from qa_deepspeed.qa.data.read_report import Rejected, commonest
 from qa_deepspeed.qa.data.reading import DataSource, ReadReport, read_examples
 from qa_deepspeed.qa.data.reasons import advice
 from qa_deepspeed.qa.data.seen_ids import SeenIds
+from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.length_stats import histogram, measure, padding_ratio, quantiles, suggest
 from qa_deepspeed.qa.features.sampler import LENGTH_MULTIPLE, epoch_order
+from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.training.features import data_source, feature_settings
 from qa_deepspeed.utils.errors import UserError
 
@@ -67,22 +69,35 @@ def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
     Raises:
         UserError: the data or the model cannot be read, or nothing is usable.
     """
-    report = ReadReport()
-    examples = [_as_dict(example) for example in read_examples(source, report)]
-    findings: dict[str, Any] = {
+    if run_options.model_name_or_path is None:
+        report = ReadReport()
+        return _readings(source, run_options, read_examples(source, report), report)
+    settings = feature_settings(run_options)
+    try:
+        facts = model_facts(run_options)
+    except UserError:
+        for _ in read_examples(source, ReadReport()):  # faults of the data come first
+            pass
+        raise
+    with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
+        store = prepare_features(source, facts.tokenizer, facts.family, settings, Path(folder))
+        found = _readings(source, run_options, store.examples, store.report)
+        found["questions"]["cut"] = store.counts["truncated_questions"]
+        return found | _features(store, settings, run_options, facts)
+
+
+def _readings(
+    source: DataSource, run_options: RunOptions, examples: Iterable[Example], report: ReadReport
+) -> dict[str, Any]:
+    """What was read; `report` is complete when `examples` are read."""
+    plain = [_as_dict(example) for example in examples]
+    return {
         "files": list(source.files),
         "model": run_options.model_name_or_path,
-        "questions": _questions(report) | {"repeated": _repeated_questions(examples)},
+        "questions": _questions(report) | {"repeated": _repeated_questions(plain)},
         "rejected": [one.to_dict() for one in report.rejected],
-        "examples": examples,
+        "examples": plain,
     }
-    if run_options.model_name_or_path is None:
-        return findings
-    facts = model_facts(run_options)
-    with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
-        features = _features(source, run_options, facts, Path(folder))
-    findings["questions"]["cut"] = features.pop("cut_questions")
-    return findings | features
 
 
 def _as_dict(example: Example) -> dict[str, Any]:
@@ -112,10 +127,10 @@ def _shown(examples: list[dict[str, Any]]) -> Iterator[str]:
             yield "  (no answer)"
 
 
-def _features(source: DataSource, run_options: RunOptions, facts: ModelFacts, folder: Path) -> dict[str, Any]:
+def _features(
+    store: FeatureStore, settings: FeatureSettings, run_options: RunOptions, facts: ModelFacts
+) -> dict[str, Any]:
     """What the features of a model show."""
-    settings = feature_settings(run_options)
-    store = prepare_features(source, facts.tokenizer, facts.family, settings, folder)
     sizes = measure(store, settings)
     special_tokens = store.special_tokens
     batch = run_options.per_gpu_train_batch_size
@@ -123,7 +138,6 @@ def _features(source: DataSource, run_options: RunOptions, facts: ModelFacts, fo
     tokens = int(store.lengths.sum())
     return {
         "settings": dataclasses.asdict(settings) | {"max_answer_length": run_options.max_answer_length},
-        "cut_questions": store.counts["truncated_questions"],
         "answers": {
             "longest": int(sizes.answer.max(initial=0)),
             "longer_than_max_answer_length": int((sizes.answer > run_options.max_answer_length).sum()),

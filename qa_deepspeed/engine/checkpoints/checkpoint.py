@@ -1,18 +1,14 @@
 """Checkpoints of a run: DeepSpeed's shards and the state of the loop, complete or absent.
 
 All ranks write a checkpoint as `checkpoint-N.partial`; it is renamed to `checkpoint-N` when every file is on the disk
-and listed in its manifest. Training continues after a failed save.
-
-Nothing is written in the background. DeepSpeed 0.19.8's way to do that (`checkpoint.writer.decoupled`) passes the
-memory of the training to a second process, not a copy: zeros that were saved and then overwritten by sevens were sevens
-in the file. The optimizer would have to wait for the files in any case, so that only one forward and backward pass is
-gained. If the disk is full, that process dies, later saves return as if they had succeeded, and the next optimizer step
-raises, which ends the run. Both were tried with its `python` writer; its `fast` one needs a GPU and libaio.
+and listed in its manifest. Training continues after a failed save. It also continues while files are written, from
+copies in host memory, where there is room for these.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qa_deepspeed.config.option_groups import AUTO
 from qa_deepspeed.engine.checkpoints.checkpoint_files import (
     LoopState,
     flush_folder,
@@ -32,11 +29,17 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import (
     write_loop_state,
     write_manifest,
 )
+from qa_deepspeed.engine.checkpoints.shard_writer import SHARE_OF_FREE_MEMORY, BackgroundTask
 from qa_deepspeed.engine.checkpoints.shards import Shards, require_shards
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
 from qa_deepspeed.engine.engine import Engine
+from qa_deepspeed.engine.memory import free_host_memory
 from qa_deepspeed.utils import dist
-from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.errors import LostRankError, UserError
+from qa_deepspeed.utils.units import gib
+
+SECONDS_AFTER_AN_ERROR = 30.0
+"""How long a run that ends on an error waits for a checkpoint that is being written."""
 
 
 def checkpoint_bytes(parameters: int, trained: int) -> int:
@@ -46,10 +49,24 @@ def checkpoint_bytes(parameters: int, trained: int) -> int:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run and limits their number. Every rank has one; its methods are collective."""
+    """Writes the checkpoints of one run and limits their number. Every rank has one; its methods are collective.
 
-    def __init__(self, engine: Engine, output_dir: Path, limit: int | None) -> None:
+    A context: where it ends with a user's error, what is being written has some seconds to end.
+    """
+
+    def __init__(self, engine: Engine, output_dir: Path, limit: int | None, background: str = "false") -> None:
+        """
+        Args:
+            limit: checkpoints to keep; None for all.
+            background: `option_groups.AUTO`: a thread writes the files where copies of them fit into host memory;
+                "true": always; "false": never.
+        """
         self._engine = engine
+        self._background = background
+        self._task = BackgroundTask()
+        self._memory_named = False
+        self._saves = 0
+        self._token = dist.broadcast_json(secrets.token_hex(4))  # of this writer, as a process may have several
         self._output_dir = output_dir
         self._limit = limit
         self._acting = dist.is_first_on_filesystem(output_dir)
@@ -59,25 +76,97 @@ class CheckpointWriter:
             engine.write_common_states()
 
     def save(
-        self, state: LoopState, add_files: Callable[[Path], None] = lambda folder: None, keep: Iterable[str] = ()
+        self,
+        state: LoopState,
+        add_files: Callable[[Path], None] = lambda folder: None,
+        keep: Iterable[str] = (),
+        at_once: bool = False,
     ) -> Path | None:
         """Write output_dir/checkpoint-STEP, with the files of `add_files`, which one rank of each disk calls.
 
         The limit on their number spares the checkpoints named in `keep`, and this one. Returns None after a failure (a
-        full or broken disk), which is logged; training continues.
+        full or broken disk), which is logged; training continues. In the background, it returns None too when the files
+        are copied: `wait` returns when they are written, as does the next save before it begins.
+
+        Args:
+            at_once: write before returning, whatever the settings.
         """
+        self.wait()
         final = self._output_dir / f"checkpoint-{state.step}"
         partial = final.with_name(final.name + ".partial")
-        complete = (
-            self._agree(self._prepare, partial)
-            and self._agree(self._engine.save_shards, self._output_dir, partial.name)
-            and self._agree(self._complete, partial, final, state, add_files)
-        )
-        if not complete:
-            if self._acting:
-                shutil.rmtree(partial, ignore_errors=True)
-            dist.log0(f"checkpoint-{state.step} was NOT saved; training continues, earlier checkpoints are untouched")
-            return None
+        if not self._agree(self._prepare, partial):
+            return self._failed(partial)
+        if not at_once and self._copies_fit():
+            return self._save_in_background(partial, final, state, add_files, keep)
+        if not self._agree(self._engine.save_shards, self._output_dir, partial.name):
+            return self._failed(partial)
+        if not self._agree(self._complete, partial, final, state, add_files):
+            return self._failed(partial)
+        return self._saved(final, keep)
+
+    def wait(self) -> None:
+        """Return when nothing is written in the background any more, on any rank."""
+        if self._background != "false":
+            self._task.wait()
+            dist.barrier()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Without another rank nothing is completed, so that a lost one is no reason to wait."""
+        if isinstance(error, UserError) and not isinstance(error, LostRankError):
+            self._task.wait(SECONDS_AFTER_AN_ERROR)
+
+    def _save_in_background(
+        self,
+        partial: Path,
+        final: Path,
+        state: LoopState,
+        add_files: Callable[[Path], None],
+        keep: Iterable[str],
+    ) -> None:
+        """Copy the files, and let a thread write them. Its ranks agree through the store in which they met."""
+        copied: list[Callable[[], None]] = []
+        if not self._agree(lambda: copied.append(self._engine.copy_shards(self._output_dir, partial.name))):
+            self._failed(partial)
+            return
+        self._saves += 1
+        number = self._saves
+
+        def write() -> None:
+            parts = (copied.pop(), lambda: self._complete(partial, final, state, add_files))
+            for part, act in enumerate(parts):
+                try:
+                    agreed = dist.agree_by_store(f"{self._token}/{number}/{part}", self._succeeds(act))
+                except (LostRankError, RuntimeError) as error:  # the main thread meets it in its next collective
+                    dist.log_rank(f"{final.name}: {' '.join(str(error).split())[:300]}")
+                    agreed = False
+                if not agreed:
+                    self._failed(partial)
+                    return
+            self._saved(final, keep)
+
+        self._task.start(write)
+
+    def _copies_fit(self) -> bool:
+        """Whether files are written in the background: copies fit into the free memory of every host."""
+        if self._background != AUTO:
+            return self._background == "true"
+        here = self._expected_bytes * (dist.local_world_size() / dist.world_size() if self._engine.zero_stage else 1)
+        fit = dist.all_reduce_sum([here > SHARE_OF_FREE_MEMORY * free_host_memory()])[0] == 0
+        if not fit and not self._memory_named:
+            self._memory_named = True
+            dist.log0(f"training waits for each checkpoint: no host memory for copies of {gib(int(here))} GiB")
+        return fit
+
+    def _failed(self, partial: Path) -> None:
+        if self._acting:
+            shutil.rmtree(partial, ignore_errors=True)
+        name = partial.name.removesuffix(".partial")
+        dist.log0(f"{name} was NOT saved; training continues, earlier checkpoints are untouched")
+
+    def _saved(self, final: Path, keep: Iterable[str]) -> Path:
         dist.log0(f"saved {final}")
         if self._limit is not None and self._acting:
             try:
@@ -88,7 +177,11 @@ class CheckpointWriter:
         return final
 
     def _agree(self, act: Callable[..., None], *arguments: Any) -> bool:
-        """Do one part of a save on every rank; returns whether it succeeded on all of them.
+        """Do one part of a save on every rank; returns whether it succeeded on all of them."""
+        return dist.all_reduce_sum([not self._succeeds(act, *arguments)])[0] == 0
+
+    def _succeeds(self, act: Callable[..., None], *arguments: Any) -> bool:
+        """Do one part of a save on this rank; returns whether it succeeded.
 
         Each library raises another class for a full disk (tokenizers a plain Exception), and a rank that raised here
         would leave the others waiting: any error is logged, and the ranks agree on the outcome.
@@ -102,7 +195,7 @@ class CheckpointWriter:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if problem:
             dist.log_rank(f"cannot save a checkpoint: {problem}")
-        return dist.all_reduce_sum([problem is not None])[0] == 0
+        return problem is None
 
     def _prepare(self, partial: Path) -> None:
         if not self._acting:

@@ -108,22 +108,27 @@ def best_spans(
     """
     length = start_logits.shape[1]
     width = min(max_length, length)
-    starts, ends = start_logits.float(), end_logits.float()
+    starts, ends = start_logits.float() + 0.0, end_logits.float()  # -0.0 ties with 0.0, in sums too
+    finite = _known_to_be_finite(starts, ends)
     token = torch.arange(length, device=starts.device)
     no_start = (token < first_start.unsqueeze(1)) | (token >= stop_start.unsqueeze(1))
+    open_starts = starts.masked_fill(no_start, NO_SPAN)
     context_ends = ends.masked_fill(token >= context_end.unsqueeze(1), NO_SPAN)
     context_ends = functional.pad(context_ends, (0, width - 1), value=NO_SPAN)
     best_end = functional.max_pool1d(context_ends.unsqueeze(1), width, stride=1).squeeze(1)
-    best_of_start = (starts + best_end).masked_fill_(no_start, NO_SPAN)
+    best_of_start = open_starts + best_end
+    if not finite:  # the sum of -inf and +inf is NaN
+        best_of_start.masked_fill_(no_start, NO_SPAN)
     # by position, so that the spans of the second stage are ordered by start, then end
-    chosen = _descending_key(best_of_start).topk(min(count, length), dim=1).indices.sort(dim=1).values
+    chosen = _descending_key(best_of_start, finite).topk(min(count, length), dim=1).indices.sort(dim=1).values
 
     span_end = chosen.unsqueeze(2) + token[:width]  # [rows, starts, width]
-    invalid = no_start.gather(1, chosen).unsqueeze(2) | (span_end >= context_end.view(-1, 1, 1))
-    span_end = span_end.flatten(1)
-    scores = starts.gather(1, chosen).unsqueeze(2) + context_ends.gather(1, span_end).view_as(invalid)
-    scores = scores.masked_fill_(invalid, NO_SPAN).flatten(1)
-    order = _descending_key(scores).topk(min(count, scores.shape[1]), dim=1).indices
+    scores = open_starts.gather(1, chosen).unsqueeze(2) + context_ends.gather(1, span_end.flatten(1)).view_as(span_end)
+    if not finite:
+        invalid = no_start.gather(1, chosen).unsqueeze(2) | (span_end >= context_end.view(-1, 1, 1))
+        scores.masked_fill_(invalid, NO_SPAN)
+    scores, span_end = scores.flatten(1), span_end.flatten(1)
+    order = _descending_key(scores, finite).topk(min(count, scores.shape[1]), dim=1).indices
     missing = ~(scores.gather(1, order) > NO_SPAN)
     start = chosen.gather(1, order.div(width, rounding_mode="floor"))
     end = span_end.gather(1, order).clamp_(max=length - 1)
@@ -132,14 +137,23 @@ def best_spans(
     return start.masked_fill_(missing, -1), end.masked_fill_(missing, -1), start_logit, end_logit
 
 
-def _descending_key(scores: Tensor) -> Tensor:
+def _known_to_be_finite(starts: Tensor, ends: Tensor) -> bool:
+    """Whether all logits are known to be finite. On a GPU the host does not wait for the answer: they are not."""
+    return starts.device.type == "cpu" and math.isfinite(float(starts.sum() + ends.sum()))
+
+
+def _descending_key(scores: Tensor, finite: bool) -> Tensor:
     """int64 keys `[rows, n]` without ties: ordered by score, equal scores by position (the first is greatest).
 
     The bits of a float32, read as an integer, have the floats' order for positive numbers; for negative ones the order
     is reversed, so all bits but the sign are flipped. The position is subtracted below them. NaN, whose sign differs
     between devices, ranks with +inf.
+
+    Args:
+        scores: without -0.0; with `finite`, without NaN.
     """
-    scores = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
+    if not finite:
+        scores = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    bits = scores.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & (2**31 - 1))
     return torch.add(torch.arange(0, -scores.shape[1], -1, device=scores.device), ordered, alpha=2**32)
