@@ -94,15 +94,19 @@ class CheckpointWriter:
         self.wait()
         final = self._output_dir / f"checkpoint-{state.step}"
         partial = final.with_name(final.name + ".partial")
-        if not self._agree(self._prepare, partial):
-            return self._failed(partial)
-        if not at_once and self._copies_fit():
-            return self._save_in_background(partial, final, state, add_files, keep)
-        if not self._agree(self._engine.save_shards, self._output_dir, partial.name):
-            return self._failed(partial)
-        if not self._agree(self._complete, partial, final, state, add_files):
-            return self._failed(partial)
-        return self._saved(final, keep)
+        prepared = self._agree(self._prepare, partial)
+        if prepared and not at_once and self._copies_fit():
+            self._save_in_background(partial, final, state, add_files, keep)
+            return None
+        complete = (
+            prepared
+            and self._agree(self._engine.save_shards, self._output_dir, partial.name)
+            and self._agree(self._complete, partial, final, state, add_files)
+        )
+        if complete:
+            return self._saved(final, keep)
+        self._failed(partial)
+        return None
 
     def wait(self) -> None:
         """Return when nothing is written in the background any more, on any rank."""
