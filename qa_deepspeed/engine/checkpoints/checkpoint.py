@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from qa_deepspeed.engine.memory import free_host_memory
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import LostRankError, UserError
 from qa_deepspeed.utils.units import gib
+
+POLL_SECONDS = 0.02
+"""How often the ranks ask each other whether all files are written."""
 
 SECONDS_AFTER_AN_ERROR = 30.0
 """How long a run that ends on an error waits for a checkpoint that is being written."""
@@ -110,9 +114,10 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Return when nothing is written in the background any more, on any rank."""
-        if self._background != "false":
-            self._task.wait()
-            dist.barrier()
+        if self._background == "false":
+            return
+        while dist.all_reduce_max([self._task.running])[0]:  # a rank that is lost meanwhile ends this collective
+            time.sleep(POLL_SECONDS)
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -109,7 +109,7 @@ class BackgroundTask:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self, seconds: float | None = None) -> None:
+    def wait(self, seconds: float) -> None:
         """Return when the work is done, or after these seconds."""
         if self._thread is not None:
             self._thread.join(seconds)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import pyarrow as pa
 
 from qa_deepspeed.qa.data.examples import NO_GOLD, Answer, Example
 from qa_deepspeed.qa.features.arrow import Column, ColumnTable, numbers
@@ -91,13 +90,12 @@ class ExampleStore:
             raise IndexError(f"example {index} of {len(self)}")
         index = index % len(self)
         shard = int(np.searchsorted(self._splits, index, side="right")) - 1
-        return _example(self._open_shard(shard), index - int(self._splits[shard]))
+        place = index - int(self._splits[shard])
+        return next(_examples(self._open_shard(shard), place, place + 1))
 
     def __iter__(self) -> Iterator[Example]:
         for shard in range(len(self._splits) - 1):
-            columns = self._open_shard(shard)
-            for index in range(int(self._splits[shard + 1] - self._splits[shard])):
-                yield _example(columns, index)
+            yield from _examples(self._open_shard(shard), 0, int(self._splits[shard + 1] - self._splits[shard]))
 
     def ids_and_contexts(self, begin: int, end: int) -> tuple[list[str], list[str]]:
         """Ids and contexts of the examples [begin, end): many times faster than making the whole examples."""
@@ -109,9 +107,7 @@ class ExampleStore:
             if first < last:
                 columns = self._open_shard(shard)
                 ids += columns.strings("example_ids")[first:last].to_pylist()
-                distinct, place = np.unique(columns.array("example_context")[first:last], return_inverse=True)
-                texts = columns.strings("contexts").take(numbers(distinct)).to_pylist()
-                contexts += [texts[i] for i in place.tolist()]
+                contexts += _texts(columns, "contexts", columns.array("example_context")[first:last])
         return ids, contexts
 
     def has_gold(self) -> np.ndarray:
@@ -138,19 +134,22 @@ class ExampleStore:
         return [one for shard in shards for one in self._open_shard(shard).strings("example_ids").to_pylist()]
 
 
-def _example(columns: ColumnTable, index: int) -> Example:
-    def text(name: str, place: int) -> str:
-        strings: pa.LargeStringArray = columns.strings(name)
-        value: str = strings[place].as_py()
-        return value
+def _examples(columns: ColumnTable, begin: int, end: int) -> Iterator[Example]:
+    """The examples [begin, end) of a shard."""
+    splits = columns.array("answer_splits")[begin : end + 1]
+    first, last = int(splits[0]), int(splits[-1])
+    texts = columns.strings("answer_texts")[first:last].to_pylist()
+    answers = list(map(Answer, texts, columns.array("answer_starts")[first:last].tolist()))
+    bounds = (splits - first).tolist()
+    ids = columns.strings("example_ids")[begin:end].to_pylist()
+    questions = _texts(columns, "questions", columns.array("example_question")[begin:end])
+    contexts = _texts(columns, "contexts", columns.array("example_context")[begin:end])
+    for number, (example_id, question, context) in enumerate(zip(ids, questions, contexts, strict=True)):
+        yield Example(example_id, question, context, tuple(answers[bounds[number] : bounds[number + 1]]))
 
-    splits, starts = columns.array("answer_splits"), columns.array("answer_starts")
-    return Example(
-        text("example_ids", index),
-        text("questions", int(columns.array("example_question")[index])),
-        text("contexts", int(columns.array("example_context")[index])),
-        tuple(
-            Answer(text("answer_texts", place), int(starts[place]))
-            for place in range(int(splits[index]), int(splits[index + 1]))
-        ),
-    )
+
+def _texts(columns: ColumnTable, name: str, places: np.ndarray) -> list[str]:
+    """The texts of a column at these places; each distinct one is made once."""
+    distinct, place = np.unique(places, return_inverse=True)
+    texts = columns.strings(name).take(numbers(distinct)).to_pylist()
+    return [texts[i] for i in place.tolist()]
