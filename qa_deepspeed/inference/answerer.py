@@ -8,17 +8,16 @@ adds the n-best list and the null odds of `evaluate`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.inference.documents import Contexts, for_all_documents
-from qa_deepspeed.inference.forward import batches_of, changes_in_forward, chosen_device, chosen_dtype, on_all_cores
+from qa_deepspeed.inference.forward import WindowForward, chosen_device, chosen_dtype
 from qa_deepspeed.inference.inputs import (
     IGNORED_ARGUMENTS,
     for_each_question,
@@ -26,10 +25,10 @@ from qa_deepspeed.inference.inputs import (
     require_truth,
     require_whole_number,
 )
+from qa_deepspeed.inference.onnx_model import OnnxModel, holds_onnx_model, load_onnx_model, onnx_device
 from qa_deepspeed.inference.settings import SPELLINGS, ModelLimits, under_pipeline_names, window_settings
 from qa_deepspeed.models import null_threshold
 from qa_deepspeed.models.facts import ModelFacts, positions
-from qa_deepspeed.models.heads import head_of
 from qa_deepspeed.models.loading import (
     check_vocabulary,
     load_config,
@@ -40,16 +39,13 @@ from qa_deepspeed.models.loading import (
 )
 from qa_deepspeed.models.trained_settings import stored_settings
 from qa_deepspeed.qa.data.examples import Example
-from qa_deepspeed.qa.decoding.candidates import candidate_columns, normalizers
-from qa_deepspeed.qa.decoding.exact import Candidates, DecodeSettings, decode
+from qa_deepspeed.qa.decoding.exact import DecodeSettings, decode
 from qa_deepspeed.qa.decoding.pipeline import PipelineSettings, decode_like_pipeline
 from qa_deepspeed.qa.decoding.predictions import NBEST_FIELDS
-from qa_deepspeed.qa.features.batching import Batch, make_batch
 from qa_deepspeed.qa.features.build import FeatureSettings
 from qa_deepspeed.qa.features.families import family_of, model_columns
 from qa_deepspeed.qa.features.in_memory import AnswerStore, FeatureMaker
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing since Python 3.11
@@ -70,27 +66,29 @@ class QuestionAnswerer:
     """A trained model with its tokenizer, on one device.
 
     Attributes:
-        model: the Transformers model.
+        model: the Transformers model, or the `OnnxModel` that onnxruntime runs in its place.
         tokenizer: its tokenizer.
         device: the model's device.
         threshold: null odds above which the answer is "", from the model's config; None where it was not tuned.
+        windows: the forward passes over windows.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | OnnxModel,
         tokenizer: Any,
         *,
         device: torch.device | str | int | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """Use a loaded Transformers model for question answering; the arguments are those of `from_pretrained`.
+        """Use a loaded model for question answering; the arguments are those of `from_pretrained`.
 
         Raises:
             UserError: the tokenizer does not fit the model, or device or batch_size is not valid.
         """
         require_whole_number("batch_size", batch_size, 1)
-        self.device = chosen_device(device)
+        exported = isinstance(model, OnnxModel)
+        self.device = onnx_device(device) if exported else chosen_device(device)
         try:
             self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]
         except (AssertionError, RuntimeError) as error:
@@ -98,11 +96,11 @@ class QuestionAnswerer:
         self.tokenizer = tokenizer
         self.threshold: float | None = getattr(model.config, null_threshold.KEY, None)
         self._trained = stored_settings(model.config)
-        self._batch_size = batch_size
         family = family_of(model.config, tokenizer)
-        self._head = head_of(model, version_2_with_negative=True)
         self._features = FeatureMaker(tokenizer, family)
-        self._layout = ModelFacts(model.config, tokenizer, family).layout(model_columns(model, model.config), 0)
+        columns = model.columns if isinstance(model, OnnxModel) else model_columns(model, model.config)
+        layout = ModelFacts(model.config, tokenizer, family).layout(columns, 0)
+        self.windows = WindowForward(self.model, layout, self.device, batch_size, parallel=not exported)
 
     @classmethod
     def from_pretrained(
@@ -114,7 +112,7 @@ class QuestionAnswerer:
         dtype: torch.dtype | str | None = None,
         batch_size: int | None = None,
     ) -> Self:
-        """Load a model from a folder or the hub.
+        """Load a model from a folder or the hub; a folder that `export --format onnx` made is run by onnxruntime.
 
         Args:
             tokenizer: a tokenizer, or the folder or hub name of one; default: the model's.
@@ -129,6 +127,10 @@ class QuestionAnswerer:
         config = load_config(options)
         tokenizer = as_tokenizer(str(name) if tokenizer is None else tokenizer)
         check_vocabulary(str(name), config, tokenizer)
+        if holds_onnx_model(str(name)):
+            if dtype is not None and chosen_dtype(dtype) != torch.float32:
+                raise UserError(f"{name} is an ONNX export, whose dtype is fixed: leave dtype out")
+            return cls(load_onnx_model(str(name), config), tokenizer, device=device, batch_size=batch_size)
         model, fresh = load_model(options, config)
         require_trained_weights(str(name), model, fresh)
         model = model.to(chosen_dtype(dtype or config.dtype))
@@ -246,7 +248,7 @@ class QuestionAnswerer:
             impossible,
             values["align_to_words"],
             self.threshold,
-            self._head.null_score_is_odds,
+            self.windows.head.null_score_is_odds,
         )
         windows = self._window_settings(
             values["max_seq_len"], values["doc_stride"], values["max_question_len"], values["doc_stride_is"]
@@ -258,18 +260,24 @@ class QuestionAnswerer:
         decoding, n_best_size = call.decoding, call.n_best_size
         store = self._features.features(examples, call.windows)
         count = max(decoding.spans_of_a_window, n_best_size or 0)
-        found, normalizer = self._candidates(store, count, decoding.max_answer_len, call.batch_size, call.progress)
+        found, normalizer = self.windows.candidates(
+            store, count, decoding.max_answer_len, call.batch_size, call.progress
+        )
         results = decode_like_pipeline(found, normalizer, store, decoding)
         if n_best_size is None:
             yield from (answers[0] if len(answers) == 1 else answers for answers in results)
             return
-        odds = self._head.null_score_is_odds
+        odds = self.windows.head.null_score_is_odds
         lists = decode(
             found, store, DecodeSettings(n_best_size, decoding.max_answer_len, True, null_score_is_odds=odds)
         )
         for (best,), prediction in zip(results, lists, strict=True):
             nbest = [dict(zip(NBEST_FIELDS, entry, strict=True)) for entry in prediction.nbest]
             yield {**best, "null_odds": prediction.null_odds, "nbest": nbest}
+
+    def features(self, examples: Iterable[Example]) -> AnswerStore:
+        """The windows of these questions, as a call without other arguments makes them."""
+        return self._features.features(examples, self._window_settings(None, None, None))
 
     def _window_settings(
         self,
@@ -283,42 +291,6 @@ class QuestionAnswerer:
         limits = ModelLimits(longest_row, tokenizer_limit, self._features.template.special_tokens)
         return window_settings(max_seq_len, doc_stride, doc_stride_is, max_question_len, self._trained, limits)
 
-    def _candidates(
-        self, store: AnswerStore, count: int, max_answer_len: int, rows: int | None, progress: bool | None
-    ) -> tuple[Candidates, np.ndarray]:
-        """The top `count` spans of every window, and the normalizers for `decode_like_pipeline`, `[features]`."""
-        parts: list[dict[str, np.ndarray]] = [_no_candidates(count)]
-        batches = list(batches_of(store.lengths, rows or self._batch_size, self.device))
-
-        def forward(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
-            batch = make_batch(store.take, batch_rows, self._layout).to(self.device)
-            return self._forward(batch, count, max_answer_len)
-
-        with ProgressBar("answering", len(store), "window", progress is not False, lines=bool(progress)) as bar:
-            parallel = self.device.type == "cpu" and not changes_in_forward(self.model)
-            for part in on_all_cores(forward, batches) if parallel else map(forward, batches):
-                parts.append(part)
-                bar.advance(len(part["feature_id"]))
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        order = np.argsort(columns["feature_id"])
-        columns = {name: values[order] for name, values in columns.items()}
-        normalizer = columns.pop("normalizer")
-        if not np.isfinite(normalizer).all():
-            raise UserError("the model's logits are infinite or NaN: its weights are damaged, or its training diverged")
-        return Candidates(**columns), normalizer
-
-    @torch.inference_mode()
-    def _forward(self, batch: Batch, count: int, max_answer_len: int) -> dict[str, np.ndarray]:
-        """Candidates and normalizer of each row of a batch: columns `[rows, count]` and `[rows]`."""
-        outputs = self.model(**self._head.inputs(batch))
-        starts = batch.context_begin, batch.context_end
-        columns = candidate_columns(batch, self._head.best(outputs, batch, starts, count, max_answer_len), count)
-        if self._head.null_score_is_odds:  # a beam head's scores are log-probabilities already
-            columns["normalizer"] = torch.zeros_like(columns["null_start_logit"])
-        else:
-            columns["normalizer"] = normalizers(batch, outputs.start_logits, outputs.end_logits)
-        return {name: values.cpu().numpy() for name, values in columns.items()}
-
 
 def call_arguments() -> set[str]:
     """Names of the arguments of `QuestionAnswerer.__call__`, in both spellings."""
@@ -329,18 +301,3 @@ def call_arguments() -> set[str]:
 def as_tokenizer(given: Any) -> Any:
     """`given` itself, or the tokenizer of that folder or hub name."""
     return load_tokenizer(RunOptions(model_name_or_path=given)) if isinstance(given, str) else given
-
-
-def _no_candidates(count: int) -> dict[str, np.ndarray]:
-    """The columns of `QuestionAnswerer._forward` without rows."""
-    places, logits, scores = np.zeros((0, count), np.int32), np.zeros((0, count), np.float32), np.zeros(0, np.float32)
-    return {
-        "feature_id": np.zeros(0, np.int64),
-        "start": places,
-        "end": places,
-        "start_logit": logits,
-        "end_logit": logits,
-        "null_start_logit": scores,
-        "null_end_logit": scores,
-        "normalizer": scores,
-    }

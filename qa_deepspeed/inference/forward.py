@@ -1,4 +1,4 @@
-"""Forward passes of an answerer: its device and dtype, batches of windows, and threads that work on several at once."""
+"""Forward passes of an answerer: its device and dtype, batches of windows, threads, and the candidates of windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from qa_deepspeed.models.heads import head_of
+from qa_deepspeed.qa.decoding.candidates import candidate_columns, normalizers
+from qa_deepspeed.qa.decoding.exact import Candidates
+from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
+from qa_deepspeed.qa.features.in_memory import AnswerStore
 from qa_deepspeed.utils.errors import UserError
+from qa_deepspeed.utils.progress import ProgressBar
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1_536, 49_152
 """Tokens per forward pass where no batch_size is given; larger batches speed up GPUs, but not CPUs."""
@@ -83,3 +89,79 @@ def on_all_cores(work: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[A
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # new threads inherit the number that was set last
+
+
+class WindowForward:
+    """The forward passes of a model over windows, and their candidate spans.
+
+    Attributes:
+        head: the kind of head of the model.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, layout: Layout, device: torch.device, batch_size: int | None, *, parallel: bool
+    ) -> None:
+        """parallel: whether threads may run several batches at once on a CPU; not if the model has its own threads."""
+        self.head = head_of(model, version_2_with_negative=True)
+        self._model = model
+        self._layout = layout
+        self._device = device
+        self._batch_size = batch_size
+        self._parallel = parallel and device.type == "cpu"
+
+    def batch(self, store: AnswerStore, rows: np.ndarray) -> Batch:
+        """These windows, padded to one length, on the device."""
+        return make_batch(store.take, rows, self._layout).to(self._device)
+
+    def candidates(
+        self, store: AnswerStore, count: int, max_answer_len: int, rows: int | None, progress: bool | None
+    ) -> tuple[Candidates, np.ndarray]:
+        """The top `count` spans of every window, and the normalizers for `decode_like_pipeline`, `[features]`.
+
+        Args: rows: windows of a forward pass.
+        """
+        parts: list[dict[str, np.ndarray]] = [_no_candidates(count)]
+        batches = list(batches_of(store.lengths, rows or self._batch_size, self._device))
+
+        def forward(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
+            return self._candidates_of(self.batch(store, batch_rows), count, max_answer_len)
+
+        with ProgressBar("answering", len(store), "window", progress is not False, lines=bool(progress)) as bar:
+            parallel = self._parallel and not changes_in_forward(self._model)
+            for part in on_all_cores(forward, batches) if parallel else map(forward, batches):
+                parts.append(part)
+                bar.advance(len(part["feature_id"]))
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.argsort(columns["feature_id"])
+        columns = {name: values[order] for name, values in columns.items()}
+        normalizer = columns.pop("normalizer")
+        if not np.isfinite(normalizer).all():
+            raise UserError("the model's logits are infinite or NaN: its weights are damaged, or its training diverged")
+        return Candidates(**columns), normalizer
+
+    @torch.inference_mode()
+    def _candidates_of(self, batch: Batch, count: int, max_answer_len: int) -> dict[str, np.ndarray]:
+        """Candidates and normalizer of each row of a batch: columns `[rows, count]` and `[rows]`."""
+        outputs = self._model(**self.head.inputs(batch))
+        starts = batch.context_begin, batch.context_end
+        columns = candidate_columns(batch, self.head.best(outputs, batch, starts, count, max_answer_len), count)
+        if self.head.null_score_is_odds:  # a beam head's scores are log-probabilities already
+            columns["normalizer"] = torch.zeros_like(columns["null_start_logit"])
+        else:
+            columns["normalizer"] = normalizers(batch, outputs.start_logits, outputs.end_logits)
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def _no_candidates(count: int) -> dict[str, np.ndarray]:
+    """The columns of `WindowForward._candidates_of` without rows."""
+    places, logits, scores = np.zeros((0, count), np.int32), np.zeros((0, count), np.float32), np.zeros(0, np.float32)
+    return {
+        "feature_id": np.zeros(0, np.int64),
+        "start": places,
+        "end": places,
+        "start_logit": logits,
+        "end_logit": logits,
+        "null_start_logit": scores,
+        "null_end_logit": scores,
+        "normalizer": scores,
+    }

@@ -39,6 +39,9 @@ for weights that are truncated or have other shapes."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 """Files that hold weights."""
 
+ONNX_FILE = "model.onnx"
+"""File of a model that `export --format onnx` made; inference/onnx_model.py runs it."""
+
 
 def quiet_transformers(verbose: bool) -> None:
     """Silence Transformers' load reports and progress bars unless `verbose`."""
@@ -124,6 +127,10 @@ def load_model(
     """
     check_supported()
     name = options.model_name_or_path
+    if (Path(str(name)) / ONNX_FILE).is_file() and not holds_weights(str(name)):
+        raise UserError(
+            f"{name} is an ONNX export, which predict and QuestionAnswerer run: name the model it was made of"
+        )
     base = base_of(name)
     model, report = _from_pretrained(
         _model_class(config, options.qa_head),
@@ -211,10 +218,15 @@ def check_attention(options: RunOptions, config: PretrainedConfig) -> None:
         ) from None
 
 
+def holds_weights(folder: str) -> bool:
+    """Whether there are weights in a folder."""
+    return any(next(Path(folder).glob(pattern), None) for pattern in WEIGHTS)
+
+
 def require_weights(options: RunOptions) -> None:
     """Raises UserError if `model_name_or_path` is a folder without weights."""
     name = str(base_of(options.model_name_or_path) or options.model_name_or_path)
-    if Path(name).is_dir() and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
+    if Path(name).is_dir() and not holds_weights(name):
         raise UserError(f"{name}: holds no weights ({' or '.join(WEIGHTS)}): pass the folder of a saved model")
 
 

@@ -187,9 +187,9 @@ def difference(
     """Why logits of packed rows are not those of padded ones; None if they are. Collective if `forward` is."""
     padded = make_batch(take, rows, dataclasses.replace(layout, packing=None))
     packed = make_batch(take, rows, dataclasses.replace(layout, packing=packing))
-    expected = _logits(forward(padded.inputs), padded)
+    expected = real_logits(forward(padded.inputs), padded)
     try:
-        found = _logits(forward(packed.inputs), packed)
+        found = real_logits(forward(packed.inputs), packed)
     except TRIAL_ERRORS as error:
         return f"it takes no packed rows ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     span = float(expected.max() - expected.min())
@@ -201,7 +201,7 @@ def difference(
     return None
 
 
-def _logits(outputs: Any, batch: Batch) -> torch.Tensor:
+def real_logits(outputs: Any, batch: Batch) -> torch.Tensor:
     """Start and end logits of all tokens, float32 `[2, tokens]`."""
     by_row = batch.by_row(outputs)
     token = torch.arange(by_row.start_logits.shape[1]) - batch.shift.unsqueeze(1)

@@ -1,6 +1,7 @@
 """`qa-deepspeed export CHECKPOINT OUT`: a normal Transformers model out of a checkpoint of any ZeRO stage.
 
-Neither a launcher nor a GPU is needed, and about the memory of the model in the type that is asked for, twice.
+Neither a launcher nor a GPU is needed, and about the memory of the model in the type that is asked for, twice. With
+`--format onnx` a trained model is exported for onnxruntime instead (export_onnx.py).
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from qa_deepspeed.cli.inference.export_folder import export_folder, place
 from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoints.checkpoint_files import MODEL_FOLDER, LoopState, read_loop_state, verify_checkpoint
 from qa_deepspeed.models.loading import model_from_config, quiet_transformers
@@ -24,42 +25,89 @@ from qa_deepspeed.runs.verify import load_reference_outputs, verify_saved_model
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.dtypes import DTYPES
 from qa_deepspeed.utils.errors import UserError
-from qa_deepspeed.utils.files import move_files, os_errors_as_user_errors, write_json
 
-RECORD_FILE = "run.json"
-"""Written last: an export that has it is whole."""
-PARTIAL = ".partial"
-"""Folder inside the export's own until everything is verified: the folder itself may be a mounted disk, or the one that
-the user is in."""
+MAX_SHARD_SIZE = "5GB"
+ONNX = "onnx"
+MAX_F1_LOSS = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `export`."""
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run")
-    parser.add_argument("out", type=Path, help="folder for the model; must be new or empty")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights (default fp32)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a checkpoint-N folder of a run; for --format onnx a trained model")
+    add("out", type=Path, help="folder for the model; must be new or empty")
+    add(
+        "--format",
+        choices=("transformers", ONNX),
+        default="transformers",
+        help="transformers: a model out of a checkpoint; onnx: a trained model for onnxruntime (extra [onnx]), which "
+        "predict and QuestionAnswerer run (default transformers)",
+    )
+    add("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights (default fp32)")
+    add(
         "--merge_lora",
         action="store_true",
         help="merge LoRA adapters into the weights: a plain model instead of an adapter",
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default 5GB)")
+    add("--max_shard_size", default=MAX_SHARD_SIZE, help=f"largest weights file (default {MAX_SHARD_SIZE})")
+    add(
+        "--predict_file",
+        metavar="FILE",
+        help="for --format onnx: questions that the model and its export answer; equal answers are counted, and both "
+        "are scored if the file has gold answers",
+    )
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="for --format onnx: matrix products of 8-bit integers, smaller and faster; needs a predict_file with gold "
+        "answers, to measure what it costs",
+    )
+    add(
+        "--max_f1_loss",
+        type=float,
+        help=f"for --format onnx: points of F1 on predict_file that the export may cost (default {MAX_F1_LOSS:g})",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and verify.
 
     Raises:
-        UserError: as `export` says.
+        UserError: options of the other format, or as `export` and `export_onnx` say.
     """
+    _check_options(arguments)
     quiet_transformers(verbose=False)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if arguments.format == ONNX:
+        from qa_deepspeed.cli.inference.export_onnx import export_onnx
+
+        if arguments.max_f1_loss is None:
+            arguments.max_f1_loss = MAX_F1_LOSS
+        export_onnx(arguments)
+        return 0
     record = export(
         arguments.checkpoint, arguments.out, arguments.dtype, arguments.max_shard_size, arguments.merge_lora
     )
     logits = f", logits within {record['largest_difference']:.1e}" if "largest_difference" in record else ""
     dist.log0(f"{arguments.out} holds step {record['step']}, verified: {record['tensors']} tensors equal{logits}")
     return 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option of the other format."""
+    given = [name for name in ("predict_file", "quantize", "max_f1_loss") if getattr(arguments, name) is not None]
+    if given and arguments.format != ONNX:
+        raise UserError(f"--{given[0]} is for --format onnx: add that, or leave it out")
+    needy = [name for name in given if name != "predict_file"]
+    if needy and not arguments.predict_file:
+        raise UserError(f"--{needy[0]} needs --predict_file with gold answers, to measure what the export costs in F1")
+    if arguments.format != ONNX:
+        return
+    if arguments.dtype != "fp32":
+        raise UserError(f"--format onnx writes float32: leave --dtype {arguments.dtype} out")
+    if arguments.merge_lora or arguments.max_shard_size != MAX_SHARD_SIZE:
+        name = "merge_lora" if arguments.merge_lora else "max_shard_size"
+        raise UserError(f"--{name} is for --format transformers: leave it out (LoRA adapters are always merged)")
 
 
 def export(
@@ -78,40 +126,16 @@ def export(
         raise UserError(f"{checkpoint} cannot be exported: {problem}")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
         raise UserError(f"max_shard_size '{max_shard_size}' is not a size like 5GB or 500MB")
-    there = out.exists()
-    if there and (not out.is_dir() or any(path.name != PARTIAL or path.is_symlink() for path in out.iterdir())):
-        raise UserError(f"{out} is not empty: name a new folder")
-    loop = read_loop_state(checkpoint)
-    aside = out / PARTIAL
-    try:
-        with os_errors_as_user_errors(out):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
-            saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
-            AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False).save_pretrained(aside)
-            verified = verify_saved_model(
-                aside, saved, load_reference_outputs(checkpoint, loop.precision, loop.device), merge
-            )
-            record = {"step": loop.step, **verified, "checkpoint": str(checkpoint.resolve())}
-            _place(aside, out, {"status": "exported", "export": record})
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not there and out.exists() and not any(out.iterdir()):
-            out.rmdir()
+    with export_folder(out) as aside:
+        loop = read_loop_state(checkpoint)
+        model, state = _merged(checkpoint, loop, dtype) if merge else _as_trained(checkpoint, loop, dtype)
+        saved = save_weights(aside, model, state, max_shard_size=max_shard_size)
+        AutoTokenizer.from_pretrained(checkpoint / MODEL_FOLDER, trust_remote_code=False).save_pretrained(aside)
+        reference = load_reference_outputs(checkpoint, loop.precision, loop.device)
+        verified = verify_saved_model(aside, saved, reference, merge)
+        record = {"step": loop.step, **verified, "checkpoint": str(checkpoint.resolve())}
+        place(aside, out, record)
     return record
-
-
-def _place(aside: Path, out: Path, record: dict[str, Any]) -> None:
-    """Move the verified files into `out` and write the record, or leave `out` as empty as it was."""
-    names = [path.name for path in aside.iterdir()]
-    try:
-        move_files(aside, out)
-        write_json(out / RECORD_FILE, record)
-    except OSError:
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-        raise
 
 
 def _as_trained(checkpoint: Path, loop: LoopState, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -57,7 +57,7 @@ OPTIONS = {
     "score": "confidence explain json metric_language null_odds null_odds_threshold",
     "compare": "gold json report",
     "ensemble": "gold metric_language n_best_size null_score_diff_threshold output_dir version_2_with_negative",
-    "export": "dtype max_shard_size merge_lora",
+    "export": "dtype format max_f1_loss max_shard_size merge_lora predict_file quantize",
     "audit": (
         "answer_start_column answer_text_column answers answers_column cache_dir config config_name context_column "
         "do_lower_case doc_stride doc_stride_is encoding id_column is_impossible_column json max_answer_len "
