@@ -22,7 +22,6 @@ MOVED = {
     "optim": "set it in the optimizer section of the DeepSpeed config",
     "pad_to_max_length": "removed: rows are packed, or padded to the longest of their micro-batch",
     "preprocessing_num_workers": "--num_proc of qa-deepspeed prepare",
-    "run_name": "the name of --output_dir",
     "save_strategy": "--save_steps here: a number of steps, epoch, or 0 for none",
     "test_file": "qa-deepspeed predict FILE",
     "token": "run hf auth login, or set HF_TOKEN",

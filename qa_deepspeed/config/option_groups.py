@@ -20,6 +20,9 @@ TRAIN_FEATURES = (*TRAIN, "prepare", "audit")
 SIZE = (*TRAIN, "plan")
 DEVICE = (*RUN, "plan")
 
+TRACKERS = ("wandb", "comet", "csv_monitor")
+"""Values of report_to that are monitors of DeepSpeed, by the names of their sections in its config."""
+
 AUTO = "auto"
 EPOCH = "epoch"
 """Value of eval_steps and save_steps: once in each epoch, after its last step."""
@@ -330,6 +333,15 @@ class LoggingOptions:
         TRAIN,
         "optimizer steps between log lines and TensorBoard points; left out, 1 % of the run's, and at most 500",
     )
+    report_to: str | None = option(
+        None,
+        RUN,
+        "where curves go: tensorboard (left out, that), and the trackers wandb, comet and csv_monitor, which get those "
+        "of training; or none; metrics.jsonl is always written",
+        choices=("tensorboard", *TRACKERS, "none"),
+        several=True,
+    )
+    run_name: str | None = option(None, TRAIN, "name of the run in trackers; left out, the name of output_dir")
     verbose_logging: bool = option(False, EVERY, "show what DeepSpeed and Transformers print at start")
 
 
@@ -353,11 +365,3 @@ class DeprecatedOptions:
         deprecated=True,
     )
     server_port: str | None = option(None, RUN, "ignored: see server_ip", deprecated=True)
-    report_to: str | None = option(
-        None,
-        RUN,
-        "ignored: TensorBoard and metrics.jsonl are always written, and nothing is sent anywhere",
-        choices=("tensorboard", "none"),
-        several=True,
-        deprecated=True,
-    )

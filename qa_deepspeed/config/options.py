@@ -308,7 +308,8 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
         raise UserError(f"option '{name}' in {origin} must be at most {LARGEST_NUMBER}, not {value}")
     if plain is str and "\0" in value:
         raise UserError(f"option '{name}' in {origin} holds a null character")
-    if choices and value not in choices:
+    parts = [part.strip() for part in value.split(",")] if choices and metadata["several"] else [value]
+    if choices and not set(parts) <= set(choices):
         raise UserError(f"option '{name}' in {origin} must be one of {', '.join(choices)}, not {raw!r}")
     return value
 

@@ -55,6 +55,12 @@ class RunOptions(
         said = "evaluate_during_training" in self.given
         return self.evaluate_during_training or (self.eval_steps is not None and not said)
 
+    @property
+    def trackers(self) -> frozenset[str]:
+        """Where curves go: the parts of `report_to`, TensorBoard where it is left out, nothing for none."""
+        named = self.report_to if self.report_to is not None else "tensorboard"
+        return frozenset(part.strip() for part in named.split(",")) - {"none"}
+
     def origin(self, name: str) -> str:
         """Where the value of an option comes from, in words: the command line, the YAML file, or default."""
         if name in self.given_in_file:
@@ -149,6 +155,8 @@ def check_counts(options: RunOptions) -> None:
         raise UserError("validation_split takes the evaluation from train_file: leave it or --predict_file out")
     if not 0 < options.layerwise_lr_decay <= 1:
         raise UserError(f"layerwise_lr_decay must be more than 0 and at most 1, not {options.layerwise_lr_decay}")
+    if "none" in (options.report_to or "").replace(" ", "").split(",") and options.trackers:
+        raise UserError(f"report_to {options.report_to}: none excludes the others")
     if options.seed >= SEEDS:
         raise UserError(f"seed must be less than {SEEDS}, not {options.seed}")
     if options.max_steps <= 0 and not 0 < options.num_train_epochs < math.inf:

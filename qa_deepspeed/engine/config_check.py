@@ -76,7 +76,7 @@ def check_config(config: dict[str, Any], where: str) -> list[str]:
         or _refusal(recorded)
         or _optimizer_problem(config.get("optimizer"))
         or _scheduler_problem(config.get("scheduler"))
-        or _missing_package(config)
+        or missing_package(config)
     )
     if problem:
         raise UserError(f"deepspeed_config {where}: {problem}")
@@ -271,8 +271,8 @@ def _unknown_argument(
     return None
 
 
-def _missing_package(config: dict[str, Any]) -> str | None:
-    """A logger that is switched on and not installed."""
+def missing_package(config: dict[str, Any]) -> str | None:
+    """A monitor that is enabled and whose package is not installed, in words."""
     for section, package in PACKAGE_OF.items():
         if (config.get(section) or {}).get("enabled") and not _is_installed(package):
             return f"{section}.enabled needs the package {package}: pip install {package}"

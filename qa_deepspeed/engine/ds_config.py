@@ -21,6 +21,7 @@ from qa_deepspeed.config.batch_plan import BatchPlan, plan_batches
 from qa_deepspeed.config.options import nearest
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.config_check import AUTO, check_config
+from qa_deepspeed.engine.monitors import fill_monitors
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
@@ -151,6 +152,7 @@ def resolve(
     if config.get("torch_autocast", {}).get("enabled"):
         config["torch_autocast"].setdefault("dtype", "bfloat16" if bf16_supported else "float16")
     options = _agree_numbers(config, options, name, conflicts)
+    fill_monitors(config, options, name, conflicts)
     if conflicts:
         raise UserError(
             f"{name} and the command line disagree: {'; '.join(conflicts)}. Give each in one place only, "

@@ -14,6 +14,7 @@ import torch
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoints.checkpoint_files import LOOP_FILE
+from qa_deepspeed.engine.monitors import CSV_FOLDER
 from qa_deepspeed.models.lora import CONFIG_FILE, WEIGHTS_FILE, save_weights
 from qa_deepspeed.runs.evaluation_folder import ANSWER_FILES, EVALUATION_FILE
 from qa_deepspeed.runs.lock import LOCK_FILE, RunLock
@@ -117,7 +118,7 @@ def files_of_run(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     folders = [path for path in output_dir.glob("checkpoint-*") if (path / LOOP_FILE).is_file()]
-    entries = [*folders, output_dir / "tensorboard", *(output_dir / name for name in FILES)]
+    entries = [*folders, output_dir / "tensorboard", output_dir / CSV_FOLDER, *(output_dir / name for name in FILES)]
     return [path for path in entries if path.exists() or path.is_symlink()]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from qa_deepspeed.engine.monitors import Monitors
 from qa_deepspeed.qa.report.result import EvaluationResult
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.files import disk_failure, write_bytes
@@ -57,7 +58,8 @@ def may_be_lost(path: Path) -> Iterator[None]:
 class Dispensable(Generic[T]):
     """A record that ends, as `may_be_lost` says, when the disk is full or fails."""
 
-    def __init__(self, path: Path, make: Callable[[], T]) -> None:
+    def __init__(self, path: Path, make: Callable[[], T | None]) -> None:
+        """make: gives None for a record that is not wanted."""
         self._path = path
         self._record: T | None = None
         with may_be_lost(path):
@@ -105,12 +107,18 @@ class MetricsFile:
 
 
 class MetricsLogger(NullMetricsLogger):
-    """Writes TensorBoard events, metrics.jsonl and the lines on the screen, with a progress bar on terminals."""
+    """Writes TensorBoard events, metrics.jsonl, trackers and the lines on the screen, with a progress bar on terminals.
 
-    def __init__(self, output_dir: Path, total_steps: int, done_steps: int) -> None:
+    board: whether TensorBoard is wanted. monitors: the trackers, if there are some.
+    """
+
+    def __init__(
+        self, output_dir: Path, total_steps: int, done_steps: int, board: bool = True, monitors: Monitors | None = None
+    ) -> None:
         from qa_deepspeed.training.tensorboard import FOLDER, TensorBoard
 
-        self._board = Dispensable(output_dir / FOLDER, lambda: TensorBoard(output_dir, done_steps))
+        self._board = Dispensable(output_dir / FOLDER, lambda: TensorBoard(output_dir, done_steps) if board else None)
+        self._monitors = monitors
         metrics = output_dir / METRICS_FILE
         self._metrics = Dispensable(metrics, lambda: MetricsFile(metrics, done_steps))
         self._progress = ProgressBar("training", total_steps, "step", lines=False, done=done_steps)
@@ -118,7 +126,11 @@ class MetricsLogger(NullMetricsLogger):
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
+        from qa_deepspeed.training.tensorboard import curves
+
         self._board.use(lambda board: board.scalars(step, values))
+        if self._monitors is not None:
+            self._monitors.write(step, curves(values))
         self._metrics.use(lambda metrics: metrics.append(json.dumps({"step": step, **values})))
         dist.log0(line)
 
@@ -142,6 +154,8 @@ class MetricsLogger(NullMetricsLogger):
         """End the files and the bar."""
         self._progress.close()
         self._board.use(lambda board: board.close())
+        if self._monitors is not None:
+            self._monitors.close()
         self._metrics.use(lambda metrics: metrics.close())
 
 
@@ -164,6 +178,10 @@ def _keep_lines(path: Path, done_steps: int) -> None:
         dist.log0(f"{path}: {plural(len(damaged), 'line')} left out as damaged ({damaged[0]})")
 
 
-def make_metrics_logger(output_dir: Path, total_steps: int, done_steps: int) -> NullMetricsLogger:
+def make_metrics_logger(
+    output_dir: Path, total_steps: int, done_steps: int, board: bool, monitors: Monitors | None
+) -> NullMetricsLogger:
     """A MetricsLogger on rank 0, a null object elsewhere."""
-    return MetricsLogger(output_dir, total_steps, done_steps) if dist.is_rank_zero() else NullMetricsLogger()
+    if not dist.is_rank_zero():
+        return NullMetricsLogger()
+    return MetricsLogger(output_dir, total_steps, done_steps, board, monitors)

@@ -69,6 +69,11 @@ MAX_ODDS = 50.0
 """Null odds are shown up to this size: a question without any span has odds that are off the scale."""
 
 
+def curves(values: Mapping[str, float]) -> dict[str, float]:
+    """Of the values of an optimizer step those with a curve, by tag."""
+    return {name: value for name, value in values.items() if not NOT_CURVES.search(name)}
+
+
 class TensorBoard:
     """Writes a run's events into `tensorboard/` of its folder."""
 
@@ -82,9 +87,8 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve (tags such as `train/loss`, but for `NOT_CURVES`), and flush."""
-        for name, value in values.items():
-            if not NOT_CURVES.search(name):
-                self._writer.add_scalar(name, value, step)
+        for name, value in curves(values).items():
+            self._writer.add_scalar(name, value, step)
             if name in OVERVIEW:
                 self._writer.add_scalar(OVERVIEW[name], value, step)
         self._writer.flush()

@@ -26,6 +26,7 @@ from qa_deepspeed.engine.cuda_graphs import fixed_shapes, require_graphs, use_ow
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
+from qa_deepspeed.engine.monitors import Monitors, enabled_monitors, without_monitors
 from qa_deepspeed.engine.optim import described_groups
 from qa_deepspeed.engine.out_of_memory import explain_out_of_memory
 from qa_deepspeed.models.facts import ModelFacts, model_facts
@@ -177,7 +178,9 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
 
 
 def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int) -> dict[str, Any]:
-    reporter = make_metrics_logger(run.output_dir, run.steps, first_step)
+    monitors = _monitors(run, first_step)
+    board = "tensorboard" in run.options.trackers
+    reporter = make_metrics_logger(run.output_dir, run.steps, first_step, board, monitors)
     try:
         began = time.perf_counter()
         with run.stops.looping(run.intervals.save):
@@ -217,8 +220,23 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
         )
     )
     made = ["model", *["predictions"] * bool(evaluation.metrics), *[PAGE_FILE] * (evaluation.result is not None)]
-    dist.log0(f"{', '.join(made)} and tensorboard/ are in {run.output_dir}")
+    folder = " and tensorboard/ are" if board else " are" if made[1:] else " is"
+    dist.log0(f"{', '.join(made)}{folder} in {run.output_dir}")
     return evaluation.metrics
+
+
+def _monitors(run: Run, first_step: int) -> Monitors | None:
+    """The trackers that the DeepSpeed config enables, on rank 0. Collective.
+
+    Raises:
+        UserError: one cannot start.
+    """
+    config = run.resolved.config
+    if not enabled_monitors(config):
+        return None
+    made: list[Monitors] = []
+    dist.run_on_rank_zero(lambda: made.append(Monitors(config, run.options, first_step)))
+    return made[0] if made else None
 
 
 def _best_before(run: Run, done: int) -> Path | None:
@@ -347,7 +365,7 @@ def _make_engine(
     graphs = uses_graphs(resolved, device.type, packing is not None, dist.world_size())
     if graphs:
         use_own_stream()
-    engine = training_engine(model, config, resolved, steps, device, packed=packing is not None)
+    engine = training_engine(model, without_monitors(config), resolved, steps, device, packed=packing is not None)
     if packing is not None:
         if graphs:
             packing = fixed_shapes(packing, padded_length(int(store.lengths.max())))

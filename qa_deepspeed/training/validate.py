@@ -8,6 +8,7 @@ from qa_deepspeed.config.intervals import Intervals
 from qa_deepspeed.config.run_options import RunOptions, check_counts, check_objective
 from qa_deepspeed.engine import deepspeed_compat, ds_config
 from qa_deepspeed.engine.ds_config import ResolvedConfig
+from qa_deepspeed.engine.monitors import require_packages
 from qa_deepspeed.engine.optim import check_layerwise
 from qa_deepspeed.models import transformers_compat
 from qa_deepspeed.models.compiled_layers import require_compiler
@@ -37,6 +38,7 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     check_objective(options)
     check_lora(options)
     check_layerwise(options, resolved.config)
+    require_packages(resolved.config, options)
     if options.torch_compile:
         require_compiler(device_type, resolved.zero_stage)
     Intervals.of(options, steps=1, epoch_steps=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qa_deepspeed.engine import config_check, deepspeed_compat
+from qa_deepspeed.engine import config_check, deepspeed_compat, monitors
 from qa_deepspeed.models import torch_compat, transformers_compat
 from qa_deepspeed.utils import dist, supported
 from qa_deepspeed.utils.errors import UserError
@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "qa_deepspeed"
 COMPAT = {
     PACKAGE / "engine/deepspeed_compat.py": {**deepspeed_compat.NAMES, **deepspeed_compat.TORCH_NAMES},
     PACKAGE / "engine/config_check.py": config_check.NAMES,
+    PACKAGE / "engine/monitors.py": monitors.NAMES,
     PACKAGE / "models/transformers_compat.py": {
         place: " ".join(names)
         for place, names in {**transformers_compat.TRANSFORMERS_NAMES, **transformers_compat.PEFT_NAMES}.items()

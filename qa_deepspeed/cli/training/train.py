@@ -13,7 +13,6 @@ DEPRECATED = {
     "threads": "--threads is ignored: tokenizers use RAYON_NUM_THREADS threads, by default all cores",
     "server_ip": "--server_ip is ignored: attach a debugger with python -m debugpy --listen PORT -m qa_deepspeed ...",
     "server_port": "--server_port is ignored: see --server_ip",
-    "report_to": "--report_to is ignored: TensorBoard and metrics.jsonl are always written",
 }
 """The note that is printed when a deprecated flag is given; launchers set local_rank, which needs none."""
 

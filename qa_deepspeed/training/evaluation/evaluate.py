@@ -19,6 +19,7 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints, read_l
 from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
+from qa_deepspeed.engine.monitors import without_monitors
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers, require_trained_weights
@@ -266,13 +267,16 @@ def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
-    evaluation = evaluate(evaluation_model(model, config, resolved, device), data, options, output_dir)
+    evaluation = evaluate(
+        evaluation_model(model, without_monitors(config), resolved, device), data, options, output_dir
+    )
     _log_metrics(evaluation.metrics)
     if not options.output_dir:
         dist.log0("nothing is written; --output_dir keeps answers, scores and the report")
     elif evaluation.result is not None:
-        with may_be_lost(output_dir / FOLDER):
-            write_evaluation(output_dir, evaluation.result)
+        if "tensorboard" in options.trackers:
+            with may_be_lost(output_dir / FOLDER):
+                write_evaluation(output_dir, evaluation.result)
         dist.log0(f"answers, scores and {PAGE_FILE} are in {output_dir}")
     else:
         dist.log0(f"answers are in {output_dir}")

@@ -21,8 +21,8 @@ OPTIONS = {
         "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
-        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze "
-        "gather global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length id_column "
+        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length id_column "
         "is_impossible_column label_smoothing lang_id layerwise_lr_decay learning_rate load_best_model_at_end "
         "local_rank logging_steps lora_alpha lora_dropout lora_rank lora_target_modules lr_scheduler_type "
         "max_answer_len max_answer_length max_eval_examples max_grad_norm max_query_length max_question_len "
@@ -31,7 +31,7 @@ OPTIONS = {
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
-        "report_to resume_from_checkpoint resume_with_changes save_async save_on_time save_retry save_steps "
+        "report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time save_retry save_steps "
         "save_total_limit seed server_ip server_port threads timeout tokenizer_name torch_compile train_file "
         "train_split use_cpu validation_file validation_split verbose_logging version_2_with_negative warmup_steps "
         "weight_decay windows_without_answer"
@@ -79,20 +79,20 @@ OPTIONS = {
         "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
         "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
-        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze "
-        "gather global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length hostfile "
-        "id_column is_impossible_column label_smoothing lang_id layerwise_lr_decay learning_rate "
-        "load_best_model_at_end local_rank logging_steps lora_alpha lora_dropout lora_rank lora_target_modules "
-        "lr_scheduler_type master_port max_answer_len max_answer_length max_eval_examples max_grad_norm "
-        "max_query_length max_question_len max_seq_len max_seq_length max_steps max_time max_tokens_per_batch "
-        "max_train_examples merge_duplicate_texts metric_for_best_model metric_language model_name_or_path "
-        "model_type n_best_size no_cuda null_score_diff_threshold num_train_epochs nvme_path objective output_dir "
-        "overwrite_cache overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size "
-        "per_gpu_eval_batch_size per_gpu_train_batch_size predict_file predict_split print_config push_to_hub "
-        "qa_head question_column ranks report_to resume_from_checkpoint resume_with_changes save_async save_on_time "
-        "save_retry save_steps save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name "
-        "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
-        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
+        "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze gather "
+        "global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length hostfile id_column "
+        "is_impossible_column label_smoothing lang_id layerwise_lr_decay learning_rate load_best_model_at_end "
+        "local_rank logging_steps lora_alpha lora_dropout lora_rank lora_target_modules lr_scheduler_type master_port "
+        "max_answer_len max_answer_length max_eval_examples max_grad_norm max_query_length max_question_len "
+        "max_seq_len max_seq_length max_steps max_time max_tokens_per_batch max_train_examples merge_duplicate_texts "
+        "metric_for_best_model metric_language model_name_or_path model_type n_best_size no_cuda "
+        "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
+        "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
+        "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column ranks "
+        "report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time save_retry save_steps "
+        "save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name torch_compile train_file "
+        "train_split use_cpu validation_file validation_split verbose_logging version_2_with_negative warmup_steps "
+        "weight_decay windows_without_answer"
     ),
     "plan": (
         "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level freeze "
@@ -247,7 +247,10 @@ def test_help_and_versions_import_nothing_heavy() -> None:
             ["train", "--eval_strategy", "often"],
             "argument --eval_strategy/--evaluation_strategy: must be one of no, steps, epoch, not 'often'",
         ),
-        (["train", "--report_to", "wandb"], "'report_to' in the command line must be one of tensorboard, none, not"),
+        (
+            ["train", "--report_to", "tensorboard,mlflow"],
+            "'report_to' in the command line must be one of tensorboard, wandb, comet, csv_monitor, none, not",
+        ),
     ],
 )
 def test_errors_name_the_right_place(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
