@@ -341,6 +341,9 @@ class LoggingOptions:
         choices=("tensorboard", *TRACKERS, "none"),
         several=True,
     )
+    profile_steps: str | None = option(
+        None, TRAIN, "write torch's trace of these optimizer steps, like 10-12, beside TensorBoard's events"
+    )
     run_name: str | None = option(None, TRAIN, "name of the run in trackers; left out, the name of output_dir")
     verbose_logging: bool = option(False, EVERY, "show what DeepSpeed and Transformers print at start")
 

@@ -84,11 +84,8 @@ class Monitors:
         require_names("deepspeed", {place: names.split() for place, names in NAMES.items()})
         sections = {key: config[key] for key in SECTIONS if key in config}
         named = ", ".join(enabled_monitors(config))
-        if options.run_name:
-            os.environ["WANDB_NAME"] = options.run_name
-        else:
-            os.environ.setdefault("WANDB_NAME", Path(str(options.output_dir)).name)
-        os.environ.setdefault("WANDB_DIR", str(options.output_dir))
+        if "wandb" in enabled_monitors(config):
+            _name_for_wandb(options)
         try:
             settings = importlib.import_module("deepspeed.monitor.config").get_monitor_config(sections)
             self._master: Any = importlib.import_module("deepspeed.monitor.monitor").MonitorMaster(settings)
@@ -125,6 +122,14 @@ class Monitors:
 def enabled_monitors(config: Mapping[str, Any]) -> list[str]:
     """The sections of the monitors that a config enables."""
     return [section for section in SECTIONS if (config.get(section) or {}).get("enabled") is True]
+
+
+def _name_for_wandb(options: RunOptions) -> None:
+    """Set what DeepSpeed passes to wandb by no argument: the run's name, and the folder of its files."""
+    if options.run_name:
+        os.environ["WANDB_NAME"] = options.run_name
+    os.environ.setdefault("WANDB_NAME", Path(str(options.output_dir)).name)
+    os.environ.setdefault("WANDB_DIR", str(options.output_dir))
 
 
 def _line(error: Exception) -> str:

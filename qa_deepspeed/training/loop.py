@@ -42,6 +42,7 @@ from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.evaluation.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
 from qa_deepspeed.training.evaluation.scoring import about_evaluation
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
+from qa_deepspeed.training.profiler import StepProfiler
 from qa_deepspeed.training.reporter import NullMetricsLogger
 from qa_deepspeed.training.stopping import Preempted, StopController
 from qa_deepspeed.training.throughput import ThroughputMeter
@@ -141,6 +142,7 @@ def _loop(
     rank, overwrites = dist.rank(), run.overwrites
     meter = ThroughputMeter(engine.device, engine.training_flops, engine.measured_peak_flops())
     guard = NonfiniteLossGuard(engine.device)
+    profiler = StepProfiler(options.profile_steps, run.output_dir, first_step)
     objective = Objective(options.objective == "marginal", options.label_smoothing)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
@@ -152,6 +154,7 @@ def _loop(
             dist.log0(f"early stopping: {run.best.metric} was best at step {run.best.step}")
             break
         number = step + 1
+        profiler.begin(number)
         logs = number % run.intervals.log == 0 or number == run.steps
         evaluates = run.evaluates_after(number)
         dist.set_stage(f"step {number}, forward, backward and update")
@@ -177,6 +180,7 @@ def _loop(
         if engine.gradient_norm is not None:
             guard.note_gradient(step, engine.gradient_norm)
         meter.end_step()
+        profiler.end(number)
         reporter.advance()
         if logs or evaluates:
             guard.check(run.ids_of_step, run.output_dir, engine.weights_norm())
@@ -208,6 +212,7 @@ def _loop(
     writer.wait()
     if graphs is not None and graphs.count:
         dist.log0(f"CUDA graphs: {plural(graphs.count, 'shape')} captured in {graphs.seconds:.1f} s")
+    profiler.close()
     return number
 
 

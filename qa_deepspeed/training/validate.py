@@ -16,6 +16,7 @@ from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.runs.hub_upload import check_upload
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.evaluation.scoring import evaluation_options
+from qa_deepspeed.training.profiler import profiled_steps
 from qa_deepspeed.training.stopping import duration
 
 
@@ -42,6 +43,7 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     if options.torch_compile:
         require_compiler(device_type, resolved.zero_stage)
     Intervals.of(options, steps=1, epoch_steps=1)
+    profiled_steps(options.profile_steps)
     duration(options.save_on_time, "save_on_time")
     duration(options.max_time, "max_time")
     BestCheckpoint(options)

@@ -25,12 +25,13 @@ def runs(base_options: dict[str, object], tmp_path_factory: pytest.TempPathFacto
     mine = {
         "zero_optimization": {"stage": 1},
         "csv_monitor": {"enabled": True, "output_path": str(folder / "shared"), "job_name": "mine"},
-        "comet": {"enabled": False, "api_key": SECRET, "experiment_key": SECRET},
-        "wandb": {"enabled": False, "team": "t", "token": SECRET},
+        "comet": {"enabled": False, "api_key": SECRET},
+        "wandb": {"enabled": False, "team": "t"},
     }
     (folder / "mine.json").write_text(json.dumps(mine))
     own = {**short, "deepspeed_config": str(folder / "mine.json")}
     csv_too = {**short, "deepspeed_config": "zero2", "report_to": "tensorboard,csv_monitor", "run_name": "first"}
+    csv_too |= {"profile_steps": "2-3"}
     quiet = {**short, "deepspeed_config": "zero2", "report_to": "none"}
     run_many(2, {"csv": csv_too, "own": own, "quiet": quiet}, folder)
     return folder
@@ -48,6 +49,15 @@ def test_csv_files_hold_the_numbers_of_tensorboard(runs: Path, name: str, where:
             _, *points = csv.reader(file)
         expected = [(point.step, np.float32(point.value)) for point in board.Scalars(tag)]
         assert [(int(step), np.float32(value)) for step, value in points] == expected, tag
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(runs: Path) -> None:
+    """And the work of each; the step before them is a warm-up of the profiler."""
+    (file,) = (runs / "csv/tensorboard").glob("rank0.*.pt.trace.json")
+    named = [event.get("name", "") for event in json.loads(file.read_text())["traceEvents"]]
+    assert len({name for name in named if name.startswith("ProfilerStep#")}) == 2
+    assert any(name.startswith("aten::") for name in named) and any("AdamW.step" in name for name in named)
+    assert not list((runs / "own").rglob("*.pt.trace.json"))
 
 
 def test_no_secret_is_saved(runs: Path) -> None:

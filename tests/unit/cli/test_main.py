@@ -30,11 +30,11 @@ OPTIONS = {
         "metric_for_best_model metric_language model_name_or_path model_type n_best_size no_cuda "
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
-        "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column "
-        "report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time save_retry save_steps "
-        "save_total_limit seed server_ip server_port threads timeout tokenizer_name torch_compile train_file "
-        "train_split use_cpu validation_file validation_split verbose_logging version_2_with_negative warmup_steps "
-        "weight_decay windows_without_answer"
+        "per_gpu_train_batch_size predict_file predict_split print_config profile_steps push_to_hub qa_head "
+        "question_column report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time "
+        "save_retry save_steps save_total_limit seed server_ip server_port threads timeout tokenizer_name "
+        "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
+        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "evaluate": (
         "answer_start_column answer_text_column answers_column attn_implementation best_window_only bf16 cache_dir "
@@ -88,11 +88,11 @@ OPTIONS = {
         "metric_for_best_model metric_language model_name_or_path model_type n_best_size no_cuda "
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
-        "per_gpu_train_batch_size predict_file predict_split print_config push_to_hub qa_head question_column ranks "
-        "report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time save_retry save_steps "
-        "save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name torch_compile train_file "
-        "train_split use_cpu validation_file validation_split verbose_logging version_2_with_negative warmup_steps "
-        "weight_decay windows_without_answer"
+        "per_gpu_train_batch_size predict_file predict_split print_config profile_steps push_to_hub qa_head "
+        "question_column ranks report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time "
+        "save_retry save_steps save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name "
+        "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
+        "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
     "plan": (
         "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level freeze "
