@@ -121,7 +121,9 @@ def capture_on_gpu(pool: list[Any]) -> Callable[[Work], Work]:
 
     def capture(work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool[0] if pool else None, stream=torch.cuda.current_stream()):
+        # other threads (the one that sends batches, NCCL's watchdog) may call CUDA meanwhile
+        settings: dict[str, Any] = {"pool": pool[0] if pool else None, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), **settings):
             work()
         pool[:] = [graph.pool()]
         return graph.replay

@@ -246,18 +246,33 @@ def _batches(run: Run, first_step: int, device: torch.device) -> Iterator[Batch]
 
     On a GPU each is gathered, copied to pinned memory and sent while the one before it is computed.
     """
+    batches = (
+        make_batch(run.store.take, rows, run.layout)
+        for _, step_rows in _steps(run, first_step)
+        for rows in _micro_batches(run, step_rows)
+    )
+    return batches if device.type == "cpu" else _sent_ahead(batches, device)
 
-    stream = None if device.type == "cpu" else torch.cuda.current_stream(device)
 
-    def gathered() -> Iterator[Batch]:
-        for _, step_rows in _steps(run, first_step):
-            for rows in _micro_batches(run, step_rows):
-                batch = make_batch(run.store.take, rows, run.layout)
-                with torch.cuda.stream(stream):  # the one that computes: a copy ends before its batch is read
-                    batch = batch.to(device)
-                yield batch
+def _sent_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The micro-batches on a GPU; a thread copies the next one on a stream of its own, which a capture of the computing
+    stream as a CUDA graph does not meet."""
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    return gathered() if device.type == "cpu" else one_ahead(gathered())
+    def sent() -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        for batch in batches:
+            with torch.cuda.stream(copying):
+                moved = batch.to(device)
+                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                arrived.record(copying)
+            yield moved, arrived
+
+    for batch, arrived in one_ahead(sent()):
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(arrived)
+        for tensor in batch.tensors():
+            tensor.record_stream(computing)  # its memory is used again when the computation has read it
+        yield batch
 
 
 def _micro_batches(run: Run, step_rows: np.ndarray) -> list[np.ndarray]:
