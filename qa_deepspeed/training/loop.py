@@ -72,12 +72,12 @@ class Run:
     best: BestCheckpoint
     previous: PreviousRun | None
     """An earlier run that this one overwrites, on rank 0 until something is saved."""
-    overwrites: bool
-    """Whether there is one."""
     tokenizer: Any
     model_config: PretrainedConfig
     weights: tuple[float, ...] | None = None
     """Of the training files, where they have some (`features.file_weights`)."""
+    overwrites: bool = False
+    """Whether there is an earlier run that this one overwrites, on any rank."""
     seconds: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)
 
