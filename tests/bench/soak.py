@@ -203,7 +203,7 @@ def rows_of(folder: Path, name: str) -> dict[int, set[str]]:
     return found
 
 
-def soak(folder: Path, stage: str, kills: int, chance: random.Random) -> dict[str, Any]:
+def soak(folder: Path, stage: str, kills: int, phases: list[str], chance: random.Random) -> dict[str, Any]:
     """The uninterrupted run, then the killed one; raises AssertionError where they differ."""
     whole, name = f"{stage}-whole", f"{stage}-killed"
     launch(folder, stage, whole)
@@ -211,7 +211,7 @@ def soak(folder: Path, stage: str, kills: int, chance: random.Random) -> dict[st
     took["loading"] = 0.1  # an uninterrupted run loads no checkpoint
     took["features"] = max(took["features"], 0.1)  # rank 0 may have come when the other rank was done
     met, partial, runs = Counter[str](), 0, 1
-    for phase in itertools.islice(itertools.cycle(CYCLE), kills):
+    for phase in itertools.islice(itertools.cycle(phases), kills):
         if phase == "features":
             shutil.rmtree(folder / f"{name}.cache", ignore_errors=True)
         while True:
@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
+    parser.add_argument("--phases", nargs="+", default=list(CYCLE), help="where one kill after another falls")
     arguments = parser.parse_args()
     os.environ.update(environment())  # one thread a rank: read when torch is imported
     import deepspeed  # noqa: F401  before the ranks are forked
@@ -340,7 +341,8 @@ def main() -> None:
     for place, stage in enumerate(arguments.stages):
         share = arguments.kills // len(arguments.stages) + (place < arguments.kills % len(arguments.stages))
         began = time.monotonic()
-        print(json.dumps(soak(folder, stage, share, chance) | {"seconds": round(time.monotonic() - began)}), flush=True)
+        found = soak(folder, stage, share, arguments.phases, chance)
+        print(json.dumps(found | {"seconds": round(time.monotonic() - began)}), flush=True)
 
 
 if __name__ == "__main__":
