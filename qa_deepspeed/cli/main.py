@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, TextIO
 
+import qa_deepspeed
 from qa_deepspeed.config.options import hint, nearest, separate_flags
 from qa_deepspeed.config.run_arguments import commands_with
 from qa_deepspeed.utils.errors import LostRankError, StorageError, UserError
@@ -243,8 +244,8 @@ def _help() -> str:
 
 
 def _versions() -> str:
-    found = []
-    for name in ("qa_deepspeed", *PACKAGES):
+    found = [f"qa_deepspeed {qa_deepspeed.__version__}"]
+    for name in PACKAGES:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

@@ -166,10 +166,12 @@ def build(
     given: Mapping[str, Any],
     yaml_path: str | None,
     whole_file: bool = False,
+    given_in: str = COMMAND_LINE,
 ) -> Options:
     """The options of a run: flags win over the YAML file, which wins over the defaults.
 
     whole_file: the YAML file may set any option, as the file of a training run does for the commands that look at one.
+    given_in: where `given` comes from, in messages.
 
     Raises:
         UserError: unknown keys (with the nearest known ones), a value of the wrong type, an unreadable file.
@@ -180,10 +182,11 @@ def build(
     values: dict[str, Any] = {}
     from_file, texts = _read_yaml(yaml_path) if yaml_path else ({}, {})
     from_file, texts = (_under_our_names(one, str(yaml_path)) for one in (from_file, texts))
+    given = _under_our_names(given, given_in)
     for name in texts.keys() & in_file.keys():
         if _plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
             from_file[name] = texts[name]  # a folder 1.10 or 007 is no number
-    origins = ((str(yaml_path), from_file, in_file), (COMMAND_LINE, given, of_command))
+    origins = ((str(yaml_path), from_file, in_file), (given_in, given, of_command))
     unknown = [
         f"unknown option '{name}' in {origin}{hint(name, known)}"
         for origin, settings, known in origins
@@ -282,7 +285,7 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     plain, choices, words = _plain_kind(kind), metadata["choices"], metadata["words"]
     if (raw is None and type(None) in typing.get_args(kind)) or (isinstance(raw, str) and raw in words):
         return raw
-    if metadata["several"] and isinstance(raw, list):
+    if metadata["several"] and isinstance(raw, (list, tuple)):
         raw = raw[0] if origin == COMMAND_LINE and len(raw) == 1 else _joined(name, raw, origin)
     value: Any = raw
     try:
@@ -298,7 +301,7 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
             if (plain is int and isinstance(raw, float) and raw != value) or value != value:
                 raise ValueError
         elif plain is str:
-            if isinstance(raw, (list, dict)):
+            if isinstance(raw, (list, tuple, dict)):
                 raise ValueError
             value = str(raw)
     except (TypeError, ValueError, OverflowError):
@@ -314,7 +317,7 @@ def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin
     return value
 
 
-def _joined(name: str, values: list[Any], origin: str) -> str:
+def _joined(name: str, values: Sequence[Any], origin: str) -> str:
     texts = [str(value) for value in values]
     for text in texts:
         if "," in text:

@@ -1,9 +1,15 @@
-"""The arguments that commands about a run share: --config, --print_config, and the options that a command uses."""
+"""The arguments that commands about a run share: --config, --print_config, and the options that a command uses.
+
+And the arguments of a call in Python, which are the same options.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from qa_deepspeed.config import options
 from qa_deepspeed.config.migration import ALIASES, STRATEGIES
@@ -15,6 +21,9 @@ OF_A_RUN = ("train", "evaluate")
 
 RUNS = (*OF_A_RUN, "check")
 """Commands that take the flags that DeepSpeed's own scripts have."""
+
+PYTHON = "the arguments"
+"""Where the options of a call come from, in messages."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +54,27 @@ def read_run_options(arguments: argparse.Namespace) -> RunOptions:
         missing = missing_options(run_options, arguments.command == "train" and run_options.do_train)
         if missing:
             raise UserError(f"missing: {', '.join(missing)} (see qa-deepspeed {arguments.command} --help)")
+    return run_options
+
+
+def options_of_call(
+    command: str, options_given: RunOptions | None, config: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> RunOptions:
+    """The options of a call in Python of a command of `OF_A_RUN`.
+
+    `settings` win over those of `options_given` that differ from their defaults, which win over the file `config`.
+    `options_given` may have options that the command has no use for, as a YAML file of a training run does.
+
+    Raises:
+        UserError: as `options.build`; options that the command needs are missing, all of which are named.
+    """
+    of_command = {field.name for field in options.fields_of(RunOptions, command)}
+    chosen = {} if options_given is None else {n: getattr(options_given, n) for n in options_given.chosen & of_command}
+    path = None if config is None else os.fspath(config)
+    run_options = options.build(RunOptions, command, {**chosen, **settings}, path, given_in=PYTHON)
+    missing = missing_options(run_options, command == "train")
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}".replace("--", ""))
     return run_options
 
 

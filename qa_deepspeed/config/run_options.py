@@ -18,6 +18,7 @@ from qa_deepspeed.config.option_groups import (
     ModelOptions,
     TrainingOptions,
 )
+from qa_deepspeed.config.options import fields_of
 from qa_deepspeed.qa.data.files import split_weight
 from qa_deepspeed.utils.errors import UserError
 
@@ -41,6 +42,17 @@ class RunOptions(
     """Names of the options that the command line or the YAML file set; the others have their defaults."""
     given_in_file: frozenset[str] = field(default=frozenset(), compare=False)
     """Those of them that the YAML file set and the command line did not."""
+
+    def __repr__(self) -> str:
+        chosen = self.chosen
+        shown = [f"{name}={getattr(self, name)!r}" for name in self.to_dict() if name in chosen]
+        return f"RunOptions({', '.join(shown)})"
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Names of the options that were set: `given`, and those that differ from their default (made in Python)."""
+        defaults = {field.name: field.default for field in fields_of(type(self))}
+        return self.given | {name for name, value in defaults.items() if getattr(self, name) != value}
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by name, as plain values."""

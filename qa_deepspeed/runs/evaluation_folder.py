@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.decoding.predictions import NBEST_FILE, NULL_ODDS_FILE, PREDICTIONS_FILE
@@ -47,6 +48,14 @@ def refuse_foreign_answers(output_dir: Path, options: RunOptions) -> None:
     raise UserError(
         f"output_dir {output_dir} holds {found} {whose}: pass another one, or --overwrite_output_dir to replace it"
     )
+
+
+def saved_metrics(output_dir: Path) -> dict[str, Any]:
+    """The metrics of the evaluation in a folder; empty where there are none, or their file is damaged."""
+    try:
+        return dict(read_json(output_dir / METRICS_FILE, {}) or {})
+    except DamagedFile:
+        return {}
 
 
 def write_evaluation_record(output_dir: Path, options: RunOptions) -> None:

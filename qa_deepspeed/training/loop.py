@@ -39,6 +39,7 @@ from qa_deepspeed.runs.previous import PreviousRun
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
+from qa_deepspeed.training.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.evaluation.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
 from qa_deepspeed.training.evaluation.scoring import about_evaluation
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
@@ -74,6 +75,7 @@ class Run:
     """An earlier run that this one overwrites, on rank 0 until something is saved."""
     tokenizer: Any
     model_config: PretrainedConfig
+    callbacks: Callbacks = NO_CALLBACKS
     weights: tuple[float, ...] | None = None
     """Of the training files, where they have some (`features.file_weights`)."""
     overwrites: bool = False
@@ -203,17 +205,27 @@ def _loop(
                 overwrites = overwrites and saved is None
                 if saved is not None and run.previous is not None:
                     run.previous.discard()
+            _call_saved(run, writer)
         if decision.stop:
             writer.wait()
+            _call_saved(run, writer)
             run.stops.ask_for_requeue(decision.stop)
             raise Preempted(
                 f"preempted by {decision.stop} after step {number} of {run.steps}; the same command resumes"
             )
     writer.wait()
+    _call_saved(run, writer)
     if graphs is not None and graphs.count:
         dist.log0(f"CUDA graphs: {plural(graphs.count, 'shape')} captured in {graphs.seconds:.1f} s")
     profiler.close()
     return number
+
+
+def _call_saved(run: Run, writer: checkpoint.CheckpointWriter) -> None:
+    """Call on_save for the checkpoints that have become complete, also in the background."""
+    while writer.completed:
+        folder = writer.completed.pop(0)
+        run.callbacks.saved(int(folder.name.rpartition("-")[2]), folder)
 
 
 def weighted_loss(head: Head, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -314,6 +326,7 @@ def _log(
         f"padding {values['speed/padding']:.1%}  MFU {values['speed/mfu']:.0%}  "
         f"ETA {clock(rows_left / values['speed/questions_per_second'])}",
     )
+    run.callbacks.logged(number, values)
 
 
 def _metrics_unless_disk_fails(
@@ -343,6 +356,7 @@ def evaluate_and_report(
     for line in describe_files(metrics):
         dist.log0(line)
     reporter.evaluation(number, evaluation.result)
+    run.callbacks.evaluated(number, metrics)
     return evaluation
 
 

@@ -159,6 +159,16 @@ class MetricsLogger(NullMetricsLogger):
         self._metrics.use(lambda metrics: metrics.close())
 
 
+def read_history(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in a run's folder, without damaged ones; empty where there is no such file."""
+    path, entries = output_dir / METRICS_FILE, []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(DamagedFile):
+            if line:
+                entries.append(dict(parse_json(line, {"step": NUMBER}, METRICS_FILE)))
+    return entries
+
+
 def _keep_lines(path: Path, done_steps: int) -> None:
     """Remove damaged lines from metrics.jsonl, and lines of steps that the resumed run repeats.
 

@@ -66,9 +66,13 @@ class StopController:
     other, since handlers run between two instructions of the interpreter, not while a step computes or waits for
     another rank. Outside there is nothing to save, and signals have their default effect, except that SIGUSR1 (Slurm's
     warning; no launcher sends it) requests a requeue.
+
+    With `process_ends` false the process lives on after the run, as a notebook's does: it gets its own handlers back
+    after a signal too, and a second Ctrl-C raises KeyboardInterrupt instead of ending it.
     """
 
-    def __init__(self, options: RunOptions, output_dir: Path) -> None:
+    def __init__(self, options: RunOptions, output_dir: Path, process_ends: bool = True) -> None:
+        self._process_ends = process_ends
         self._save_every = 0
         self._save_seconds = duration(options.save_on_time, "save_on_time")
         self._max_seconds = duration(options.max_time, "max_time")
@@ -92,7 +96,7 @@ class StopController:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._signal is None:  # else launchers may send more while the ranks end: keep the handlers
+        if self._signal is None or not self._process_ends:  # else launchers may send more while the ranks end
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             if self._wakeup is not None:
@@ -115,6 +119,8 @@ class StopController:
             self._answered = now
             again = f"; again within {REPEAT_SECONDS:.0f} s ends now" if number == signal.SIGINT else ""
             dist.log0(f"{signal.Signals(number).name}: stopping after this step{again}")
+        elif not self._process_ends:
+            return  # a second Ctrl-C is answered by `_handle`
         elif now - self._answered > (SAME_PRESS_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             dist.log0("ended before the step was done; the same command resumes from the last checkpoint")
             os._exit(128 + number)
@@ -135,7 +141,10 @@ class StopController:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._in_loop and os.getpid() == self._process:
-            self._signal = self._signal or number
+            if self._signal is None or self._process_ends or number != signal.SIGINT:
+                self._signal = self._signal or number
+            elif self._answered is not None and time.monotonic() - self._answered > SAME_PRESS_SECONDS:
+                raise KeyboardInterrupt
             return
         if number == signal.SIGUSR1 and os.getpid() == self._process:
             self.ask_for_requeue("SIGUSR1 outside the training loop")

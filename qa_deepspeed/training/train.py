@@ -42,6 +42,7 @@ from qa_deepspeed.qa.features.mixture import epoch_size
 from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.qa.features.store import FeatureStore
 from qa_deepspeed.qa.report.page import PAGE_FILE
+from qa_deepspeed.runs.evaluation_folder import saved_metrics
 from qa_deepspeed.runs.finish import finish_run, hyperparameters
 from qa_deepspeed.runs.folder import (
     files_of_run,
@@ -66,6 +67,7 @@ from qa_deepspeed.runs.resume import (
 )
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
+from qa_deepspeed.training.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.disk_patience import DiskPatience, requeue_on_disk_failure
 from qa_deepspeed.training.evaluation.evaluate import (
     Evaluation,
@@ -85,8 +87,12 @@ from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
 
-def train(options: RunOptions) -> dict[str, Any]:
+def train(options: RunOptions, callbacks: Callbacks = NO_CALLBACKS, process_ends: bool = True) -> dict[str, Any]:
     """Train, evaluate and save as the options say. Every rank calls it; every rank returns the metrics.
+
+    Of a run that is finished already they are those that it left.
+
+    Args: process_ends: as in `StopController`.
 
     Raises:
         UserError: options, data, folder or device do not allow it; raised before any weights are loaded where possible.
@@ -99,14 +105,14 @@ def train(options: RunOptions) -> dict[str, Any]:
     try:
         if dist.is_rank_zero() and lock is not None and recover(output_dir):
             dist.log0(f"{output_dir}: put back the run that an interrupted start had moved aside")
-        with StopController(options, output_dir) as stops:
-            return _train(options, output_dir, stops, BestCheckpoint(options))
+        with StopController(options, output_dir, process_ends) as stops:
+            return _train(options, output_dir, stops, callbacks)
     finally:
         leave_run_dir(output_dir, lock, existed)
 
 
-def _train(options: RunOptions, output_dir: Path, stops: StopController, best: BestCheckpoint) -> dict[str, Any]:
-    began = time.perf_counter()
+def _train(options: RunOptions, output_dir: Path, stops: StopController, callbacks: Callbacks) -> dict[str, Any]:
+    began, best = time.perf_counter(), BestCheckpoint(options)
     device = choose_device(options.no_cuda)
     resolved = validate_options(options, dist.world_size(), device.type, bf16_supported(device))
     options = resolved.options
@@ -133,7 +139,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
     decision = ResumeDecision(**decided)
     if decision.action == FINISHED:
         dist.log0(f"{output_dir} holds this run, finished: nothing to do (--overwrite_output_dir starts again)")
-        return {}
+        return dict(dist.run_on_rank_zero(lambda: saved_metrics(output_dir)))
     previous = _enter_folder(output_dir, options, fingerprint, decision)
     try:
         stops.begin()
@@ -161,6 +167,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, best: B
             best=best,
             previous=previous,
             overwrites=decision.overwrites,
+            callbacks=callbacks,
             tokenizer=facts.tokenizer,
             model_config=facts.config,
             weights=weights,
@@ -199,6 +206,7 @@ def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int
             model = model_of_checkpoint(best, facts, run.resolved, engine.device)
         patience = DiskPatience(run.options.save_retry)
         verified = patience.call(lambda: dist.run_on_rank_zero(lambda: _save_verified(engine, run, state, reference)))
+        run.callbacks.saved(done, run.output_dir)
         evaluation, data = Evaluation({}, None), run.evaluation
         if data is not None:
             evaluation = patience.call(lambda: evaluate_and_report(model, run, data, reporter, done))

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "training": {"utils", "qa", "config", "models", "engine", "runs"},
     "cli": {"utils", "qa", "config", "models", "engine", "runs", "training", "inference"},
     "torchrun": {"utils", "runs"},
-    "__init__": {"inference"},
+    "__init__": {"training", "inference", "config", "utils"},
     "__main__": {"cli"},
 }
 """Entry of the package -> entries that it may import, beside itself."""

@@ -1,5 +1,6 @@
 """The package as it is installed: everything it reads at run time is inside, and the pins fit the ranges."""
 
+import ast
 import configparser
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import zipfile
 import pytest
 from packaging.requirements import Requirement
 
+import qa_deepspeed
 from tests.paths import REPOSITORY
 
 SHIPPED = ("qa_deepspeed", "ds_configs", "setup.cfg", "pyproject.toml", "LICENSE", "README.md")
@@ -112,3 +114,36 @@ def test_the_quickstart_configuration_names_known_options():
     assert set(options) <= set(RunOptions.__dataclass_fields__)
     plans = [plan_batches(options["per_gpu_train_batch_size"], None, options["global_batch_size"], n) for n in (1, 2)]
     assert plans[0].global_batch_size == plans[1].global_batch_size
+
+
+def in_a_new_process(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """Seconds of this process's own CPU time: others may compute meanwhile."""
+    code = (
+        "import sys, time; began = time.process_time(); import qa_deepspeed; "
+        "taken = time.process_time() - began; qa_deepspeed.__version__, dir(qa_deepspeed), qa_deepspeed.RunOptions; "
+        "print(taken, [name for name in ('torch', 'transformers', 'deepspeed', 'datasets') if name in sys.modules])"
+    )
+    seconds, heavy = in_a_new_process(code).split(maxsplit=1)
+    assert float(seconds) < 0.5 and heavy == "[]"
+
+
+def test_each_name_is_listed_loads_and_is_known_to_type_checkers() -> None:
+    tree = ast.parse((REPOSITORY / "qa_deepspeed/__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    for_checkers = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert for_checkers == set(qa_deepspeed.__all__) and sorted(qa_deepspeed.__all__) == qa_deepspeed.__all__
+    assert {*qa_deepspeed.__all__, "__version__"} <= set(dir(qa_deepspeed))
+    for name in qa_deepspeed.__all__:
+        assert getattr(qa_deepspeed, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        qa_deepspeed.trian  # noqa: B018
+
+
+def test_the_version_has_one_owner(wheel) -> None:
+    assert setup_cfg()["metadata"]["version"] == "attr: qa_deepspeed.__version__"
+    assert wheel.name.split("-")[1] == qa_deepspeed.__version__

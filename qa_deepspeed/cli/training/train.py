@@ -6,7 +6,6 @@ import argparse
 
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.utils.errors import LostRankError
 
 DEPRECATED = {
     "fp16_opt_level": "apex levels are DeepSpeed precisions now: O0 float32, O1 torch_autocast, O2 fp16",
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; returns 0, or 75 after preemption (also the status of a StorageError that the same command repairs).
 
     Raises:
-        UserError: as `train.train` and `evaluate.evaluate_run`.
+        UserError: as `api.run_training` and `evaluate.evaluate_run`.
     """
     run_options = start_run(arguments)
     from qa_deepspeed.utils import dist
@@ -57,19 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
         dist.destroy()
         return 0
     from qa_deepspeed.runs.requeue import REQUEUE_STATUS
+    from qa_deepspeed.training.api import run_training
+    from qa_deepspeed.training.callbacks import NO_CALLBACKS
     from qa_deepspeed.training.stopping import Preempted
-    from qa_deepspeed.training.train import train
 
+    status = 0
     try:
-        train(run_options)
+        run_training(run_options, NO_CALLBACKS, process_ends=True)
     except Preempted as preempted:
         dist.log0(str(preempted))
-        dist.destroy()
-        return REQUEUE_STATUS
-    except RuntimeError as error:
-        lost = dist.explain_lost_rank(error)
-        if lost is None:
-            raise
-        raise LostRankError(lost) from None
+        status = REQUEUE_STATUS
     dist.destroy()
-    return 0
+    return status

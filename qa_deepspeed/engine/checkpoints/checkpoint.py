@@ -69,6 +69,8 @@ class CheckpointWriter:
         self._background = background
         self._task = BackgroundTask()
         self._memory_named = False
+        self.completed: list[Path] = []
+        """Checkpoints that are complete, in their order; the caller removes what it has seen."""
         self._saves = 0
         self._token = dist.broadcast_json(secrets.token_hex(4))  # of this writer, as a process may have several
         self._output_dir = output_dir
@@ -177,6 +179,7 @@ class CheckpointWriter:
 
     def _saved(self, final: Path, keep: Iterable[str]) -> Path:
         dist.log0(f"saved {final}")
+        self.completed.append(final)
         if self._limit is not None and self._acting:
             try:
                 for path in remove_old(self._output_dir, self._limit, {final.name, *keep}):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.runs.lock import RunLock
-from qa_deepspeed.training.stopping import SAME_PRESS_SECONDS, duration
+from qa_deepspeed.training.stopping import SAME_PRESS_SECONDS, SIGNALS, StopController, duration
 from qa_deepspeed.utils.errors import UserError
 from tests.paths import REPOSITORY
 
@@ -64,7 +65,7 @@ from qa_deepspeed.training.stopping import StopController
 def busy(rounds):  # no instruction of the interpreter is executed meanwhile
     hashlib.pbkdf2_hmac("sha256", b"step", b"salt", rounds)
 
-with StopController(RunOptions(), Path(tempfile.gettempdir())) as stops, stops.looping(0):
+with StopController(RunOptions(), Path(tempfile.gettempdir()), process_ends=True) as stops, stops.looping(0):
     print("looping", flush=True)
     busy(int(sys.argv[1]))
     print(stops.after_step(1, 2), flush=True)
@@ -113,3 +114,17 @@ def test_one_ctrl_c_saves_and_stops_after_the_step(busy_step: "subprocess.Popen[
     assert "SIGINT: stopping after this step" in printed
     assert "StepDecision(save=True, stop='SIGINT')" in printed
     assert busy_step.returncode == 0
+
+
+def test_a_process_that_lives_on_gets_its_handlers_back(tmp_path: Path) -> None:
+    """A notebook's: the first Ctrl-C stops after the step, a second one interrupts it and the process stays."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with StopController(RunOptions(), tmp_path, process_ends=False) as stops, stops.looping(0):
+            signal.raise_signal(signal.SIGINT)
+            assert stops.after_step(1, 2).stop == "SIGINT"
+            signal.raise_signal(signal.SIGINT)  # of the same press
+            time.sleep(SAME_PRESS_SECONDS + 0.2)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
