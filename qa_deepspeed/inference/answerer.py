@@ -216,6 +216,15 @@ class QuestionAnswerer:
             lambda examples: self._answers(examples, one_each), inputs, question, contexts, top_k, threshold
         )
 
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        name = f" '{self.model.name_or_path}'" if self.model.name_or_path else ""
+        threshold = "" if self.threshold is None else f", null threshold {self.threshold:g}"
+        return (
+            f"QuestionAnswerer({type(self.model).__name__}{name}, {size:,} parameters, {self.model.dtype} on "
+            f"{self.device}{threshold})"
+        )
+
     def describe(self, **arguments: Any) -> str:
         """The settings that a call with these arguments uses, in one line, under the names of training."""
         require_known_arguments("describe", arguments, call_arguments(), set())

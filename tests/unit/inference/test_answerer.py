@@ -481,3 +481,11 @@ def test_settings_of_the_training_are_the_defaults(stride_is: str) -> None:
     assert plain._window_settings(None, None, None) == one._window_settings(None, None, None)
     del trained._trained["max_query_length"]  # a config that lacks one of them, or was edited
     assert trained._window_settings(None, None, None).doc_stride_is == "overlap"
+
+
+def test_an_answerer_shows_its_model() -> None:
+    qa = copy.copy(answerer("bert"))
+    size = sum(parameter.numel() for parameter in qa.model.parameters())
+    assert repr(qa) == f"QuestionAnswerer(BertForQuestionAnswering, {size:,} parameters, torch.float32 on cpu)"
+    qa.threshold = -1.5
+    assert repr(qa).endswith("on cpu, null threshold -1.5)")
