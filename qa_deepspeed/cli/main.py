@@ -72,6 +72,11 @@ COMMANDS = {
         "build the features of a run beforehand",
         "qa-deepspeed prepare --config run.yaml --num_proc 8",
     ),
+    "init": (
+        "qa_deepspeed.cli.training.init",
+        "write a commented run.yaml for a model and a file, with what an audit found as values",
+        "qa-deepspeed init runs/mine --model_name_or_path roberta-base --train_file train-v2.0.json",
+    ),
     "check": (
         "qa_deepspeed.cli.training.check",
         "say whether a run would start and what it would do, without loading weights",
@@ -86,6 +91,11 @@ COMMANDS = {
         "qa_deepspeed.cli.data.sample",
         "generate the quickstart's corpus and tiny model",
         "qa-deepspeed sample quickstart/sample",
+    ),
+    "completion": (
+        "qa_deepspeed.cli.completion",
+        "print a script that completes commands and flags on the tab key",
+        "qa-deepspeed completion bash > ~/.local/share/bash-completion/completions/qa-deepspeed",
     ),
 }
 """Sub-command -> module with its add_arguments and run, what it does, an example."""
@@ -213,8 +223,14 @@ def _run(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    namespace = parser_of(command).parse_all(rest)
+    status: int = importlib.import_module(COMMANDS[command][0]).run(namespace)
+    return status
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of a command's arguments, with its help."""
     module_name, description, example = COMMANDS[command]
-    module = importlib.import_module(module_name)
     parser = Parser(
         prog=f"qa-deepspeed {command}",
         description=f"{description[0].upper()}{description[1:]}. Example:\n  {example}",
@@ -222,11 +238,10 @@ def _run(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.set_defaults(command=command)
-    module.add_arguments(parser)
+    importlib.import_module(module_name).add_arguments(parser)
     positional = [action.metavar or action.dest.upper() for action in parser._actions if not action.option_strings]
     parser.usage = " ".join([parser.prog, *map(str, positional), "[options]"])
-    status: int = module.run(parser.parse_all(rest))
-    return status
+    return parser
 
 
 def _help() -> str:
@@ -236,7 +251,7 @@ def _help() -> str:
         "Fine-tune Transformers models for extractive question answering with DeepSpeed, for example:",
         f"  {COMMANDS['train'][2]}",
         "",
-        *(f"  {command:10}{description}" for command, (_, description, _) in COMMANDS.items()),
+        *(f"  {command:12}{description}" for command, (_, description, _) in COMMANDS.items()),
         "",
         "qa-deepspeed help COMMAND lists the options of a command, qa-deepspeed --version the versions in use.",
     ]

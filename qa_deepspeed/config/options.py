@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser, options_class: type, command:
             continue
         group = parser.add_argument_group(group_class.GROUP)  # type: ignore[attr-defined]  # of the option groups
         for name in own:
-            kind = _plain_kind(kinds[name])
+            kind = plain_kind(kinds[name])
             extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
             if wanted[name].metadata["several"]:
                 extra = {"nargs": "+"}
@@ -184,7 +184,7 @@ def build(
     from_file, texts = (_under_our_names(one, str(yaml_path)) for one in (from_file, texts))
     given = _under_our_names(given, given_in)
     for name in texts.keys() & in_file.keys():
-        if _plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
+        if plain_kind(kinds[name]) is str and isinstance(from_file[name], (bool, int, float, datetime.date)):
             from_file[name] = texts[name]  # a folder 1.10 or 007 is no number
     origins = ((str(yaml_path), from_file, in_file), (given_in, given, of_command))
     unknown = [
@@ -210,9 +210,15 @@ def as_yaml(options: Any, command: str) -> str:
     for field in fields_of(type(options), command):
         if field.metadata["deprecated"] and field.name not in options.given:
             continue
-        entry = yaml.safe_dump({field.name: getattr(options, field.name)}, allow_unicode=True, width=10**6).strip()
+        entry = yaml_entry(field.name, getattr(options, field.name))
         lines.append(entry if field.name in options.given else f"# {entry}")
     return "\n".join(lines)
+
+
+def yaml_entry(name: str, value: Any) -> str:
+    """One key of a YAML file with its value, in a line."""
+    entry: str = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6).strip()
+    return entry
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -273,7 +279,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     return settings, {name: value for name, value in written.items() if isinstance(value, str) and name in settings}
 
 
-def _plain_kind(kind: Any) -> type:
+def plain_kind(kind: Any) -> type:
     """`int` of `int | None`."""
     plain: type = kind
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
@@ -282,7 +288,7 @@ def _plain_kind(kind: Any) -> type:
 
 
 def _convert(name: str, raw: Any, kind: Any, metadata: Mapping[str, Any], origin: str) -> Any:
-    plain, choices, words = _plain_kind(kind), metadata["choices"], metadata["words"]
+    plain, choices, words = plain_kind(kind), metadata["choices"], metadata["words"]
     if (raw is None and type(None) in typing.get_args(kind)) or (isinstance(raw, str) and raw in words):
         return raw
     if metadata["several"] and isinstance(raw, (list, tuple)):

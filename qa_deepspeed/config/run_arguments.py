@@ -6,6 +6,7 @@ And the arguments of a call in Python, which are the same options.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from qa_deepspeed.config import options
 from qa_deepspeed.config.migration import ALIASES, STRATEGIES
 from qa_deepspeed.config.run_options import RunOptions, missing_options
+from qa_deepspeed.config.schema import run_schema
 from qa_deepspeed.utils.errors import UserError
 
 OF_A_RUN = ("train", "evaluate")
@@ -30,19 +32,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them for the command that `parser` is for."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as the flags; flags win")
     parser.add_argument("--print_config", action="store_true", help="print the resolved options as YAML and exit")
+    if parser.get_default("command") in OF_A_RUN:
+        parser.add_argument("--print_schema", action="store_true", help="print a JSON schema of the YAML file and exit")
     options.add_arguments(parser, RunOptions, parser.get_default("command"))
     if parser.get_default("command") in RUNS:
         parser.add_argument("--deepspeed", nargs="?", const="", help="accepted: this trainer always uses DeepSpeed")
 
 
 def read_run_options(arguments: argparse.Namespace) -> RunOptions:
-    """The options of the run; with --print_config they are printed and the program ends.
+    """The options of the run; with --print_config they, or with --print_schema the schema, are printed, and the program
+    ends.
 
     Raises:
         UserError: as `options.build`; options that a run of the command needs are missing, all of which are named.
     """
     if getattr(arguments, "deepspeed", None):
         raise UserError(f"--deepspeed takes no file here: pass it as --deepspeed_config {arguments.deepspeed}")
+    if getattr(arguments, "print_schema", False):
+        print(json.dumps(run_schema(arguments.command), indent=2), flush=True)
+        sys.exit(0)
     names = {field.name for field in options.fields_of(RunOptions)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     whole_file = arguments.command not in OF_A_RUN

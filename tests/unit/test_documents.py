@@ -44,6 +44,8 @@ RUN_BY = {
     r"^qa-deepspeed plan": "tests/unit/cli/test_plan.py",
     r"^qa-deepspeed audit": "tests/unit/cli/test_audit.py",
     r"^qa-deepspeed check": "tests/unit/cli/test_check.py",
+    r"^qa-deepspeed init": "tests/unit/cli/test_init.py",
+    r"^qa-deepspeed completion": "tests/unit/cli/test_completion.py",
     r"pytest -s (tests/distributed/test_(plan_memory|loading)\.py|tests/multinode)": (
         "tests/distributed/test_plan_memory.py"
     ),

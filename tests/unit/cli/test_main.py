@@ -30,7 +30,8 @@ OPTIONS = {
         "metric_for_best_model metric_language model_name_or_path model_type n_best_size no_cuda "
         "null_score_diff_threshold num_train_epochs nvme_path objective output_dir overwrite_cache "
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
-        "per_gpu_train_batch_size predict_file predict_split print_config profile_steps push_to_hub qa_head "
+        "per_gpu_train_batch_size predict_file predict_split print_config print_schema "
+        "profile_steps push_to_hub qa_head "
         "question_column report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time "
         "save_retry save_steps save_total_limit seed server_ip server_port threads timeout tokenizer_name "
         "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
@@ -44,7 +45,8 @@ OPTIONS = {
         "max_answer_len max_answer_length max_eval_examples max_query_length max_question_len max_seq_len "
         "max_seq_length merge_duplicate_texts metric_language model_name_or_path model_type n_best_size no_cuda "
         "null_score_diff_threshold output_dir overwrite_cache overwrite_output_dir per_device_eval_batch_size "
-        "per_gpu_eval_batch_size predict_file predict_split print_config qa_head question_column report_to seed "
+        "per_gpu_eval_batch_size predict_file predict_split print_config print_schema "
+        "qa_head question_column report_to seed "
         "server_ip server_port threads timeout tokenizer_name use_cpu validation_file verbose_logging "
         "version_2_with_negative"
     ),
@@ -106,8 +108,13 @@ OPTIONS = {
         "is_impossible_column question_column"
     ),
     "sample": "dev_articles seed train_articles",
+    "completion": "",
 }
 """Every option of every command, written down: a new flag is a decision."""
+
+NOT_OF_A_FILE = {"config", "print_config", "print_schema", "deepspeed"}
+OPTIONS["init"] = " ".join(set(OPTIONS["train"].split()) - NOT_OF_A_FILE)
+"""init writes what train reads."""
 
 TRAIN_BEFORE = (
     "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config config_name "
