@@ -58,6 +58,9 @@ def _property(kind: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
         allowed.append({"enum": list(metadata["words"])})
     if metadata["several"]:
         allowed.append({"type": "array", "items": plain, "minItems": 1})
+    if metadata["several"] and metadata["choices"]:
+        one = f"({'|'.join(metadata['choices'])})"
+        allowed.append({"type": "string", "pattern": f"^{one}( *, *{one})*$"})
     if isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind):
         allowed.append({"type": "null"})
     found: dict[str, Any] = {"description": metadata["help"]} | (plain if len(allowed) == 1 else {"anyOf": allowed})

@@ -157,7 +157,7 @@ def _features(
             "to_the_longest_of_the_batch": padding_ratio(store.lengths, batches, LENGTH_MULTIPLE),
             "to_max_seq_length": 1 - tokens / (len(store) * settings.max_seq_length) if len(store) else 0.0,
         },
-        "suggestion": suggest(sizes, special_tokens, settings.max_query_length, longest_row(facts)),
+        "suggestion": suggest(sizes, special_tokens, settings.max_query_length, _longest_row(facts)),
     }
 
 
@@ -174,7 +174,7 @@ def _questions(report: ReadReport) -> dict[str, Any]:
     }
 
 
-def longest_row(facts: ModelFacts) -> int | None:
+def _longest_row(facts: ModelFacts) -> int | None:
     """The most tokens the model takes; its tokenizer often knows better than the number of its positions."""
     said = (facts.tokenizer.model_max_length, getattr(facts.config, "max_position_embeddings", None))
     # Tokenizers that know no limit say 10^30.

@@ -8,12 +8,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from qa_deepspeed.cli.data.audit import audit, longest_row
+from qa_deepspeed.cli.data.audit import audit
 from qa_deepspeed.config import options
 from qa_deepspeed.config.run_options import RunOptions, missing_options
 from qa_deepspeed.config.schema import run_schema
-from qa_deepspeed.models.facts import model_facts
-from qa_deepspeed.models.loading import quiet_transformers
+from qa_deepspeed.models.facts import positions
+from qa_deepspeed.models.loading import load_config, quiet_transformers
 from qa_deepspeed.qa.data.reading import DataSource
 from qa_deepspeed.training.features import data_source
 from qa_deepspeed.utils.errors import UserError
@@ -25,7 +25,7 @@ HELD_OUT = 0.1
 """validation_split where no file for the evaluation is named."""
 
 WINDOWS = ("max_seq_length", "doc_stride", "doc_stride_is")
-"""Options of one suggestion of the audit: where one is given, the others keep their defaults."""
+"""Options of one suggestion of the audit, which counts where none of them is given."""
 
 USUAL = (
     "num_train_epochs",
@@ -103,20 +103,22 @@ def audited_options(wanted: RunOptions) -> tuple[RunOptions, dict[str, Any]]:
         UserError: as `audit`.
     """
     trial: dict[str, Any] = {"version_2_with_negative": True}
-    most = longest_row(model_facts(wanted)) or wanted.max_seq_length
-    if most < wanted.max_seq_length:  # a model for shorter rows than the defaults are for
-        trial |= {"max_seq_length": most, "doc_stride": most // 4}
+    length = min(positions(load_config(wanted)) or wanted.max_seq_length, wanted.max_seq_length)
+    if length < RunOptions().max_seq_length:  # too short for the default doc_stride
+        trial |= {"max_seq_length": length, "doc_stride": length // 4}
     trial = {name: value for name, value in trial.items() if name not in wanted.given}
     # of the whole file, and lengths are read off all windows of a context
     trial |= {"validation_split": 0.0, "windows_without_answer": "keep"}
     tried = dataclasses.replace(wanted, **trial)
     found = audit(data_source(tried, "train", DataSource.resolve(tried.data_patterns("train"))), tried)
-    values = {
+    values: dict[str, Any] = {
         "version_2_with_negative": found["questions"]["unanswerable"] > 0,
         "max_answer_length": max(wanted.max_answer_length, found["answers"]["longest"]),
     }
     if not wanted.given & set(WINDOWS):
         values |= {name: (found["suggestion"] or vars(tried))[name] for name in WINDOWS}
+    elif "doc_stride" in trial:
+        values["doc_stride"] = tried.doc_stride
     if found["questions"]["cut"]:
         values["max_query_length"] = wanted.max_query_length
     values = {name: value for name, value in values.items() if name not in wanted.given}

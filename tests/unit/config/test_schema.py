@@ -66,10 +66,11 @@ def values() -> Iterator[tuple[str, Any]]:
     yield from (("eval_steps", None), ("train_file", "a.json"), ("train_file", ["a.json", "b.json=2"]))
     yield from (("output_dir", ["a"]), ("output_dir", {"a": 1}), ("output_dir", None))
     yield from (("output_dir", 7), ("max_seq_len", 128), ("max_seq_len", "long"), ("eval_strategy", "steps"))
-    yield from (("eval_strategy", False), ("eval_strategy", "often"), ("lora_rank", None), ("save_steps", "epoch"))
+    yield from (("report_to", "tensorboard, wandb"), ("report_to", ["wandb", "none"]), ("report_to", "wand"))
+    yield from (("eval_strategy", "often"), ("lora_rank", None), ("save_steps", "epoch"))
 
 
-@pytest.mark.parametrize(("name", "value"), values())
+@pytest.mark.parametrize(("name", "value"), list(values()))
 def test_it_takes_and_refuses_the_values_that_train_does(name: str, value: Any, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({name: value}))
