@@ -3,6 +3,8 @@
 MOVED = {
     "adam_beta1": "set it in the optimizer section of the DeepSpeed config",
     "adam_beta2": "set it in the optimizer section of the DeepSpeed config",
+    "alpha_ce": "--distillation_weight here",
+    "alpha_squad": "1 - --distillation_weight here",
     "data_seed": "--seed here",
     "dataloader_num_workers": "not needed: features are read from memory-mapped files",
     "dataloader_drop_last": "removed: every row of an epoch is used",
@@ -23,6 +25,9 @@ MOVED = {
     "pad_to_max_length": "removed: rows are packed, or padded to the longest of their micro-batch",
     "preprocessing_num_workers": "--num_proc of qa-deepspeed prepare",
     "save_strategy": "--save_steps here: a number of steps, epoch, or 0 for none",
+    "teacher_name_or_path": "--teacher_model_name_or_path here",
+    "teacher_type": "not needed: the teacher's config says it",
+    "temperature": "--distillation_temperature here",
     "test_file": "qa-deepspeed predict FILE",
     "token": "run hf auth login, or set HF_TOKEN",
     "trust_remote_code": "removed: code that comes with a model is not run",

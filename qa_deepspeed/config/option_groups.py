@@ -123,6 +123,12 @@ class ModelOptions:
         "span: start and end logits; beam: ends that depend on the start (XLNet, XLM); default: the checkpoint's own",
         choices=("span", "beam"),
     )
+    student_layers: str | None = option(
+        None,
+        SIZE,
+        "start from these layers of model_name_or_path only, counted from 0, like 0,2,4: a smaller model",
+        several=True,
+    )
     attn_implementation: str | None = option(
         None, DEVICE, "eager, sdpa, flash_attention_2 or flash_attention_3; default: the fastest available"
     )
@@ -191,6 +197,25 @@ class TrainingOptions:
     )
     label_smoothing: float = option(0.0, TRAIN, "ratio of the target spread over all allowed positions")
     seed: int = option(42, FEATURES, "seed of everything random")
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """Learning from the answers of trained models."""
+
+    GROUP: ClassVar[str] = "distillation"
+
+    teacher_model_name_or_path: str | None = option(
+        None,
+        TRAIN,
+        "trained models to learn from, which have the student's tokenizer; their logits are computed once and cached, "
+        "the probabilities of several averaged",
+        several=True,
+    )
+    distillation_weight: float = option(0.5, TRAIN, "weight of the teacher in the loss; the labels have the rest")
+    distillation_temperature: float = option(
+        2.0, TRAIN, "temperature that softens the probabilities of teacher and student in the teacher's part"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from qa_deepspeed.config.option_groups import (
     CheckpointOptions,
     DataOptions,
     DeprecatedOptions,
+    DistillationOptions,
     EngineOptions,
     EvaluationOptions,
     LoggingOptions,
@@ -30,6 +31,7 @@ class RunOptions(
     EngineOptions,
     CheckpointOptions,
     EvaluationOptions,
+    DistillationOptions,
     TrainingOptions,
     ModelOptions,
     DataOptions,
@@ -72,6 +74,12 @@ class RunOptions(
         """Where curves go: the parts of `report_to`, TensorBoard where it is left out, nothing for none."""
         named = self.report_to if self.report_to is not None else "tensorboard"
         return frozenset(part.strip() for part in named.split(",")) - {"none"}
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models that the run learns from; none where their part of the loss weighs nothing."""
+        names = (name.strip() for name in (self.teacher_model_name_or_path or "").split(","))
+        return tuple(name for name in names if name) if self.distillation_weight else ()
 
     def origin(self, name: str) -> str:
         """Where the value of an option comes from, in words: the command line, the YAML file, or default."""
@@ -186,3 +194,14 @@ def check_objective(options: RunOptions) -> None:
             f"max_tokens_per_batch {options.max_tokens_per_batch} does not hold one row of max_seq_length "
             f"{options.max_seq_length}: raise it, or lower --max_seq_length"
         )
+
+
+def check_distillation(options: RunOptions) -> None:
+    """Raises UserError where the options of distillation are out of range, or have no teacher."""
+    if not 0 <= options.distillation_weight <= 1:
+        raise UserError(f"distillation_weight must be from 0 to 1, not {options.distillation_weight}")
+    if not 0 < options.distillation_temperature < math.inf:
+        raise UserError(f"distillation_temperature must be more than 0, not {options.distillation_temperature}")
+    given = sorted(name for name in options.given if name.startswith("distillation_"))
+    if given and not options.teacher_model_name_or_path:
+        raise UserError(f"{', '.join(given)} without a teacher: pass --teacher_model_name_or_path, or leave them out")

@@ -7,6 +7,8 @@ exists for a moment only, when it is made. Names, missing weights and tied ones 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,30 +20,55 @@ from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.deepspeed_compat import full_shape, is_plain_partition, partition_of, place_of_partition
 from qa_deepspeed.engine.engine import import_deepspeed
 from qa_deepspeed.models import transformers_compat
-from qa_deepspeed.models.loading import load_model
+from qa_deepspeed.models.loading import load_model, model_from_config
+from qa_deepspeed.models.student_layers import student_weights
 from qa_deepspeed.utils import dist
 
 
 def load(
     options: RunOptions, model_config: PretrainedConfig, config: dict[str, Any]
 ) -> tuple[torch.nn.Module, list[str]]:
-    """`models.loading.load_model`, partitioned under a DeepSpeed config of stage 3. Collective there.
+    """`models.loading.load_model`, or a student with some layers of that model (`student_layers`); partitioned under a
+    DeepSpeed config of stage 3. Collective there.
 
     Raises:
-        UserError: as `load_model`.
+        UserError: as `load_model` or `student_weights`.
     """
-    if config.get("zero_optimization", {}).get("stage", 0) != 3:
+    partitions = config.get("zero_optimization", {}).get("stage", 0) == 3
+    if options.student_layers is not None:
+        return _load_student(options, model_config, config if partitions else None)
+    if not partitions:
         return load_model(options, model_config)
+    with (
+        _partitioned(options, config),
+        transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned),
+    ):
+        return load_model(options, model_config, fill=fill)
+
+
+@contextlib.contextmanager
+def _partitioned(options: RunOptions, config: dict[str, Any]) -> Iterator[None]:
+    """Inside, Transformers makes models with partitioned parameters."""
     import_deepspeed(options.verbose_logging)
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     partitioning = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # Transformers looks for it, by a weak reference
-    with (
-        builds_reported(options.timeout),
-        transformers_compat.reading_weights_by(_read_partitions, _report_unpartitioned),
-    ):
-        model, fresh = load_model(options, model_config, fill=fill)
+    with builds_reported(options.timeout):
+        yield
     del partitioning
+
+
+def _load_student(
+    options: RunOptions, model_config: PretrainedConfig, config: dict[str, Any] | None
+) -> tuple[torch.nn.Module, list[str]]:
+    """A model with some layers of another, which every rank reads before; partitioned if `config` is given."""
+    weights, fresh = student_weights(options)
+    with contextlib.nullcontext() if config is None else _partitioned(options, config):
+        model = model_from_config(model_config, options.qa_head, options.attn_implementation).eval()
+        places = model.state_dict(keep_vars=True)
+        assert places.keys() == weights.keys(), "the student has the weights of its layers"
+        for name, value in weights.items():
+            fill(places[name], value)
     return model, fresh
 
 

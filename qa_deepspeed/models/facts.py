@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.models.layers import check_layers
 from qa_deepspeed.models.loading import check_attention, check_vocabulary, load_config, load_tokenizer
+from qa_deepspeed.models.student_layers import check_student_layers
 from qa_deepspeed.qa.features.batching import Layout
 from qa_deepspeed.qa.features.families import Family, family_of
 from qa_deepspeed.utils.errors import UserError
@@ -39,11 +40,12 @@ def model_facts(options: RunOptions) -> ModelFacts:
 
     Raises:
         UserError: as in models/loading.py; the tokenizer is another model's; max_seq_length exceeds the positions; the
-            model cannot work with attn_implementation, freeze or layerwise_lr_decay.
+            model cannot work with attn_implementation, freeze or layerwise_lr_decay; student_layers cannot be chosen.
     """
     config = load_config(options)
     check_attention(options, config)
     check_layers(options, config)
+    check_student_layers(options)
     tokenizer = load_tokenizer(options)
     check_vocabulary(options.model_name_or_path, config, tokenizer)
     family = family_of(config, tokenizer)

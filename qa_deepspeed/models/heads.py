@@ -8,8 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.qa.decoding.candidates import BestSpans, null_logits
-from qa_deepspeed.qa.decoding.spans import answer_positions, best_spans, marginal_loss, span_loss
+from qa_deepspeed.qa.decoding.spans import (
+    answer_positions,
+    best_spans,
+    distillation_loss,
+    marginal_loss,
+    span_loss,
+)
 from qa_deepspeed.qa.features.batching import Batch
 from qa_deepspeed.utils.errors import UserError
 
@@ -19,10 +26,20 @@ BEAM_CLASSES = {"xlnet": "XLNetForQuestionAnswering", "xlm": "XLMForQuestionAnsw
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective: `span_loss`, or `marginal_loss` over all gold spans, with label smoothing."""
+    """The training objective: `span_loss`, or `marginal_loss` over all gold spans, with label smoothing; with a teacher
+    the mean of that and `distillation_loss`, by the teacher's weight."""
 
     marginal: bool = False
     smoothing: float = 0.0
+    teacher_weight: float = 0.0
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, options: RunOptions) -> Objective:
+        """That of a training run."""
+        marginal = options.objective == "marginal"
+        weight = options.distillation_weight if options.teachers else 0.0
+        return cls(marginal, options.label_smoothing, weight, options.distillation_temperature if weight else 1.0)
 
 
 CLASSIC = Objective()
@@ -56,7 +73,9 @@ def head_of(model: torch.nn.Module, version_2_with_negative: bool, objective: Ob
     if type(model).__name__ not in BEAM_CLASSES.values():
         return SpanHead(objective)
     if objective != CLASSIC:
-        raise UserError("--objective marginal and --label_smoothing are for span heads: leave them out for a beam head")
+        raise UserError(
+            "--objective marginal, --label_smoothing and teachers are for span heads: leave them out for a beam head"
+        )
     return BeamHead(model, version_2_with_negative)
 
 
@@ -73,13 +92,19 @@ class SpanHead:
         return batch.inputs
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """By the objective."""
+        """By the objective. With a teacher the batch has its probabilities."""
         length = outputs.start_logits.shape[1]
         possible = answer_positions(batch.context_begin, batch.context_end, batch.null_position, length)
-        logits, smoothing = (outputs.start_logits, outputs.end_logits), self._objective.smoothing
-        if self._objective.marginal:
-            return marginal_loss(*logits, batch.gold_starts, batch.gold_ends, possible, smoothing)
-        return span_loss(*logits, batch.start, batch.end, possible, smoothing)
+        logits, objective = (outputs.start_logits, outputs.end_logits), self._objective
+        if objective.marginal:
+            losses = marginal_loss(*logits, batch.gold_starts, batch.gold_ends, possible, objective.smoothing)
+        else:
+            losses = span_loss(*logits, batch.start, batch.end, possible, objective.smoothing)
+        if not objective.teacher_weight:
+            return losses
+        assert batch.soft_start is not None and batch.soft_end is not None, "a teacher's probabilities are missing"
+        soft = distillation_loss(*logits, batch.soft_start, batch.soft_end, possible, objective.temperature)
+        return (1 - objective.teacher_weight) * losses + objective.teacher_weight * soft
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The columns of the batch."""

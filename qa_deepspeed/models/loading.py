@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, PretrainedConfig
@@ -42,6 +43,9 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 ONNX_FILE = "model.onnx"
 """File of a model that `export --format onnx` made; inference/onnx_model.py runs it."""
 
+CONFIGS = ("config.json", "adapter_config.json")
+"""Files that say what the weights are used for."""
+
 
 def quiet_transformers(verbose: bool) -> None:
     """Silence Transformers' load reports and progress bars unless `verbose`."""
@@ -51,10 +55,10 @@ def quiet_transformers(verbose: bool) -> None:
 
 
 def load_config(options: RunOptions) -> PretrainedConfig:
-    """The model's config.
+    """The model's config; of a student with fewer layers the student's.
 
     Raises:
-        UserError: no model named, none found, or `model_type` contradicts it.
+        UserError: no model named, none found, `model_type` contradicts it, or it has not the `student_layers`.
     """
     if not options.model_name_or_path:
         raise UserError("--model_name_or_path is required: a folder of a model or a name on the hub")
@@ -62,12 +66,51 @@ def load_config(options: RunOptions) -> PretrainedConfig:
     if Path(str(name)).is_dir() and not (Path(str(name)) / "config.json").exists():
         raise UserError(f"{name} holds no model: there is no config.json in this folder")
     config: PretrainedConfig = _from_pretrained(AutoConfig, name, options)
+    layers = chosen_layers(options)
+    if layers is not None:
+        choose_layers(config, layers, str(options.model_name_or_path))
     if options.model_type and options.model_type.lower() != config.model_type:
         raise UserError(
             f"model_type {options.model_type} contradicts {options.model_name_or_path}, which is a "
             f"{config.model_type}; leave --model_type out"
         )
     return config
+
+
+def chosen_layers(options: RunOptions) -> tuple[int, ...] | None:
+    """The layers of `model_name_or_path` that the student has, counted from 0; None for all.
+
+    Raises:
+        UserError: the option is no list of rising numbers, or its adapters would be saved beside the full model.
+    """
+    if options.student_layers is None:
+        return None
+    parts = [part.strip() for part in options.student_layers.split(",")]
+    layers = tuple(int(part) for part in parts if part.isdecimal())
+    if len(layers) != len(parts) or list(layers) != sorted(set(layers)):
+        raise UserError(f"student_layers {options.student_layers}: write rising numbers, counted from 0, like 0,2,4")
+    if options.lora_rank is not None:
+        raise UserError(
+            "student_layers with lora_rank: an adapter names the full model as its base; leave one of them out"
+        )
+    return layers
+
+
+def choose_layers(config: Any, layers: Sequence[int], name: str) -> None:
+    """Change a model's config to one with these layers only.
+
+    Raises:
+        UserError: the model `name` has not all of them.
+    """
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int) or getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"student_layers: {name}, a {config.model_type}, has no single stack of layers to choose from")
+    if layers[-1] >= count:
+        raise UserError(f"student_layers names layer {layers[-1]}, but {name} has {count}, counted from 0")
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(layers)
+    if kinds:
+        config.layer_types = [kinds[layer] for layer in layers]
 
 
 def load_tokenizer(options: RunOptions) -> Any:
@@ -165,14 +208,17 @@ def require_trained_weights(name: str | None, model: torch.nn.Module, fresh: lis
         raise UserError(f"{name} has no trained question-answering head: train it first ({', '.join(fresh)} missing)")
 
 
-def model_from_config(config: PretrainedConfig, qa_head: str | None = None) -> torch.nn.Module:
+def model_from_config(
+    config: PretrainedConfig, qa_head: str | None = None, attn_implementation: str | None = None
+) -> torch.nn.Module:
     """The model with random weights, to be filled from a checkpoint.
 
     Raises:
         UserError: as `load_model`.
     """
     check_supported()
-    model: torch.nn.Module = model_of_class(_model_class(config, qa_head), config, torch.float32)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model: torch.nn.Module = model_of_class(_model_class(config, qa_head), config, torch.float32, **attention)
     return model
 
 
@@ -230,20 +276,41 @@ def require_weights(options: RunOptions) -> None:
         raise UserError(f"{name}: holds no weights ({' or '.join(WEIGHTS)}): pass the folder of a saved model")
 
 
+def model_files(options: RunOptions) -> tuple[list[Path], str | None]:
+    """What the outputs of a model depend on: files of its folder, or its name and commit if it comes from the hub; of
+    an adapter also those of its base model. Its config has been loaded.
+    """
+    name = str(options.model_name_or_path)
+    base = base_of(name)
+    files: list[Path] = []
+    for folder in (name, base):
+        if folder is not None and Path(folder).is_dir():
+            files += [path for pattern in (*WEIGHTS, *CONFIGS) for path in sorted(Path(folder).glob(pattern))]
+    of_hub = base or name
+    if Path(of_hub).is_dir():
+        return files, None
+    config = try_to_load_from_cache(of_hub, "config.json", cache_dir=_hub_cache(options))
+    return files, f"{of_hub} {Path(config).parent.name if isinstance(config, str) else ''}"
+
+
 def _reason(error: BaseException) -> str:
     """What an error of Transformers says, in its first line or two."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).removesuffix(".")
 
 
+def _hub_cache(options: RunOptions) -> str | None:
+    """Where files of the hub are kept; None for its client's own folder."""
+    return str(Path(options.cache_dir) / "hub") if options.cache_dir else None
+
+
 def _from_pretrained(auto_class: Any, name: str | None, options: RunOptions, **extra: Any) -> Any:
     is_path = str(name).startswith(("/", "./", "../", "~")) or str(name).count("/") > 1  # the hub has no such names
     if is_path and not Path(str(name)).exists():
         raise UserError(f"{name}: no such folder; check the path of the model")
-    hub = str(Path(options.cache_dir) / "hub") if options.cache_dir else None
     try:
         # without a value Transformers asks on the terminal whether to run the Python code that a model brings
-        return auto_class.from_pretrained(name, cache_dir=hub, trust_remote_code=False, **extra)
+        return auto_class.from_pretrained(name, cache_dir=_hub_cache(options), trust_remote_code=False, **extra)
     except LOADING_ERRORS as error:
         what = "config" if auto_class is AutoConfig else "tokenizer" if auto_class is AutoTokenizer else "weights"
         if "trust_remote_code" in str(error):

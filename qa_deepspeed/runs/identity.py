@@ -10,6 +10,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.checkpoints.checkpoint_files import LoopState
 from qa_deepspeed.engine.ds_config import ResolvedConfig, section_in_words
 from qa_deepspeed.models.layers import named_places
+from qa_deepspeed.models.loading import chosen_layers
 from qa_deepspeed.utils.errors import UserError
 
 FINGERPRINT_OPTIONS = (
@@ -51,11 +52,12 @@ OPTIONS_OF_PART = {
     "precision": ("bf16", "fp16", "fp16_opt_level"),
     "layers": ("layerwise_lr_decay", "freeze"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "distillation": ("teacher_model_name_or_path", "distillation_weight", "distillation_temperature"),
 }
 """Part of the fingerprint -> the options it is derived from. An option of two parts stands for the later one in
 `resume_with_changes`."""
 
-FIXED = ("head", "optimizer", "scheduler", "layers", "lora")
+FIXED = ("head", "optimizer", "scheduler", "layers", "lora", "student_layers")
 """Parts that the weights or the optimizer state of a checkpoint depend on: they can never change."""
 
 CHANGES_WITH = {"steps": ("features", "global_batch_size", "mixture"), "mixture": ("features",)}
@@ -63,13 +65,19 @@ CHANGES_WITH = {"steps": ("features", "global_batch_size", "mixture"), "mixture"
 
 
 def run_fingerprint(
-    resolved: ResolvedConfig, features: str, steps: int, head: str, weights: Sequence[float] | None = None
+    resolved: ResolvedConfig,
+    features: str,
+    steps: int,
+    head: str,
+    weights: Sequence[float] | None = None,
+    teachers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Settings that must match the checkpoint to resume; all others may change.
 
     Args:
         features: fingerprint of the training rows. head: as `loading.head_kind`.
         weights: of the training files (`features.file_weights`); part of the fingerprint only where there are some.
+        teachers: digests of the teachers' weights; the same.
     """
     options = resolved.options
     adapters = [getattr(options, name) for name in OPTIONS_OF_PART["lora"]] if options.lora_rank is not None else None
@@ -77,13 +85,16 @@ def run_fingerprint(
     if options.group_by_length is None:  # then the layout of the batches decides, or the checkpoint
         del named["group_by_length"]
     # these are parts only where they are used: finished runs of earlier versions stay finished
-    mixture = {} if weights is None else {"mixture": list(weights)}
-    by_layer = options.freeze is not None or options.layerwise_lr_decay != 1
-    layers = {"layers": [options.layerwise_lr_decay, *sorted(named_places(options.freeze))]} if by_layer else {}
+    used: dict[str, Any] = {} if weights is None else {"mixture": list(weights)}
+    if options.freeze is not None or options.layerwise_lr_decay != 1:
+        used["layers"] = [options.layerwise_lr_decay, *sorted(named_places(options.freeze))]
+    if options.student_layers is not None:
+        used["student_layers"] = list(chosen_layers(options) or ())
+    if teachers:
+        used["distillation"] = [options.distillation_weight, options.distillation_temperature, *teachers]
     return (
         named
-        | mixture
-        | layers
+        | used
         | {
             "lora": adapters,
             "features": features,
@@ -154,6 +165,8 @@ def _difference(name: str, old: Any, new: Any, their_options: Mapping[str, Any],
     ]
     if changed:
         return "; ".join(changed)
+    if name == "distillation" and old and new:
+        return f"the weights of {options.teacher_model_name_or_path} are others than before"
     if name == "features":
         return f"{options.data_file('train') or options.dataset_name} gives other training rows than before"
     return f"{name} was {old}, is {new}"

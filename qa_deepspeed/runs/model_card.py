@@ -56,6 +56,7 @@ NAMES_OR_PATHS = (
     "deepspeed_config",
     "model_name_or_path",
     "nvme_path",
+    "teacher_model_name_or_path",
     "tokenizer_name",
 )
 """Options that are a path of this machine or a name that is known everywhere."""
@@ -158,6 +159,13 @@ def _data_name(options: RunOptions, purpose: str) -> str | None:
 
 def _name_or_local(value: str | None) -> str | None:
     return local_name(value) if value and Path(value).expanduser().exists() else value
+
+
+def _names_or_local(value: str | None) -> str | None:
+    """`_name_or_local` of each of several names with commas between."""
+    if value is None or Path(value).expanduser().exists():
+        return _name_or_local(value)
+    return ",".join(str(_name_or_local(part.strip())) for part in value.split(","))
 
 
 def _evaluated_on(options: RunOptions) -> str:
@@ -282,7 +290,7 @@ def training_command(options: RunOptions, record: Mapping[str, Any]) -> str:
         record: `hardware` (ranks) and `data` (whether there was an evaluation) count.
     """
     values = {name: getattr(options, name) for name in options.given - NOT_REPEATED}
-    values |= {name: _name_or_local(values[name]) for name in NAMES_OR_PATHS if name in values}
+    values |= {name: _names_or_local(values[name]) for name in NAMES_OR_PATHS if name in values}
     for option, purpose in (("train_file", "train"), ("predict_file", "evaluate")):
         in_data_dir = options.data_dir and purpose in (record.get("data") or {})
         if options.data_file(purpose) and (option in options.given or in_data_dir):

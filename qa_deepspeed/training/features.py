@@ -197,6 +197,11 @@ def _cache_folder_and_files(options: RunOptions, purpose: Purpose) -> tuple[Path
     raise UserError(f"no data is named: pass --{flag}, --dataset_name, or --data_dir with the file names of SQuAD")
 
 
+def features_folder(options: RunOptions) -> Path:
+    """The folder of the training features' cache entries."""
+    return _cache_folder_and_files(options, "train")[0]
+
+
 def cache_folder(cache_dir: str | None, data_file: Path) -> Path:
     """Folder of the features: in cache_dir, else beside the data, else (read-only data) in the user's cache folder."""
     if cache_dir:

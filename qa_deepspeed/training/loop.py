@@ -24,6 +24,7 @@ from qa_deepspeed.engine.cuda_graphs import Forward, StepGraphs
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel
 from qa_deepspeed.models.heads import Head, Objective, head_of
+from qa_deepspeed.qa.cache.teacher_logits import SoftTargets
 from qa_deepspeed.qa.features.batching import Batch, Layout, make_batch
 from qa_deepspeed.qa.features.mixture import epoch_size, rows_of_epoch
 from qa_deepspeed.qa.features.sampler import (
@@ -76,6 +77,8 @@ class Run:
     tokenizer: Any
     model_config: PretrainedConfig
     callbacks: Callbacks = NO_CALLBACKS
+    soft_targets: SoftTargets | None = None
+    """The teachers' probabilities, where the run has teachers."""
     weights: tuple[float, ...] | None = None
     """Of the training files, where they have some (`features.file_weights`)."""
     overwrites: bool = False
@@ -145,7 +148,7 @@ def _loop(
     meter = ThroughputMeter(engine.device, engine.training_flops, engine.measured_peak_flops())
     guard = NonfiniteLossGuard(engine.device)
     profiler = StepProfiler(options.profile_steps, run.output_dir, first_step)
-    objective = Objective(options.objective == "marginal", options.label_smoothing)
+    objective = Objective.of(options)
     head = head_of(engine.module, options.version_2_with_negative, objective)
     engine.module.train()
     graphs = _graphs(engine, run, head) if run.uses_graphs else None
@@ -258,8 +261,9 @@ def _batches(run: Run, first_step: int, device: torch.device) -> Iterator[Batch]
 
     On a GPU each is gathered, copied to pinned memory and sent while the one before it is computed.
     """
+    take = run.store.take if run.soft_targets is None else run.soft_targets.take
     batches = (
-        make_batch(run.store.take, rows, run.layout)
+        make_batch(take, rows, run.layout)
         for _, step_rows in _steps(run, first_step)
         for rows in _micro_batches(run, step_rows)
     )

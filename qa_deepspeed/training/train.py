@@ -69,6 +69,7 @@ from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, v
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.disk_patience import DiskPatience, requeue_on_disk_failure
+from qa_deepspeed.training.distillation import load_teachers, soft_targets
 from qa_deepspeed.training.evaluation.evaluate import (
     Evaluation,
     EvaluationData,
@@ -124,6 +125,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
     drop_null_threshold(facts.config)
     store_settings(facts.config, options)
     store, evaluation_store = _features(options, facts, output_dir)
+    teachers = load_teachers(options, facts, store)
     seconds = {"features": time.perf_counter() - began}
 
     dist.init(device, options.timeout)
@@ -134,7 +136,8 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
     weights = file_weights(options)
     steps = total_steps(options, epoch_size(store.rows_by_file, weights), resolved.plan)
     head = head_kind(facts.config, options.qa_head)
-    fingerprint = run_fingerprint(resolved, store.fingerprint, steps, head, weights)
+    digests = [teacher.digest for teacher, _ in teachers]
+    fingerprint = run_fingerprint(resolved, store.fingerprint, steps, head, weights, digests)
     decided = dist.run_on_rank_zero(lambda: dataclasses.asdict(resume_decision(output_dir, options, fingerprint)))
     decision = ResumeDecision(**decided)
     if decision.action == FINISHED:
@@ -145,6 +148,9 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
         stops.begin()
         resume_from = _checkpoint_to_resume(output_dir, decision, fingerprint)
         began = time.perf_counter()
+        targets = soft_targets(teachers, store, resolved, device)
+        if targets is not None:
+            seconds["teachers"], began = time.perf_counter() - began, time.perf_counter()
         before = None if resume_from is None else read_loop_state(resume_from)
         with explain_out_of_memory(resolved, facts.config, device):
             engine, layout = _make_engine(resolved, facts, steps, device, store, before)
@@ -170,6 +176,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
             callbacks=callbacks,
             tokenizer=facts.tokenizer,
             model_config=facts.config,
+            soft_targets=targets,
             weights=weights,
             seconds=seconds,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qa_deepspeed.config.intervals import Intervals
-from qa_deepspeed.config.run_options import RunOptions, check_counts, check_objective
+from qa_deepspeed.config.run_options import RunOptions, check_counts, check_distillation, check_objective
 from qa_deepspeed.engine import deepspeed_compat, ds_config
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.monitors import require_packages
@@ -37,6 +37,7 @@ def validate_options(options: RunOptions, world_size: int, device_type: str, bf1
     options = evaluation_options(resolved.options)
     check_counts(options)
     check_objective(options)
+    check_distillation(options)
     check_lora(options)
     check_layerwise(options, resolved.config)
     require_packages(resolved.config, options)

@@ -44,6 +44,7 @@ from qa_deepspeed.runs.folder import OUTPUT_DIR_MISSING, leave_run_dir, lock_run
 from qa_deepspeed.runs.identity import run_fingerprint
 from qa_deepspeed.runs.preflight import IN_WORDS, features_bytes, require_room, require_writable, settings_with_origins
 from qa_deepspeed.runs.resume import refuse_overwriting, require_named_checkpoint, resume_decision
+from qa_deepspeed.training.distillation import Teacher, find_teachers
 from qa_deepspeed.training.evaluation.evaluate import require_folder_for_files
 from qa_deepspeed.training.evaluation.scoring import evaluation_options
 from qa_deepspeed.training.features import (
@@ -78,6 +79,7 @@ class PreflightState:
     facts: ModelFacts | None = None
     config: dict[str, Any] | None = None
     features: dict[str, tuple[str, dict[str, int] | None]] = field(default_factory=dict)
+    teachers: list[Teacher] = field(default_factory=list)
     steps: int | None = None
     intervals: Intervals | None = None
     footprint: Footprint | None = None
@@ -234,6 +236,11 @@ def _data(checked: PreflightState) -> list[str]:
             )
     if evaluates and run_options.do_train:
         lines += warnings_of_files(run_options)
+    if "train" in checked.features:
+        checked.teachers = find_teachers(run_options, facts)
+    for teacher in checked.teachers:
+        same = "the student's features" if teacher.features == checked.features["train"][0] else "features of its own"
+        lines.append(f"teacher {teacher.name}, {same}: its logits come from the cache, or are computed first")
     return lines
 
 
@@ -315,7 +322,9 @@ def _output(checked: PreflightState) -> list[str]:
         return [f"{folder} {place}{known_later}"]
     resolved = checked.resolved
     head = head_kind(_known(checked.facts).config, resolved.options.qa_head)
-    identity = run_fingerprint(resolved, fingerprint, checked.steps, head, file_weights(resolved.options))
+    digests = [teacher.digest for teacher in checked.teachers]
+    weights = file_weights(resolved.options)
+    identity = run_fingerprint(resolved, fingerprint, checked.steps, head, weights, digests)
     decision = resume_decision(folder, resolved.options, identity)
     return [f"{folder} {place}: {IN_WORDS[decision.action]}"]
 

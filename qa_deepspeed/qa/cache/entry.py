@@ -86,7 +86,7 @@ class CacheEntry:
                     path.unlink(missing_ok=True)
                 write_bytes(marker, token.encode())
         except OSError as error:
-            raise _storage_error(self.folder, error) from error
+            raise storage_error(self.folder, error) from error
 
     def build(self, progress: ProgressCallback | None) -> dict[str, Any]:
         """Complete the entry, together with any other process that builds it; returns the manifest.
@@ -101,7 +101,7 @@ class CacheEntry:
             self.folder.mkdir(parents=True, exist_ok=True)
             return self._build(progress)
         except OSError as error:
-            raise _storage_error(self.folder, error) from error
+            raise storage_error(self.folder, error) from error
 
     def open(self, name: str, status: Status, rebuild: Callable[[], Status]) -> ArrowFile:
         """A file of the entry, rebuilt if it does not match its status."""
@@ -117,7 +117,7 @@ class CacheEntry:
                     return ArrowFile(path, status["size"], status["checksum"])
                 rebuilt = rebuild()
         except OSError as error:
-            raise _storage_error(self.folder, error) from error
+            raise storage_error(self.folder, error) from error
         if (rebuilt.get("size"), rebuilt.get("checksum")) != (status["size"], status["checksum"]):
             raise UserError(f"{path}: is damaged and rebuilding it gave other content; pass --overwrite_cache")
         try:
@@ -354,7 +354,7 @@ class CacheEntry:
         write_bytes(self.folder / f"{name}.json", json.dumps(content).encode())
 
 
-def _storage_error(folder: Path, error: OSError) -> UserError:
+def storage_error(folder: Path, error: OSError) -> UserError:
     """The one line about a folder that cannot hold the cache."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(f"{folder}: the disk is full; free some space or pass another --cache_dir")

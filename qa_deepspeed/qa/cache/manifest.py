@@ -15,6 +15,7 @@ Status = dict[str, Any]
 Shape = dict[Any, Any]
 
 FILE: Shape = {"size": int, "checksum": str}
+"""Of one file; a teacher's logits have such a status beside each of their files."""
 EXAMPLES: Shape = {**FILE, "examples": int}
 COUNTS: Shape = {str: int, "examples": int, "features": int}
 REPORT: Shape = {

@@ -53,6 +53,31 @@ def marginal_loss(
     return (1 - smoothing) * loss - smoothing * uniform
 
 
+def distillation_loss(
+    start_logits: Tensor,
+    end_logits: Tensor,
+    soft_start: Tensor,
+    soft_end: Tensor,
+    possible: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Mean of the start's and the end's cross-entropy against a teacher's softened probabilities, for each row, times
+    the square of the temperature, by which the gradient keeps its size (Hinton et al. 2015, section 2).
+
+    Args: logits and `possible` as in `span_loss`.
+        soft_start, soft_end: float32 `[rows, length]`, the teacher's probabilities at this temperature; 0 where no
+            answer is possible.
+
+    Returns:
+        `[rows]` float32.
+    """
+    start_log_p, end_log_p = (
+        _log_probabilities(logits.float() / temperature, possible).masked_fill(~possible, 0)
+        for logits in (start_logits, end_logits)
+    )
+    return -(soft_start * start_log_p + soft_end * end_log_p).sum(dim=1) * (temperature**2 / 2)
+
+
 def _log_probabilities(logits: Tensor, possible: Tensor) -> Tensor:
     return functional.log_softmax(logits.float().masked_fill(~possible, float("-inf")), dim=1)
 
@@ -68,6 +93,29 @@ def answer_positions(context_begin: Tensor, context_end: Tensor, null_position: 
     """
     possible = _context(context_begin, context_end, length)
     return possible.scatter(1, null_position.unsqueeze(1), True)
+
+
+def answer_logits(
+    logits: Tensor, context_begin: Tensor, context_end: Tensor, null_position: Tensor, width: int
+) -> Tensor:
+    """The logits of each row's `answer_positions`, the null position first, less the greatest of them, which no softmax
+    notices.
+
+    Args:
+        logits: `[rows, length]`. context_begin, context_end, null_position: `[rows]`.
+        width: at least the positions of each row.
+
+    Returns:
+        float16 `[rows, width]`, 0 beyond the positions of a row.
+    """
+    place = torch.arange(-1, width - 1, device=logits.device) + context_begin.unsqueeze(1)
+    beyond = place >= context_end.unsqueeze(1)
+    place[:, 0] = null_position
+    beyond[:, 0] = False
+    found = logits.float().gather(1, place.clamp(max=logits.shape[1] - 1)).masked_fill(beyond, -math.inf)
+    found = found - found.max(dim=1, keepdim=True).values
+    lowest = torch.finfo(torch.float16).min
+    return found.clamp(min=lowest).masked_fill(beyond, 0).half()
 
 
 def _context(context_begin: Tensor, context_end: Tensor, length: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from qa_deepspeed.qa.features.sampler import padded_length
 from qa_deepspeed.qa.features.store import FeatureRows
+from qa_deepspeed.qa.features.windows import ranges, splits_of
 
 DUMMY_ROW = -1
 """Feature id of a row that only makes the ranks' work equal."""
@@ -68,6 +69,8 @@ class Batch:
     feature_id: np.ndarray  # int64 [rows], DUMMY_ROW for a dummy row
     tokens: int  # real ones, without padding and dummy rows
     place: torch.Tensor | None = None  # packed: int64 [rows, length], where each token lies in the sequence
+    soft_start: torch.Tensor | None = None  # float32 [rows, length], a teacher's softened probabilities
+    soft_end: torch.Tensor | None = None
 
     @property
     def computed_tokens(self) -> int:
@@ -140,6 +143,7 @@ def make_batch(take: Callable[[np.ndarray], FeatureRows], rows: np.ndarray, layo
         np.full(1, DUMMY_ROW, np.int64) if dummy else features.feature_id,
         0 if dummy else len(features.input_ids),
         place,
+        *_soft_targets(features, shift, length if place is None else place.shape[1]),
     )
 
 
@@ -197,6 +201,25 @@ def _packed_inputs(features: FeatureRows, layout: Layout, length: int) -> tuple[
     token = np.arange(length)
     place = splits[:-1, np.newaxis] + np.where(token < lengths[:, np.newaxis], token, 0)
     return inputs, torch.from_numpy(place.astype(np.int64))
+
+
+def _soft_targets(
+    features: FeatureRows, shift: np.ndarray, length: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The teacher's probabilities of each position, `[rows, length]` twice, 0 where no answer is possible; None without
+    a teacher."""
+    if features.soft_start is None or features.soft_end is None:
+        return None, None
+    counts = features.context_end - features.context_begin + 1
+    row = np.repeat(np.arange(len(counts)), counts)
+    column = ranges(features.context_begin - 1 + shift, counts)
+    column[splits_of(counts)[:-1]] = features.null_position + shift  # comes first, before the context
+    blocks = []
+    for values in (features.soft_start, features.soft_end):
+        block = np.zeros((len(counts), length), np.float32)
+        block[row, column] = values
+        blocks.append(torch.from_numpy(block))
+    return blocks[0], blocks[1]
 
 
 def _golds(

@@ -26,7 +26,8 @@ class FeatureRows:
     latter None where the model takes none); start, end int32 `[rows]`: the labels, both inside, the null position
     where the window does not hold the answer; null_position int32 `[rows]`; context_begin, context_end int32 `[rows]`:
     the context tokens [begin, end). With `answers="all"` gold_splits int64 `[rows + 1]`, gold_starts and gold_ends
-    int32: every gold span that the window holds.
+    int32: every gold span that the window holds. With teachers soft_start, soft_end float32: of each row their softened
+    probabilities of the null position and the context tokens, one after another.
     """
 
     feature_id: np.ndarray
@@ -41,6 +42,8 @@ class FeatureRows:
     gold_starts: np.ndarray | None = None
     gold_ends: np.ndarray | None = None
     gold_splits: np.ndarray | None = None
+    soft_start: np.ndarray | None = None
+    soft_end: np.ndarray | None = None
 
 
 class FeatureShard:

@@ -6,7 +6,7 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,41 @@ def gather_evaluation(
     tables: list[RowTable] = []
     dist.run_on_rank_zero(lambda: tables.append(RowTable(len(store), extract.columns, folder)))
     table = tables[0] if tables else None
-    waiting: list[dict[str, Tensor]] = []
     with ProgressBar("evaluating", len(batches), "batch", shown=dist.is_rank_zero()) as bar:
-        for number, rows in enumerate(batches, 1):
-            batch = make_batch(store.take, rows, layout).to(device)
-            waiting.append(extract(batch.by_row(forward(head.inputs(batch))), batch))
-            bar.advance()
-            if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
-                arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
-                waiting.clear()
-                arrived = dist.gather_rows(arrays)
-                if table is not None and arrived is not None:
-                    table.put(arrived["feature_id"], arrived)
+        for arrived in forward_and_gather(forward, head, device, store, layout, batches, extract, bar):
+            if table is not None and arrived is not None:
+                table.put(arrived["feature_id"], arrived)
     return None if table is None else extract.gathered(table)
+
+
+def forward_and_gather(
+    forward: Forward,
+    head: Head,
+    device: torch.device,
+    store: FeatureStore,
+    layout: Layout,
+    batches: Sequence[np.ndarray],
+    extract: Callable[[Any, Batch], dict[str, Tensor]],
+    bar: ProgressBar,
+) -> Iterator[dict[str, np.ndarray] | None]:
+    """The columns of the rows of all ranks' micro-batches, on rank 0, as they are gathered; None on other ranks.
+
+    Collective: every rank has as many micro-batches, and takes every item.
+
+    Args:
+        batches: the rows of this rank's micro-batches.
+        extract: from outputs and micro-batch to the columns `[rows, ...]` of its real rows, on the device.
+        bar: advances by micro-batches.
+    """
+    waiting: list[dict[str, Tensor]] = []
+    for number, rows in enumerate(batches, 1):
+        batch = make_batch(store.take, rows, layout).to(device)
+        waiting.append(extract(batch.by_row(forward(head.inputs(batch))), batch))
+        bar.advance()
+        if number % BATCHES_PER_EXCHANGE == 0 or number == len(batches):
+            arrays = {name: torch.cat([one[name] for one in waiting]).cpu().numpy() for name in waiting[0]}
+            waiting.clear()
+            yield dist.gather_rows(arrays)
 
 
 class _ColumnExtractor:

@@ -19,7 +19,8 @@ OPTIONS = {
     "train": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation batch_layout "
         "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
-        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
+        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config distillation_temperature "
+        "distillation_weight do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze gather "
         "global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length id_column "
@@ -33,7 +34,8 @@ OPTIONS = {
         "per_gpu_train_batch_size predict_file predict_split print_config print_schema "
         "profile_steps push_to_hub qa_head "
         "question_column report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time "
-        "save_retry save_steps save_total_limit seed server_ip server_port threads timeout tokenizer_name "
+        "save_retry save_steps save_total_limit seed server_ip server_port student_layers teacher_model_name_or_path "
+        "threads timeout tokenizer_name "
         "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
         "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
@@ -79,7 +81,8 @@ OPTIONS = {
     "check": (
         "adam_epsilon answer_start_column answer_text_column answers answers_column attn_implementation batch_layout "
         "best_window_only bf16 cache_dir config config_name context_column cuda_graphs data_dir dataset_config "
-        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config do_eval do_lower_case "
+        "dataset_config_name dataset_name ddp_timeout decode_mode deepspeed deepspeed_config distillation_temperature "
+        "distillation_weight do_eval do_lower_case "
         "do_train doc_stride doc_stride_is dry_run early_stopping_patience encoding eval_all_checkpoints eval_steps "
         "eval_strategy evaluate_during_training evaluation_strategy flat_parameters fp16 fp16_opt_level freeze gather "
         "global_batch_size gradient_accumulation_steps gradient_checkpointing group_by_length hostfile id_column "
@@ -92,7 +95,8 @@ OPTIONS = {
         "overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_eval_batch_size "
         "per_gpu_train_batch_size predict_file predict_split print_config profile_steps push_to_hub qa_head "
         "question_column ranks report_to resume_from_checkpoint resume_with_changes run_name save_async save_on_time "
-        "save_retry save_steps save_total_limit seed server_ip server_port ssh_port threads timeout tokenizer_name "
+        "save_retry save_steps save_total_limit seed server_ip server_port ssh_port student_layers "
+        "teacher_model_name_or_path threads timeout tokenizer_name "
         "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
         "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
@@ -101,7 +105,7 @@ OPTIONS = {
         "global_batch_size gpu_memory gpus_per_node gradient_accumulation_steps gradient_checkpointing json "
         "lora_alpha lora_dropout lora_rank lora_target_modules max_seq_len max_seq_length max_tokens_per_batch "
         "measure-roof measure_peak model_name_or_path model_type no_cuda nodes nvme_path per_device_train_batch_size "
-        "per_gpu_train_batch_size print_config qa_head tokenizer_name use_cpu verbose_logging"
+        "per_gpu_train_batch_size print_config qa_head student_layers tokenizer_name use_cpu verbose_logging"
     ),
     "convert": (
         "answer_start_column answer_text_column answers_column context_column encoding id_column "
@@ -147,6 +151,7 @@ GROUPS = (
     "data",
     "model",
     "training",
+    "distillation",
     "evaluation",
     "checkpoints",
     "DeepSpeed and precision",

@@ -160,3 +160,23 @@ def test_groups_by_layer_are_part_of_the_fingerprint_only_where_they_are_used() 
     with pytest.raises(UserError, match="freeze was None, is 0-1,embeddings") as caught:
         refuse_changes(plain, ours, RunOptions().to_dict(), options, "run")
     assert "layerwise_lr_decay was 1.0, is 0.9" in str(caught.value) and "resume_with_changes" not in str(caught.value)
+
+
+def test_teachers_are_part_of_the_fingerprint_only_where_there_are_some() -> None:
+    """By the digests of their weights, not by their folders."""
+    teacher = {"teacher_model_name_or_path": "large", "distillation_weight": 0.9}
+    options = RunOptions(**teacher)  # type: ignore[arg-type]
+    settings = resolve(options, 1, "cpu"), "features", 100, "span", None
+    without, ours = run_fingerprint(*settings), run_fingerprint(*settings, ["digest"])
+    assert without == fingerprint(RunOptions()) and ours == {**without, "distillation": [0.9, 2.0, "digest"]}
+    plain = RunOptions()
+    with pytest.raises(
+        UserError, match="teacher_model_name_or_path was None, is large; distillation_weight was 0.5, is"
+    ):
+        refuse_changes(without, ours, plain.to_dict(), options, "run")
+    with pytest.raises(UserError, match="teacher_model_name_or_path was large, is None"):
+        refuse_changes(ours, without, options.to_dict(), plain, "run")
+    with pytest.raises(UserError, match="run: the weights of large are others than before"):
+        refuse_changes({**ours, "distillation": [0.9, 2.0, "other"]}, ours, options.to_dict(), options, "run")
+    allowed = replace(options, resume_with_changes="distillation_weight")
+    refuse_changes({**ours, "distillation": [0.5, 2.0, "digest"]}, ours, options.to_dict(), allowed, "run")

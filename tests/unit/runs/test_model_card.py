@@ -104,10 +104,13 @@ def test_card_shows_no_path_of_the_machine(tmp_path: Path) -> None:
         train_file=str(tmp_path / "train.json"),
         output_dir="secret/place",
         predict_file=str(tmp_path / "train.json"),
-        given=frozenset({"model_name_or_path", "train_file", "output_dir"}),
+        teacher_model_name_or_path=f"{tmp_path / 'large'},hub/teacher",
+        given=frozenset({"model_name_or_path", "train_file", "output_dir", "teacher_model_name_or_path"}),
     )
+    (tmp_path / "large").mkdir()
     text = model_card("reader", options, RECORD, INTERVALS)
     assert str(tmp_path.parent) not in text and "secret" not in text and "base_model" not in text
+    assert "--teacher_model_name_or_path large,hub/teacher" in text
     assert f"--train_file {tmp_path.name}/train.json --output_dir OUTPUT_DIR" in text
 
 
