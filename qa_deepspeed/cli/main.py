@@ -67,6 +67,11 @@ COMMANDS = {
         "write any readable file as clean SQuAD v2 JSON",
         "qa-deepspeed convert export.csv train.json --encoding cp1252",
     ),
+    "sweep": (
+        "qa_deepspeed.cli.training.sweep",
+        "runs over seeds and settings, one after another or one on each GPU, and a table of their scores",
+        "qa-deepspeed sweep --config run.yaml --seed 1,2,3 --learning_rate 2e-5,3e-5,5e-5 --output_dir runs/sweep",
+    ),
     "prepare": (
         "qa_deepspeed.cli.data.prepare",
         "build the features of a run beforehand",

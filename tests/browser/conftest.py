@@ -11,7 +11,7 @@ import pytest
 
 from qa_deepspeed.qa.report.result import EvaluationResult
 from tests.browser.driving import Tab
-from tests.browser.pages import evaluation, write_comparison_page, write_evaluation_page
+from tests.browser.pages import evaluation, write_comparison_page, write_evaluation_page, write_sweep_page
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -58,3 +58,9 @@ def report(tmp_path_factory: pytest.TempPathFactory, result: EvaluationResult) -
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two runs."""
     return write_comparison_page(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a sweep of four runs."""
+    return write_sweep_page(tmp_path_factory.mktemp("sweep"))

@@ -1,4 +1,4 @@
-"""Pages with known content for the browser: an evaluation of two files, and two runs compared."""
+"""Pages with known content for the browser: an evaluation of two files, two runs compared, and a sweep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 from qa_deepspeed.qa.data.examples import Answer, Example
 from qa_deepspeed.qa.decoding.predictions import Prediction, columns_of
 from qa_deepspeed.qa.metrics.compare import explain
-from qa_deepspeed.qa.metrics.prediction_files import read_gold
+from qa_deepspeed.qa.metrics.prediction_files import GoldFile, read_gold
+from qa_deepspeed.qa.metrics.settings import RunScores, compare_with_best, summarize
 from qa_deepspeed.qa.report.comparison import SystemAnswers, comparison_page
 from qa_deepspeed.qa.report.page import page
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder
+from qa_deepspeed.qa.report.sweep_page import sweep_page
 
 PLACES = ("Rome", "Oslo", "New York", "Köln", "São Paulo")
 WORDS = ("Who", "Where", "When", "How many", "Why")
@@ -68,8 +70,8 @@ def write_evaluation_page(folder: Path, result: EvaluationResult) -> Path:
     return path
 
 
-def write_comparison_page(folder: Path) -> Path:
-    """compare.html of two runs on 40 questions: the second wins eight and loses four."""
+def gold_of_forty(folder: Path) -> GoldFile:
+    """40 questions, one a paragraph, each answered by "Ann Lee"."""
     paragraphs = [
         {
             "context": context_of(i),
@@ -85,7 +87,12 @@ def write_comparison_page(folder: Path) -> Path:
     ]
     gold_file = folder / "gold.json"
     gold_file.write_text(json.dumps({"version": "2.0", "data": [{"paragraphs": paragraphs}]}), "utf-8")
-    gold = read_gold(str(gold_file))
+    return read_gold(str(gold_file))
+
+
+def write_comparison_page(folder: Path) -> Path:
+    """compare.html of two runs on 40 questions: the second wins eight and loses four."""
+    gold = gold_of_forty(folder)
     a = {f"q{i}": "Ann Lee" if i >= 8 else "her" for i in range(40)}
     b = {f"q{i}": "Ann Lee" if i < 36 else "" for i in range(40)}
     systems = SystemAnswers("small", a), SystemAnswers("large", b)
@@ -94,4 +101,21 @@ def write_comparison_page(folder: Path) -> Path:
     document = comparison_page(gold, systems, explain(gold, a, b, "en"), "en", about, settings)
     path = folder / "compare.html"
     path.write_text(document, "utf-8")
+    return path
+
+
+def write_sweep_page(folder: Path) -> Path:
+    """sweep.html of two settings with two runs each."""
+    gold = gold_of_forty(folder)
+    runs = []
+    for setting, seed, right in (("1e-05", 1, 36), ("1e-05", 2, 34), ("5e-05", 1, 20), ("5e-05", 2, 12)):
+        answers = {f"q{i}": "Ann Lee" if i < right else "her" for i in range(40)}
+        metrics = {"f1": 2.5 * right, "exact": 2.5 * right}
+        name = f"learning_rate-{setting}_seed-{seed}"
+        runs.append(RunScores(name, f"learning_rate {setting}, weight_decay 0.1", metrics, answers))
+    rows = summarize(runs, "f1")
+    tests = compare_with_best(gold, runs, rows, "en", "f1")
+    about = {"Runs": "4 of 4 in runs/sweep", "Data": "gold.json", "Date": "2026-01-02 03:04 UTC"}
+    path = folder / "sweep.html"
+    path.write_text(sweep_page(gold, runs, rows, tests, "en", "f1", about), "utf-8")
     return path

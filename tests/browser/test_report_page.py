@@ -172,7 +172,7 @@ def test_dark_and_light_follow_the_system(tab: Tab, report: Path) -> None:
     assert seen[False][0] > 240 > 60 > seen[False][1] and seen[True][0] < 30 < 200 < seen[True][1]
 
 
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "sweep"])
 @pytest.mark.parametrize("width", [320, 400, 1200])
 def test_nothing_is_cut_off(tab: Tab, name: str, width: int, request: pytest.FixtureRequest) -> None:
     tab.emulate(width, dark=False)
@@ -190,7 +190,7 @@ def test_nothing_is_cut_off(tab: Tab, name: str, width: int, request: pytest.Fix
     assert all(250 < chart <= width for chart in tab.run(charts))
 
 
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "sweep"])
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_axe_has_no_serious_finding(
@@ -237,3 +237,15 @@ def test_two_runs_show_what_is_won_and_lost(tab: Tab, comparison: Path) -> None:
     assert tab.content(".detail mark.gold.first") == "Ann Lee"
     terms = tab.texts(".detail dt")
     assert terms[:3] == ["Gold", "small", "large"] and tab.texts(".detail dd")[2].startswith("no answer (F1 0")
+
+
+def test_a_sweep_shows_where_its_runs_disagree(tab: Tab, sweep: Path) -> None:
+    """Twelve questions are right in all runs, four in none."""
+    tab.open(sweep)
+    assert tab.requests() == [sweep.as_uri()] and tab.complaints() == []
+    link = "return [...document.querySelectorAll('main a')].map(e => e.getAttribute('href'))"
+    assert tab.run(link)[0] == "learning_rate-1e-05_seed-1/report.html"
+    counts = (
+        "return [...document.querySelectorAll('[aria-labelledby=agreement-title] td.number')].map(e => e.innerText)"
+    )
+    assert tab.run(counts) == ["24", "4", "12"]

@@ -37,6 +37,7 @@ RUN_BY = {
     r"launch/kubernetes\.yaml": "tests/unit/launch/test_kubernetes.py",
     r"qa_deepspeed\.torchrun": "tests/distributed/test_torchrun.py",
     r"^qa-deepspeed (train|evaluate)": "tests/distributed/test_command_line.py",
+    r"^qa-deepspeed sweep": "tests/distributed/test_sweep.py",
     r"^qa-deepspeed compare": "tests/unit/cli/test_compare.py",
     r"^qa-deepspeed export": "tests/distributed/checkpoint_scenes.py",
     r"^qa-deepspeed predict": "tests/unit/cli/test_predict.py",

@@ -1,4 +1,4 @@
-"""Commands that start a run or say what it would do: train, check, plan.
+"""Commands that start runs or say what one would do: train, sweep, check, plan.
 
 Imports: every stage; nothing outside cli imports it.
 Start reading: train.py.

@@ -100,6 +100,7 @@ OPTIONS = {
         "torch_compile train_file train_split use_cpu validation_file validation_split verbose_logging "
         "version_2_with_negative warmup_steps weight_decay windows_without_answer"
     ),
+    "sweep": "at_once launcher list",
     "plan": (
         "attn_implementation bf16 cache_dir config config_name cpu_memory deepspeed_config fp16 fp16_opt_level freeze "
         "global_batch_size gpu_memory gpus_per_node gradient_accumulation_steps gradient_checkpointing json "
@@ -119,6 +120,9 @@ OPTIONS = {
 NOT_OF_A_FILE = {"config", "print_config", "print_schema", "deepspeed"}
 OPTIONS["init"] = " ".join(set(OPTIONS["train"].split()) - NOT_OF_A_FILE)
 """init writes what train reads."""
+
+OF_TRAIN = (set(OPTIONS["train"].split()) - NOT_OF_A_FILE) | {"config"}
+OPTIONS["sweep"] += f" ranks {' '.join(OF_TRAIN)}"  # the options of a run, each with one value or several
 
 TRAIN_BEFORE = (
     "adam_epsilon answers answers_column attn_implementation best_window_only bf16 cache_dir config config_name "

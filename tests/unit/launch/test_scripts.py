@@ -221,6 +221,14 @@ def test_slurm_gives_every_rank_its_variables(tmp_path: Path, stand_ins: Path) -
     assert lines == [f"{rank} {rank % 2} 4 2 node7 23456 {flags}" for rank in range(4)]
 
 
+def test_slurm_takes_one_run_of_a_list_in_each_task_of_an_array(tmp_path: Path, stand_ins: Path) -> None:
+    (tmp_path / "runs.txt").write_text("configs/seed-1.yaml\nconfigs/seed-2.yaml\n")
+    done = slurm(tmp_path, stand_ins, RUNS="runs.txt", SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    assert {line.partition(" -m ")[2] for line in lines} == {"qa_deepspeed train --config configs/seed-2.yaml"}
+
+
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (2, False), (1, False)])
 def test_slurm_puts_a_stopped_run_back_into_the_queue(
     tmp_path: Path, stand_ins: Path, status: int, requeued: bool
