@@ -62,6 +62,20 @@ def test_a_write_that_fails_is_an_error_of_the_disk(tmp_path: Path) -> None:
         write()
 
 
+class FullDisk:
+    def save(self, state_dict: Any, path: str) -> None:
+        raise OSError(28, "No space left on device", path)
+
+
+def test_a_full_disk_keeps_its_error() -> None:
+    writer = ShardWriter(FullDisk())
+    with writer.copying() as write:
+        writer.save({}, "0.pt")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write()
+    assert raised.value.errno == 28 and raised.value.filename == "0.pt"
+
+
 class Slow(StandIn):
     """Its files are written when `may_write` is set."""
 
