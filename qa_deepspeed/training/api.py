@@ -19,9 +19,9 @@ import torch
 
 from qa_deepspeed.config.run_arguments import options_of_call
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.training.callbacks import Callbacks, OnEvaluate, OnLog, OnSave
 from qa_deepspeed.training.evaluation.evaluate import describe, evaluate_run
-from qa_deepspeed.training.reporter import read_history
+from qa_deepspeed.training.reporting.callbacks import Callbacks, OnEvaluate, OnLog, OnSave
+from qa_deepspeed.training.reporting.reporter import read_history
 from qa_deepspeed.training.stopping import Preempted
 from qa_deepspeed.training.train import train as train_run
 from qa_deepspeed.utils import dist

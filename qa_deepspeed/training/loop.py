@@ -40,14 +40,14 @@ from qa_deepspeed.runs.previous import PreviousRun
 from qa_deepspeed.runs.record import software
 from qa_deepspeed.runs.verify import REFERENCE_ROWS, ReferenceOutputs, reference_outputs, save_reference_outputs
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
-from qa_deepspeed.training.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.evaluation.evaluate import Evaluation, EvaluationData, describe, describe_files, evaluate
 from qa_deepspeed.training.evaluation.scoring import about_evaluation
 from qa_deepspeed.training.nonfinite_loss import NonfiniteLossGuard
-from qa_deepspeed.training.profiler import StepProfiler
-from qa_deepspeed.training.reporter import NullMetricsLogger
+from qa_deepspeed.training.reporting.callbacks import NO_CALLBACKS, Callbacks
+from qa_deepspeed.training.reporting.profiler import StepProfiler
+from qa_deepspeed.training.reporting.reporter import NullMetricsLogger
+from qa_deepspeed.training.reporting.throughput import ThroughputMeter
 from qa_deepspeed.training.stopping import Preempted, StopController
-from qa_deepspeed.training.throughput import ThroughputMeter
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import StorageError
 from qa_deepspeed.utils.progress import clock

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qa_deepspeed.training.reporter import may_be_lost
+from qa_deepspeed.training.reporting.reporter import may_be_lost
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_json

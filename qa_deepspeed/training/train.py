@@ -67,7 +67,6 @@ from qa_deepspeed.runs.resume import (
 )
 from qa_deepspeed.runs.verify import ReferenceOutputs, load_reference_outputs, verify_saved_model
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
-from qa_deepspeed.training.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.disk_patience import DiskPatience, requeue_on_disk_failure
 from qa_deepspeed.training.distillation import load_teachers, soft_targets
 from qa_deepspeed.training.evaluation.evaluate import (
@@ -80,9 +79,10 @@ from qa_deepspeed.training.evaluation.evaluate import (
 )
 from qa_deepspeed.training.features import file_weights, load_features, require_gold, warnings_of_files
 from qa_deepspeed.training.loop import Run, evaluate_and_report, fit, reference_outputs_of
-from qa_deepspeed.training.reporter import make_metrics_logger
+from qa_deepspeed.training.reporting.callbacks import NO_CALLBACKS, Callbacks
+from qa_deepspeed.training.reporting.reporter import make_metrics_logger
+from qa_deepspeed.training.reporting.throughput import peak_memory
 from qa_deepspeed.training.stopping import StopController
-from qa_deepspeed.training.throughput import peak_memory
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError

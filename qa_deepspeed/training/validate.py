@@ -16,7 +16,7 @@ from qa_deepspeed.models.lora import check_lora
 from qa_deepspeed.runs.hub_upload import check_upload
 from qa_deepspeed.training.best_checkpoint import BestCheckpoint
 from qa_deepspeed.training.evaluation.scoring import evaluation_options
-from qa_deepspeed.training.profiler import profiled_steps
+from qa_deepspeed.training.reporting.profiler import profiled_steps
 from qa_deepspeed.training.stopping import duration
 
 

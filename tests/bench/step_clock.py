@@ -59,7 +59,8 @@ class StepClock:
 def run_ours(clock: StepClock, arguments: list[str]) -> None:
     """`qa-deepspeed ARGUMENTS` with the clock in the training loop."""
     from qa_deepspeed.cli.main import main
-    from qa_deepspeed.training import loop, throughput
+    from qa_deepspeed.training import loop
+    from qa_deepspeed.training.reporting import throughput
 
     add, end_step, fit = throughput.ThroughputMeter.add, throughput.ThroughputMeter.end_step, loop.fit
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qa_deepspeed.config.run_options import RunOptions
-from qa_deepspeed.training import throughput, train
+from qa_deepspeed.training import train
+from qa_deepspeed.training.reporting import throughput
 from qa_deepspeed.utils import dist
 
 WAITING = {

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.distributed.launching import logged, losses, run_many
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, SAVED = 8, 4
 NOT_TRAINED = {"learning_rate": 0.0, "max_steps": 1}

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from qa_deepspeed.config.option_groups import SCHEDULES
 from tests.distributed.launching import logged, losses, run_many
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, SCHEDULED_STEPS = 20, 8
 TWO_RANKS = {

@@ -14,7 +14,7 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
 from qa_deepspeed.engine.checkpoints.shards import Shards
 from tests.distributed.launching import losses, run_many
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, SAVED = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero0_bf16", "zero2_bf16")

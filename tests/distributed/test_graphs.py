@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.launching import logged, losses, run_many
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ALONE: dict[str, dict[str, object]] = {
     "zero0": {"deepspeed_config": "zero0"},

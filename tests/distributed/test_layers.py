@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
 from tests.distributed.launching import losses, run_many
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, SAVED = 6, 3
 WITHOUT_GRADIENT = ("qa_outputs.bias", "layer.1.output.LayerNorm.bias", "key.bias")

@@ -44,6 +44,7 @@ def test_the_cells_run_in_plain_python(tmp_path: Path) -> None:
     assert total > 50 and len(f1) == 2
 
 
+@pytest.mark.slow
 @needs_jupyter
 def test_the_notebook_runs_in_a_kernel(tmp_path: Path) -> None:
     """Cells show what the objects are; the stored notebook has no output."""

@@ -89,6 +89,7 @@ def test_callbacks_are_called_with_steps_and_values(found: dict[str, Any]) -> No
     assert [call[1:] for call in calls if call[0] == "save"] == [[8, "checkpoint-8"], [12, "first"]]
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_make_the_same_calls(options: dict[str, object], tmp_path: Path) -> None:
     starter = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
     found = outcome_of(starter, tmp_path, options)

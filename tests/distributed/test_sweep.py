@@ -13,7 +13,7 @@ import yaml
 
 from tests.distributed.launching import HANG_SECONDS, alone, environment, run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # five processes one after another
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]  # five processes one after another
 
 STEPS = 12
 

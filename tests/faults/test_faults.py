@@ -49,6 +49,7 @@ def test_faults_in_every_call_of_every_command_are_survived(bench: Bench) -> Non
     survive(bench, ALL, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_train_on_where_evaluations_have_no_room(tmp_path: Path) -> None:
     """The files of rank 0 alone fail; the other rank must learn that an evaluation, and at the end the run, is off."""

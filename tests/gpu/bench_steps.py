@@ -32,6 +32,7 @@ SIZES = {"bert-large": (1024, 24, 16), "bert-base": (768, 12, 12), "minilm": Non
 CASES = [("bert-large", 16), ("minilm", 16), ("bert-base", 16), ("bert-large", 64), ("bert-large", 128)]
 CASES += [("minilm", 32), ("bert-base", 32)]
 CONTESTANTS = ("ours", "peer tuned", "ours without graphs", "peer")
+TINY_CONTESTANTS = ("ours", "peer tuned")
 STEPS = 40
 """Optimizer steps of a contestant; a row of the data is about one question."""
 
@@ -135,7 +136,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     cases = [("tiny", 4)] if given.tiny else CASES
     for name, rows in cases:
-        for who in CONTESTANTS:
+        for who in TINY_CONTESTANTS if given.tiny else CONTESTANTS:
             if time.monotonic() - began > given.seconds:
                 left_out.append(f"{name} {rows} {who}")
                 continue

@@ -73,12 +73,10 @@ def audit(source: DataSource, run_options: RunOptions) -> dict[str, Any]:
         report = ReadReport()
         return _readings(source, run_options, read_examples(source, report), report)
     settings = feature_settings(run_options)
-    try:
-        facts = model_facts(run_options)
-    except UserError:
-        for _ in read_examples(source, ReadReport()):  # faults of the data come first
+    if not Path(run_options.model_name_or_path).is_dir():
+        for _ in read_examples(source, ReadReport()):  # faults of the data come before a download
             pass
-        raise
+    facts = model_facts(run_options)
     with tempfile.TemporaryDirectory(prefix="qa_deepspeed_audit_") as folder:
         store = prepare_features(source, facts.tokenizer, facts.family, settings, Path(folder))
         found = _readings(source, run_options, store.examples, store.report)

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from qa_deepspeed.runs.requeue import REQUEUE_STATUS
     from qa_deepspeed.training.api import run_training
-    from qa_deepspeed.training.callbacks import NO_CALLBACKS
+    from qa_deepspeed.training.reporting.callbacks import NO_CALLBACKS
     from qa_deepspeed.training.stopping import Preempted
 
     status = 0

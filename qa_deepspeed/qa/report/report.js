@@ -53,7 +53,7 @@
   // Each column: its title, the value that it is sorted by, what a cell shows, its classes, and its first direction.
   const systemColumns = data.systems.map((name, which) => ({
     title: two ? `Answer of ${name}` : "Answer", key: (row) => row.answers[which].text,
-    cell: (row) => shownText(row.answers[which].text), kind: "",
+    cell: (row) => shownText(row.answers[which].text), kind: data.systems.length > 2 ? "system spare" : "system",
   }));
   const columns = [
     { title: "Question", key: (row) => row.question, cell: (row) => opener(row), kind: "question" },

@@ -43,8 +43,8 @@ from qa_deepspeed.training.evaluation.scoring import (
     save_logits,
 )
 from qa_deepspeed.training.features import load_features, notes, require_gold
-from qa_deepspeed.training.reporter import may_be_lost
-from qa_deepspeed.training.tensorboard import FOLDER, write_evaluation
+from qa_deepspeed.training.reporting.reporter import may_be_lost
+from qa_deepspeed.training.reporting.tensorboard import FOLDER, write_evaluation
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import plural

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qa_deepspeed.engine.device import cores_of
-from qa_deepspeed.inference.answerer import on_all_cores
+from qa_deepspeed.inference.forward import on_all_cores
 from tests.paths import REPOSITORY
 
 CORES = len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from qa_deepspeed.config.option_groups import TRACKERS
 from qa_deepspeed.config.run_options import RunOptions, check_counts
 from qa_deepspeed.engine import config_check, ds_config, monitors
 from qa_deepspeed.engine.monitors import Monitors, enabled_monitors, fill_monitors, without_monitors
-from qa_deepspeed.training.reporter import MetricsLogger
+from qa_deepspeed.training.reporting.reporter import MetricsLogger
 from qa_deepspeed.utils.errors import UserError
 from tests.unit.training.events import events
 

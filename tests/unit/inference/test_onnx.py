@@ -115,7 +115,10 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "bert"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "roberta" else pytest.mark.slow) for name in FAMILIES if name != "bert"],
+)
 def test_an_export_of_any_family_answers_as_the_model_does(name: str, tmp_path: Path) -> None:
     """Several questions in one batch and one alone, one window and many, padded and not."""
     model, out = save(name, tmp_path / "model"), tmp_path / "out"
@@ -358,6 +361,7 @@ def test_an_export_is_not_trained_or_evaluated(exported: Path, capsys: pytest.Ca
         load_model(options, load_config(options))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @needs_real_data
 @needs_real_model

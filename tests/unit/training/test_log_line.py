@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qa_deepspeed.training import loop
+from qa_deepspeed.training.reporting.callbacks import NO_CALLBACKS
 
 READ = {
     "train/loss": 2.5,
@@ -25,7 +26,7 @@ def test_the_epoch_is_a_fraction(step: int, epoch: float, shown: str) -> None:
     meter: Any = SimpleNamespace(read=lambda: dict(READ))
     reporter: Any = SimpleNamespace(log=lambda *values: logged.append(values))
     plan = SimpleNamespace(plan=SimpleNamespace(global_batch_size=8))
-    run: Any = SimpleNamespace(steps=200, steps_per_epoch=100, resolved=plan)
+    run: Any = SimpleNamespace(steps=200, steps_per_epoch=100, resolved=plan, callbacks=NO_CALLBACKS)
     loop._log(engine, meter, reporter, run, step, 1e-4)
     ((number, values, line),) = logged
     assert (number, values["train/epoch"]) == (step, epoch)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qa_deepspeed.training.profiler import StepProfiler, profiled_steps
+from qa_deepspeed.training.reporting.profiler import StepProfiler, profiled_steps
 from qa_deepspeed.utils.errors import UserError
 
 

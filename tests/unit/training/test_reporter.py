@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from qa_deepspeed.training.reporter import MetricsLogger, _keep_lines
+from qa_deepspeed.training.reporting.reporter import MetricsLogger, _keep_lines
 from tests.unit.damage import DAMAGE
 from tests.unit.small_disk import mounted
 from tests.unit.training.events import events

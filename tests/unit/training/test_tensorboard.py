@@ -13,8 +13,8 @@ from qa_deepspeed.qa.decoding.predictions import Prediction, columns_of
 from qa_deepspeed.qa.report.charts import figures
 from qa_deepspeed.qa.report.result import EvaluationResult, ResultBuilder
 from qa_deepspeed.qa.report.samples import SAMPLES
-from qa_deepspeed.training.reporter import MetricsLogger
-from qa_deepspeed.training.tensorboard import ANSWERABLE_CURVE, LAYOUT, RIGHT_CURVE, write_evaluation
+from qa_deepspeed.training.reporting.reporter import MetricsLogger
+from qa_deepspeed.training.reporting.tensorboard import ANSWERABLE_CURVE, LAYOUT, RIGHT_CURVE, write_evaluation
 from tests.unit.training.events import events
 
 CONTEXTS = [f"Paragraph {number} names the number {number} and nothing | else." for number in range(8)]

@@ -132,7 +132,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
 def test_lines_of_the_log_have_their_own_line_and_one_bar_follows_another(tmp_path: Path) -> None:
     seen = on_a_terminal(
         "import sys, time; from pathlib import Path; from qa_deepspeed.utils import dist, progress\n"
-        "from qa_deepspeed.training.reporter import MetricsLogger\n"
+        "from qa_deepspeed.training.reporting.reporter import MetricsLogger\n"
         f"progress.QUIET_SECONDS = 0.0; reporter = MetricsLogger(Path({str(tmp_path)!r}), 6, 0)\n"
         "for step in range(1, 7):\n"
         "    reporter.advance(); time.sleep(0.15)\n"

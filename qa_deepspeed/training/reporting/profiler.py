@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
-from qa_deepspeed.training.reporter import may_be_lost
+from qa_deepspeed.training.reporting.reporter import may_be_lost
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
 
@@ -33,7 +33,7 @@ class StepProfiler:
 
     def __init__(self, profile_steps: str | None, output_dir: Path, done_steps: int) -> None:
         """done_steps: steps that are not repeated; what is asked of them is not recorded."""
-        from qa_deepspeed.training.tensorboard import FOLDER
+        from qa_deepspeed.training.reporting.tensorboard import FOLDER
 
         steps = profiled_steps(profile_steps)
         self._steps = range(max(steps.start, done_steps + 1), steps.stop) if dist.is_rank_zero() else range(0)

@@ -115,7 +115,7 @@ class MetricsLogger(NullMetricsLogger):
     def __init__(
         self, output_dir: Path, total_steps: int, done_steps: int, board: bool = True, monitors: Monitors | None = None
     ) -> None:
-        from qa_deepspeed.training.tensorboard import FOLDER, TensorBoard
+        from qa_deepspeed.training.reporting.tensorboard import FOLDER, TensorBoard
 
         self._board = Dispensable(output_dir / FOLDER, lambda: TensorBoard(output_dir, done_steps) if board else None)
         self._monitors = monitors
@@ -126,7 +126,7 @@ class MetricsLogger(NullMetricsLogger):
 
     def log(self, step: int, values: Mapping[str, float], line: str) -> None:
         """Record named values of an optimizer step (names like `train/loss`), and print `line`."""
-        from qa_deepspeed.training.tensorboard import curves
+        from qa_deepspeed.training.reporting.tensorboard import curves
 
         self._board.use(lambda board: board.scalars(step, values))
         if self._monitors is not None:
