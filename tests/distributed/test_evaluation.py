@@ -72,7 +72,8 @@ def alone(options: dict[str, object], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_few_questions_on_many_ranks_agree_byte_for_byte(
     options: dict[str, object], alone: Path, tmp_path: Path, ranks: int
 ) -> None:
