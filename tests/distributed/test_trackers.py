@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.launching import run_many
 from tests.unit.training.events import events
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SECRET = "b7c0ffee5ec4e7"
 
