@@ -14,8 +14,10 @@ import numpy as np
 from qa_deepspeed.qa.data.examples import Example
 from qa_deepspeed.qa.decoding.predictions import Prediction
 from qa_deepspeed.qa.metrics.normalization import normalized_tokens
+from qa_deepspeed.qa.metrics.prediction_files import GoldFile
 from qa_deepspeed.qa.metrics.records import QuestionRecords
 from qa_deepspeed.qa.metrics.significance import intervals_of_sums
+from qa_deepspeed.qa.metrics.squad import Gold
 from qa_deepspeed.qa.metrics.thresholds import QUESTIONS_AT_ONCE, by_odds
 from qa_deepspeed.qa.report.questions import NBEST_SHOWN, GivenAnswer
 
@@ -206,6 +208,12 @@ def given_answer(prediction: Prediction, f1: float) -> GivenAnswer:
         start, confidence = -1, 0.0
     best = zip(texts[:NBEST_SHOWN], starts[:NBEST_SHOWN].tolist(), probabilities[:NBEST_SHOWN].tolist(), strict=True)
     return GivenAnswer(prediction.text, start, f1, confidence, tuple(best))
+
+
+def slices_of(gold: GoldFile, question: Gold) -> dict[str, str]:
+    """The slices of a question that a gold file alone shows, without windows or tokens."""
+    slices = {"question_word": question_word(gold.wording[question.example_id])}
+    return slices | ({"answerable": "yes" if question.texts else "no"} if gold.version_2 else {})
 
 
 def question_word(question: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from qa_deepspeed.qa.decoding.predictions import NBestEntry
 from qa_deepspeed.qa.metrics.compare import score_or_nothing
 from qa_deepspeed.qa.metrics.prediction_files import GoldFile
-from qa_deepspeed.qa.report.analysis import question_word
+from qa_deepspeed.qa.report.analysis import slices_of
 from qa_deepspeed.qa.report.page import render
 from qa_deepspeed.qa.report.questions import NBEST_SHOWN, GivenAnswer, QuestionRecord, QuestionTable
 from qa_deepspeed.qa.report.words import interval
@@ -122,8 +122,7 @@ def _records(gold: GoldFile, systems: tuple[SystemAnswers, SystemAnswers], langu
                 answers=answers,
                 outcome=WON if change > 0 else LOST if change < 0 else same,
                 wrong=change != 0,
-                slices={"question_word": question_word(gold.wording[example_id])}
-                | ({"answerable": "yes" if question.texts else "no"} if gold.version_2 else {}),
+                slices=slices_of(gold, question),
                 file=gold.files.get(example_id, ""),
                 note=f"no prediction of {' and '.join(missing)}" if missing else "",
             )

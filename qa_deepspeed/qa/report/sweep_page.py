@@ -9,7 +9,7 @@ from typing import Any
 from qa_deepspeed.qa.metrics.compare import score_or_nothing
 from qa_deepspeed.qa.metrics.prediction_files import GoldFile
 from qa_deepspeed.qa.metrics.settings import RunScores
-from qa_deepspeed.qa.report.analysis import question_word
+from qa_deepspeed.qa.report.analysis import slices_of
 from qa_deepspeed.qa.report.comparison import SIGNIFICANT, only_place
 from qa_deepspeed.qa.report.page import render
 from qa_deepspeed.qa.report.questions import GivenAnswer, QuestionRecord, QuestionTable
@@ -132,8 +132,7 @@ def _records(gold: GoldFile, runs: Sequence[RunScores], shown: Sequence[str], la
                 answers=[answers[name] for name in shown],
                 outcome=outcome,
                 wrong=outcome == SOME_RIGHT,
-                slices={"question_word": question_word(gold.wording[example_id])}
-                | ({"answerable": "yes" if question.texts else "no"} if gold.version_2 else {}),
+                slices=slices_of(gold, question),
                 file=gold.files.get(example_id, ""),
                 note=f"right in {right} of {len(runs)} runs",
             )
