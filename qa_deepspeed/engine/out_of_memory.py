@@ -54,7 +54,7 @@ def _ways_out(resolved: ResolvedConfig, model_config: Any, device: torch.device)
         return "use fewer rows (--per_gpu_train_batch_size), --gradient_checkpointing or --deepspeed_config zero3"
     ways = [f"--deepspeed_config {name} {gib(size)}" for name, size in others.items()]
     if less is not None:
-        ways.append(f"--per_gpu_train_batch_size {rows // 2} {gib(less[False])}")
+        ways.append(f"--per_gpu_train_batch_size {rows // 2} {gib(less[options.gradient_checkpointing])}")
     if not options.gradient_checkpointing:
         ways.append(f"--gradient_checkpointing {gib(now[True])}")
     size = f"{plural(rows, 'row')} of {options.max_seq_length} tokens"
@@ -79,7 +79,10 @@ def _needs(
             return row.need.device(checkpointing)
         return row.need.host_of(1) - (row.need.activations - row.need.checkpointed) * checkpointing
 
-    own = next(row for row in rows if row.config == resolved.name)
+    names = {resolved.name, resolved.name.removesuffix(".json"), options.deepspeed_config}
+    own = next((row for row in rows if row.config in names), None)
+    if own is None:
+        raise UserError(f"the memory plan does not cover {resolved.name}")
     checkpointing = options.gradient_checkpointing
     least = min(rows, key=lambda row: need(row, checkpointing))
     smaller = need(least, checkpointing) < need(own, checkpointing)

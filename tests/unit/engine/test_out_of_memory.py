@@ -10,6 +10,7 @@ from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import ds_config
 from qa_deepspeed.engine.out_of_memory import explain_out_of_memory
 from qa_deepspeed.utils.errors import UserError
+from tests.paths import REPOSITORY
 
 CONFIG = BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048)
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -62,6 +63,19 @@ def test_a_model_that_the_plan_does_not_cover() -> None:
     resolved = ds_config.resolve(RunOptions(deepspeed_config="zero2"), 1, "cuda")
     with pytest.raises(UserError, match="use fewer rows"), explain_out_of_memory(resolved, ViTConfig(), GPU):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_fewer_rows_are_counted_with_the_checkpointing_of_the_run() -> None:
+    with_it, without = (
+        numbers(message(GPU, torch.OutOfMemoryError(), gradient_checkpointing=flag))["--per_gpu_train_batch_size 4"]
+        for flag in (True, False)
+    )
+    assert with_it < without
+
+
+@pytest.mark.parametrize("name", [str(REPOSITORY / "ds_configs" / "zero2.json"), "zero2.json"])
+def test_a_config_by_its_file_is_counted(name: str) -> None:
+    assert " GiB a rank by the memory plan" in message(GPU, torch.OutOfMemoryError(), deepspeed_config=name)
 
 
 def test_other_errors_pass() -> None:
