@@ -66,6 +66,7 @@ _host_group: Any = None
 _timeout_seconds = 0
 _stage = "the start"
 _run_token: str | None = None
+_store: Any = None  # where the ranks meet, between `run_token` and `init`; rank 0's process serves it
 _store_broadcasts = 0
 """Number of broadcasts through the store so far; the same on all ranks."""
 
@@ -161,7 +162,7 @@ def check_supported() -> None:
 
 def init(device: torch.device, timeout_seconds: int) -> None:
     """Join the process group; returns when all ranks have joined. Called after the features are built, never before."""
-    global _host_group, _timeout_seconds
+    global _host_group, _timeout_seconds, _store
     if torch_distributed.is_initialized():
         return
     _timeout_seconds = timeout_seconds
@@ -177,6 +178,7 @@ def init(device: torch.device, timeout_seconds: int) -> None:
     else:
         torch_distributed.init_process_group("gloo", timeout=timeout)
         _host_group = torch_distributed.group.WORLD
+    _store = None  # the group has taken over rank 0's server, which all stores of its port share
 
 
 def run_token(timeout_seconds: int) -> str:
@@ -203,17 +205,20 @@ def adopt_run_token(token: str) -> None:
 
 
 def _share_by_store(text: str, timeout: timedelta) -> str:
-    """Rank 0's text on every rank. The store is closed again: `init` opens its own."""
+    """Rank 0's text on every rank."""
+    global _store
     from torch.distributed.rendezvous import rendezvous
 
     store = next(rendezvous("env://", timeout=timeout))[0]
     name = f"qa_deepspeed/token/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if is_rank_zero():
+        _store = store  # a rank that already joins the process group is connected to it: see `init`
         store.set(name, text)
+        # A process that ends here, as a user's mistake ends it, ends the store too: the others have read before.
+        store.wait([f"{name}/read_by/{reader}" for reader in range(1, world_size())])
+        return text
     text = store.get(name).decode()
-    if store.add(f"{name}/readers", 1) == world_size():
-        store.set(f"{name}/done", "")
-    store.wait([f"{name}/done"])  # the store may be rank 0's, which must not close it before the others have read
+    store.set(f"{name}/read_by/{rank()}", "")  # `set` waits for no reply, which rank 0 may not be there to send
     return text
 
 
