@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qa_deepspeed.engine import config_check, deepspeed_compat, monitors
+from qa_deepspeed.engine.checkpoints import loss_scale
 from qa_deepspeed.models import torch_compat, transformers_compat
 from qa_deepspeed.utils import dist, supported
 from qa_deepspeed.utils.errors import UserError
@@ -16,6 +17,7 @@ from tests.paths import REPOSITORY
 PACKAGE = REPOSITORY / "qa_deepspeed"
 COMPAT = {
     PACKAGE / "engine/deepspeed_compat.py": {**deepspeed_compat.NAMES, **deepspeed_compat.TORCH_NAMES},
+    PACKAGE / "engine/checkpoints/loss_scale.py": loss_scale.NAMES,
     PACKAGE / "engine/config_check.py": config_check.NAMES,
     PACKAGE / "engine/monitors.py": monitors.NAMES,
     PACKAGE / "models/transformers_compat.py": {
@@ -91,6 +93,7 @@ def test_the_tables_list_what_the_compat_files_use(path: Path) -> None:
 
 CHECKS: list[tuple[str, Callable[[], None], dict[str, str]]] = [
     ("deepspeed", deepspeed_compat.check_supported, deepspeed_compat.NAMES),
+    ("deepspeed", loss_scale.check_supported, loss_scale.NAMES),
     ("torch", deepspeed_compat.check_supported, deepspeed_compat.TORCH_NAMES),
     (
         "transformers",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qa_deepspeed.engine import deepspeed_compat as compat
+from qa_deepspeed.engine.checkpoints.loss_scale import carry_loss_scale, saved_loss_scaler
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
@@ -56,11 +57,14 @@ class Shards:
         self._pieces: dict[str, list[_Piece]] = {}
         self.optimizer_step = 0.0
         """Number of updates that the optimizer has made."""
+        self.scaler: Any = None
+        """DeepSpeed's scaler of the loss, the same on all ranks; None at stage 0."""
         if stage == 0:
             self._index_whole(optimized, flat or {})
         for rank in range(ranks if stage else 0):
             (path,) = checkpoint.glob(compat.optimizer_files(rank))
             saved = compat.read_checkpoint_file(path)
+            self.scaler = saved_loss_scaler(saved)
             self._index_partitions(saved) if stage == 3 else self._index_slices(saved)
         for name, tensors in (flat or {}).items():
             self._cut(name, tensors)
@@ -188,7 +192,8 @@ def _like(value: Any, weight: torch.Tensor) -> bool:
 
 
 def fill_engine(engine: Any, shards: Shards) -> None:
-    """Fill a new DeepSpeed engine: float32 weights, the model's copy of them, optimizer state, counters.
+    """Fill a new DeepSpeed engine: float32 weights, the model's copy of them, optimizer state, loss scale,
+    counters.
 
     Raises:
         UserError: the checkpoint is of another model, or DeepSpeed's optimizer wrapper is not supported.
@@ -208,6 +213,7 @@ def fill_engine(engine: Any, shards: Shards) -> None:
     stage = engine.zero_optimization_stage()
     {0: _fill_full, 1: _fill_slices, 2: _fill_slices, 3: _fill_partitions}[stage](engine, shards)
     common = shards.common
+    carry_loss_scale(engine.optimizer, shards.scaler)
     compat.set_counters(engine, common.steps, common.samples, common.skipped)
     if engine.lr_scheduler is not None and common.schedule is not None:
         engine.lr_scheduler.load_state_dict(common.schedule)
