@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import importlib
+import inspect
 import os
 import pickle
 import re
@@ -45,6 +46,10 @@ NAMES = {
     """,
     "deepspeed.runtime.zero.partition_parameters:Init": """
         ds_tensor ds_shape ds_numel ds_quant_scale ds_secondary_tensor final_location partition_numel
+    """,
+    "deepspeed.runtime.zero.parameter_offload": "FWD_MODULE_STACK",
+    "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator": """
+        _PartitionedParameterCoordinator__params_to_release
     """,
     "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
     "deepspeed.runtime.zero.config": "ZeroStageEnum",
@@ -174,6 +179,22 @@ def parameter_names(engine: Any) -> dict[torch.Tensor, str]:
     """Parameter -> name in the model."""
     names: dict[torch.Tensor, str] = engine.param_names
     return names
+
+
+def release(engine: Any) -> None:
+    """Let the memory of an engine be freed when nothing else refers to it; it cannot be used any more. Not collective.
+
+    DeepSpeed keeps the model of a ZeRO-3 engine in a list of the process and as a key of a cache, and the hooks of
+    ZeRO-1 to 3 on gradients, which Python's garbage collector does not see, refer to the optimizer.
+    """
+    engine.destroy()
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    modules = parameter_offload.FWD_MODULE_STACK
+    modules[:] = [module for module in modules if module is not engine.module]
+    of_steps = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(of_steps).nonlocals["func"].cache_clear()  # engines in use compute theirs again
 
 
 def set_counters(engine: Any, steps: int, samples: int, skipped: int) -> None:

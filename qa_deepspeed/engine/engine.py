@@ -87,6 +87,9 @@ class EvalModel:
         finally:
             self.module.train(training)
 
+    def close(self) -> None:
+        """Let go of the model, which cannot be used any more: its memory is free when nothing else refers to it."""
+
 
 class Engine(EvalModel):
     """A model in training under DeepSpeed."""
@@ -105,7 +108,8 @@ class Engine(EvalModel):
         self._options = resolved.options
         deepspeed_engine.config = without_secrets(deepspeed_engine.config)  # DeepSpeed saves it in every checkpoint
         self._writer = ShardWriter(compat.checkpoint_writer(deepspeed_engine))
-        compat.set_checkpoint_writer(deepspeed_engine, self._writer)
+        if compat.checkpoint_writer(deepspeed_engine) is not None:  # as it is where there is no optimizer
+            compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
         self.grad_norm: float | None = None
         self._initial_groups = [
@@ -113,6 +117,10 @@ class Engine(EvalModel):
             for group in getattr(deepspeed_engine.optimizer, "param_groups", [])  # none where it only evaluates
         ]
         self._initial_rates = list(getattr(deepspeed_engine.lr_scheduler, "base_lrs", []))
+
+    def close(self) -> None:
+        """As `EvalModel.close`. Not collective."""
+        compat.release(self._engine)
 
     @property
     def parameters(self) -> int:

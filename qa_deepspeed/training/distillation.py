@@ -237,7 +237,8 @@ def _compute(
         for part in parts
     }
     total = sum(map(len, batches.values()))
-    with reader.evaluating(), ProgressBar("teacher", total, "batch", shown=dist.is_rank_zero()) as bar:
+    shown = dist.is_rank_zero()
+    with contextlib.closing(reader), reader.evaluating(), ProgressBar("teacher", total, "batch", shown=shown) as bar:
         for part in parts:
             forward = functools.partial(
                 forward_and_gather, reader.eval_forward, head, device, store, layout, batches[part], bar=bar

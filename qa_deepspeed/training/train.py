@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ from qa_deepspeed.training.loop import Run, evaluate_and_report, fit, reference_
 from qa_deepspeed.training.reporting.callbacks import NO_CALLBACKS, Callbacks
 from qa_deepspeed.training.reporting.reporter import make_metrics_logger
 from qa_deepspeed.training.reporting.throughput import peak_memory
-from qa_deepspeed.training.stopping import StopController
+from qa_deepspeed.training.stopping import Preempted, StopController
 from qa_deepspeed.training.validate import validate_options
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
@@ -183,12 +185,23 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
         first_step = _resume(engine, run, resume_from) if resume_from is not None else 0
         seconds["loading"] = time.perf_counter() - began
         explained = explain_out_of_memory(resolved, facts.config, device)
-        with explained, requeue_on_disk_failure(output_dir, stops):
+        with explained, requeue_on_disk_failure(output_dir, stops), _closing(engine):
             return _fit_and_finish(engine, run, facts, first_step)
     except BaseException:
         if previous is not None:
             previous.restore()
         raise
+
+
+@contextlib.contextmanager
+def _closing(engine: Engine) -> Iterator[None]:
+    """Close the engine at the end, whose process may train again; not after an error, in which the device may hang."""
+    try:
+        yield
+    except Preempted:
+        engine.close()
+        raise
+    engine.close()
 
 
 def _fit_and_finish(engine: Engine, run: Run, facts: ModelFacts, first_step: int) -> dict[str, Any]:

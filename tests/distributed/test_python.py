@@ -81,6 +81,11 @@ def test_the_process_is_left_as_it_was(found: dict[str, Any]) -> None:
     assert found["handlers kept"]
 
 
+def test_no_model_of_an_earlier_call_stays_in_memory(found: dict[str, Any]) -> None:
+    """After a run, an interrupted one, and runs and evaluations at ZeRO-1 to 3."""
+    assert found["models"] == [0, 0, 0, 0]
+
+
 def test_callbacks_are_called_with_steps_and_values(found: dict[str, Any]) -> None:
     calls, history = found["called"], found["first"]["history"]
     assert {step: loss for kind, step, loss in calls if kind == "log"} == losses(history)
@@ -96,4 +101,4 @@ def test_ranks_of_a_launcher_make_the_same_calls(options: dict[str, object], tmp
     assert losses(found["first"]["history"]) == losses(found["second"]["history"])
     assert found["first"]["metrics"] == found["second"]["metrics"] == found["again"]["metrics"]
     assert found["evaluated"]["metrics"]["f1"] == found["first"]["metrics"]["f1"]
-    assert "preempted by SIGINT after step 3" in found["preempted"]
+    assert "preempted by SIGINT after step 3" in found["preempted"] and found["models"] == [0, 0, 0, 0]

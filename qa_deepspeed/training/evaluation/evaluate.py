@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Mapping
@@ -267,9 +268,8 @@ def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
-    evaluation = evaluate(
-        evaluation_model(model, without_monitors(config), resolved, device), data, options, output_dir
-    )
+    with contextlib.closing(evaluation_model(model, without_monitors(config), resolved, device)) as reader:
+        evaluation = evaluate(reader, data, options, output_dir)
     _log_metrics(evaluation.metrics)
     if not options.output_dir:
         dist.log0("nothing is written; --output_dir keeps answers, scores and the report")
