@@ -41,9 +41,11 @@ TYPES: dict[str, dict[str, Any]] = {
         "subdomain": str,
         "restartPolicy": ("Always", "OnFailure", "Never"),
         "terminationGracePeriodSeconds": int,
+        "securityContext": "PodSecurityContext",
         "containers": ["Container"],
         "volumes": ["Volume"],
     },
+    "PodSecurityContext": {"runAsNonRoot": bool, "runAsUser": int, "runAsGroup": int, "fsGroup": int},
     "Container": {
         "name": str,
         "image": str,
