@@ -28,6 +28,22 @@ COLUMNS = ("id", "question", "context")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `predict`; lengths and answers are those of `QuestionAnswerer`."""
+    _add_inputs(parser)
+    _add_answers(parser)
+    _add_lengths(parser)
+    parser.add_argument(
+        "--batch_size",
+        "--per_gpu_eval_batch_size",
+        "--per_device_eval_batch_size",
+        type=int,
+        help="windows of one forward pass (default: as many as suit the device)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:0 ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the model was saved)")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Questions, contexts, the model, and where the answers go."""
     add = parser.add_argument
     add(
         "input",
@@ -56,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "question, or, where the name ends in .json, one object {id: answer} as `score` takes it; left out, lines go "
         "to the screen",
     )
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    """How many answers, and which."""
+    add = parser.add_argument
     add("--top_k", type=int, default=1, help="answers to each question (default 1)")
     add(
         "--n_best_size",
@@ -75,6 +96,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="answer nothing where null odds exceed this (default: as tuned, if the model holds it)",
     )
+    add(
+        "--align_to_words",
+        choices=("true", "false"),
+        default="true",
+        help="widen answers to whole words; false for text without blanks, such as Japanese (default true)",
+    )
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    """Lengths in tokens."""
+    add = parser.add_argument
     add(
         "--max_seq_len",
         "--max_seq_length",
@@ -100,21 +132,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="longest answer in tokens (default: as trained, or 15)",
     )
-    add(
-        "--align_to_words",
-        choices=("true", "false"),
-        default="true",
-        help="widen answers to whole words; false for text without blanks, such as Japanese (default true)",
-    )
-    add(
-        "--batch_size",
-        "--per_gpu_eval_batch_size",
-        "--per_device_eval_batch_size",
-        type=int,
-        help="windows of one forward pass (default: as many as suit the device)",
-    )
-    add("--device", help="cpu, cuda, cuda:0 ... (default: a GPU if there is one)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: as the model was saved)")
 
 
 LENGTHS = ("max_seq_len", "doc_stride", "doc_stride_is", "max_question_len", "max_answer_len")
