@@ -37,6 +37,11 @@ COMMANDS = {
         "answer questions with a trained model, from a file or one by one",
         "qa-deepspeed predict questions.jsonl --model_name_or_path runs/one --output answers.jsonl",
     ),
+    "demo": (
+        "qa_deepspeed.cli.inference.demo",
+        "answer questions on a page in the browser, with a trained model",
+        "qa-deepspeed demo runs/one",
+    ),
     "score": (
         "qa_deepspeed.cli.results.score",
         "score any system's predictions against a gold file, without a model",

@@ -6,8 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SETTLED = "return new Promise(done => setTimeout(() => requestAnimationFrame(() => done(true))))"
 """Events that the page handles later, such as the reset of a form, are done."""
+
+FILL = """
+const [field, text] = arguments;
+Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), 'value').set.call(field, text);
+field.dispatchEvent(new Event('input', {bubbles: true}));
+"""
+"""Set a field's value as typing does: scripts get the event."""
 
 
 class Tab:
@@ -16,11 +25,17 @@ class Tab:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, path: Path) -> None:
-        """Load a file; earlier log entries are dropped."""
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address; earlier log entries are dropped."""
         for log in ("performance", "browser"):
             self.driver.get_log(log)
-        self.driver.get(path.as_uri())
+        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
+
+    def wait_for(self, selector: str, seconds: float = 60) -> None:
+        """Wait until an element of a selector is shown; TimeoutException where none comes."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, seconds).until(lambda _: any(one.is_displayed() for one in self.all(selector)))
 
     def emulate(self, width: int, dark: bool) -> None:
         """A screen of this many pixels, and a preference for dark or light."""
@@ -62,6 +77,11 @@ class Tab:
         field.clear()
         field.send_keys(text)
 
+    def fill(self, selector: str, text: str) -> None:
+        """Replace what stands in a field at once; characters beyond the BMP, which `type` refuses, are taken too."""
+        (field,) = self.all(selector)
+        self.run(FILL, field, text)
+
     def choose(self, selector: str, label: str) -> None:
         """Choose the option of a list whose text begins with `label`."""
         from selenium.webdriver.support.select import Select
@@ -81,3 +101,19 @@ class Tab:
     def complaints(self) -> list[str]:
         """Errors and warnings of the browser's console."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+def serious_findings(tab: Tab) -> list[tuple[str, list[str]]]:
+    """The rules of axe-core that the open page breaks seriously, each with the first elements that do.
+
+    Without axe-core the test is skipped.
+    """
+    axe = pytest.importorskip("axe_core_python", reason="needs axe-core: pip install '.[test]'")
+    tab.run((Path(axe.__file__).parent / "axe.min.js").read_text("utf-8"))
+    found = tab.run("return axe.run()")
+    assert len(found["passes"]) > 20
+    return [
+        (one["id"], [node["html"][:120] for node in one["nodes"][:3]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]

@@ -40,6 +40,7 @@ RUN_BY = {
     r"^qa-deepspeed sweep": "tests/distributed/test_sweep.py",
     r"^qa-deepspeed compare": "tests/unit/cli/test_compare.py",
     r"^qa-deepspeed export": "tests/distributed/checkpoint_scenes.py",
+    r"^qa-deepspeed demo": "tests/browser/test_demo_page.py",
     r"^qa-deepspeed predict": "tests/unit/cli/test_predict.py",
     r"^qa-deepspeed prepare": "tests/unit/cli/test_prepare.py",
     r"^qa-deepspeed plan": "tests/unit/cli/test_plan.py",

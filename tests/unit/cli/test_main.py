@@ -58,6 +58,7 @@ OPTIONS = {
         "max_seq_len max_seq_length model_name_or_path n_best_size null_score_diff_threshold output "
         "per_device_eval_batch_size per_gpu_eval_batch_size question question_column top_k version_2_with_negative"
     ),
+    "demo": "device host port",
     "score": "confidence explain json metric_language null_odds null_odds_threshold",
     "compare": "gold json report",
     "ensemble": "gold metric_language n_best_size null_score_diff_threshold output_dir version_2_with_negative",

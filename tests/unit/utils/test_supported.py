@@ -86,8 +86,10 @@ def imported_packages(folder: Path) -> set[str]:
 def test_everything_imported_is_declared() -> None:
     distributions = {"yaml": "PyYAML", "PIL": "Pillow", "jinja2": "Jinja2"}
     declared = requirements("options", "install_requires").keys()
-    extras = {name: requirements("options.extras_require", name).keys() for name in ("lora", "xlsx", "onnx", "test")}
-    used = declared | extras["lora"] | extras["xlsx"] | extras["onnx"]
+    extras = {
+        name: requirements("options.extras_require", name).keys() for name in ("lora", "xlsx", "onnx", "demo", "test")
+    }
+    used = declared | extras["lora"] | extras["xlsx"] | extras["onnx"] | extras["demo"]
     for folder, names in (("qa_deepspeed", used), ("tests", used | extras["test"])):
         imported = imported_packages(REPOSITORY / folder)
         assert {distributions.get(name, name) for name in imported} <= set(names), folder
