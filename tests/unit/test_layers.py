@@ -1,6 +1,7 @@
 """The layers of the package, read off the import statements: the direction of imports, no cycles, and three fences."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,15 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(path: Path, only_at_import: bool = False) -> set[str]:
     """Modules that a file imports; `from a import b` counts as a.b where that is a module of this package."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     nodes = tree.body if only_at_import else list(ast.walk(tree))
     found: set[str] = set()
     for node in nodes:
@@ -96,7 +103,7 @@ def test_the_top_is_small_and_so_is_every_folder() -> None:
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=module_name)
 def test_every_folder_says_what_belongs_in_it(folder: Path) -> None:
     """Three lines: what belongs there, what it may import, where to begin reading."""
-    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(tree_of(folder / "__init__.py"))
     assert docstring is not None
     assert "Imports: " in docstring
     assert "Start reading: " in docstring
@@ -110,8 +117,7 @@ def test_deepspeed_is_imported_in_engine_only(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_torch_distributed_is_named_in_dist_only(path: Path) -> None:
     written = any(
-        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed" for node in ast.walk(tree_of(path))
     )
     named = written or imports_of_package(path, "torch.distributed")
     assert path == PACKAGE / "utils" / "dist.py" or not named
@@ -139,9 +145,9 @@ READ_OTHERS_JSON = {
 @pytest.mark.parametrize("name", MODULES)
 def test_our_own_json_is_read_by_one_reader(name: str) -> None:
     """It finds damage; a second reader would end in tracebacks."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     parses = any(
-        isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads") for node in ast.walk(tree)
+        isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads")
+        for node in ast.walk(tree_of(MODULES[name]))
     )
     assert parses == (name.removeprefix("qa_deepspeed.") in READ_OTHERS_JSON | {"utils.json_files"})
 
