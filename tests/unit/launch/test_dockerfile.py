@@ -1,17 +1,30 @@
-"""launch/Dockerfile: the rules of images that matter here; no image is built."""
+"""launch/Dockerfile: the rules of images that matter here, and its Python steps in a fresh environment.
 
+No image is built: a slow test executes the RUN steps of Python packages in a folder of its own, and leaves out those
+that change the system (SYSTEM).
+"""
+
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import qa_deepspeed
 from tests.paths import REPOSITORY
 from tests.unit.launch.test_scripts import LAUNCH
 
 DOCKERFILE = (LAUNCH / "Dockerfile").read_text()
+
+SYSTEM = ("apt-get", "useradd")
+"""Programs of the base image, run as root: steps that begin with one are not executed here."""
 
 WRONG = [
     ("FROM", r"^(?!\S+:\d+\.\d+\.\d+)(?!base\b)", "no exact version"),
@@ -122,3 +135,75 @@ def test_the_version_and_the_user_are_the_same_everywhere() -> None:
     assert str(context["runAsUser"]) == str(context["fsGroup"]) == user and context["runAsNonRoot"]
     (made,) = (step.text for step in image(DOCKERFILE) if step.text.startswith("useradd"))
     assert f"--uid {user} --user-group" in made
+
+
+class Folder:
+    """A folder in place of an image's file system, in which steps are executed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.left_out = root, list[str]()
+        tools = root / "tools"
+        tools.mkdir(parents=True)
+        (tools / "python3").symlink_to(sys._base_executable)  # that of the base image
+        own = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+        # Compiling thousands of modules that are not imported takes longer than all else.
+        self.environment = {**own, "PATH": f"{tools}:/usr/bin:/bin", "PIP_NO_COMPILE": "1"}
+        self.cwd = root
+
+    def place(self, text: str) -> str:
+        return text.replace("/opt/", f"{self.root}/opt/").replace("/home/", f"{self.root}/home/")
+
+    def run(self, *command: str) -> str:
+        path = shutil.which(command[0], path=self.environment["PATH"])
+        assert path is not None, command
+        done = subprocess.run([path, *command[1:]], cwd=self.cwd, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+    def execute(self, step: Instruction) -> None:
+        if step.name == "ENV":
+            for word in step.words():
+                name, value = word.split("=", 1)
+                self.environment[name] = self.place(value).replace("$PATH", self.environment["PATH"])
+        elif step.name == "WORKDIR":
+            self.cwd = Path(self.place(step.text))
+            self.cwd.mkdir(parents=True, exist_ok=True)
+        elif step.name == "COPY" and "--from" not in step.text:
+            *sources, target = step.words()
+            for source in sources:
+                inside = self.cwd / target / (Path(source).name if target.endswith("/") else "")
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                if (REPOSITORY / source).is_dir():
+                    shutil.copytree(REPOSITORY / source, inside, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(REPOSITORY / source, inside)
+        elif step.name == "RUN" and step.text.startswith(SYSTEM):
+            self.left_out.append(step.text.split()[0])
+        elif step.name == "RUN":
+            self.run("sh", "-c", self.place(step.text))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_its_python_steps_make_an_environment_that_works(tmp_path: Path) -> None:
+    """In which the image's command and that of the Kubernetes job run, with the versions that were tested."""
+    there = Folder(tmp_path / "image")
+    for step in instructions(DOCKERFILE):
+        there.execute(step)
+    assert there.left_out == list(SYSTEM)
+    (entry,) = (step.text for step in image(DOCKERFILE) if step.name == "ENTRYPOINT")
+    (command,) = yaml.safe_load(entry)
+    assert command in os.listdir(there.root / "opt/venv/bin")
+    assert qa_deepspeed.__version__ in there.run(command, "--version")
+    there.run(command, "sample", "sample")
+    assert (there.cwd / "sample/train.json").exists()
+    assert "zero3" in there.run(command, "plan", "--model_name_or_path", "sample/model", "--gpu_memory", "80GiB")
+    assert "--nproc" in there.run("python", "-m", "qa_deepspeed.torchrun", "--help")
+    there.run("python", "-c", "import deepspeed, onnxruntime, openpyxl, peft")
+    there.run("pip", "check")
+    pins = [Requirement(line) for line in (LAUNCH / "constraints.txt").read_text().splitlines() if "==" in line]
+    wanted = {pin.name.lower().replace("_", "-"): pin.specifier for pin in pins}
+    for line in there.run("pip", "list", "--format", "freeze").splitlines():
+        name, version = line.lower().replace("_", "-").split("==")
+        if name not in ("pip", "qa-deepspeed"):
+            assert wanted[name].contains(version), line
