@@ -172,7 +172,7 @@ def load_model(
     name = options.model_name_or_path
     if (Path(str(name)) / ONNX_FILE).is_file() and not holds_weights(str(name)):
         raise UserError(
-            f"{name} is an ONNX export, which predict and QuestionAnswerer run: name the model it was made of"
+            f"{name} is an ONNX export, which predict, evaluate and QuestionAnswerer run: name the model it was made of"
         )
     base = base_of(name)
     model, report = _from_pretrained(

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "inference": {"utils", "qa", "config", "models"},
     "engine": {"utils", "qa", "config", "models"},
     "runs": {"utils", "qa", "config", "models", "engine"},
-    "training": {"utils", "qa", "config", "models", "engine", "runs"},
+    "training": {"utils", "qa", "config", "models", "inference", "engine", "runs"},
     "cli": {"utils", "qa", "config", "models", "engine", "runs", "training", "inference"},
     "torchrun": {"utils", "runs"},
     "__init__": {"training", "inference", "config", "utils"},

@@ -21,6 +21,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
 from qa_deepspeed.engine.monitors import without_monitors
+from qa_deepspeed.inference.onnx_model import holds_onnx_model, load_onnx_model
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers, require_trained_weights
@@ -241,8 +242,11 @@ def require_folder_for_files(options: RunOptions) -> None:
 
 def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     """`evaluate_run` with its files in `output_dir`."""
-    device = choose_device(options.no_cuda)
+    exported = holds_onnx_model(str(options.model_name_or_path))
+    device = choose_device(options.no_cuda or exported)
     resolved = ds_config.resolve(options, dist.world_size(), device.type, bf16_supported(device), "zero0")
+    if exported:
+        require_settings_of_export(resolved)
     for note in resolved.notes:
         dist.log0(f"note: {note}")
     options = evaluation_options(resolved.options)
@@ -261,14 +265,18 @@ def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     require_gold(store, options)
     dist.init(device, options.timeout)
     config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
-    model, fresh = zero3_loading.load(options, facts.config, config)
-    require_trained_weights(options.model_name_or_path, model, fresh)
-    layout = facts.layout(model_columns(model, facts.config), options.lang_id)
+    model, columns = _load_exported(options, facts) if exported else _load_trained(options, facts, config)
+    layout = facts.layout(columns, options.lang_id)
     data = EvaluationData(store, layout, facts.tokenizer)
     dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
     if options.eval_all_checkpoints:
         evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
-    with contextlib.closing(evaluation_model(model, without_monitors(config), resolved, device)) as reader:
+    reader = (
+        EvalModel(model, resolved, device)
+        if exported
+        else evaluation_model(model, without_monitors(config), resolved, device)
+    )
+    with contextlib.closing(reader):
         evaluation = evaluate(reader, data, options, output_dir)
     _log_metrics(evaluation.metrics)
     if not options.output_dir:
@@ -281,6 +289,33 @@ def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     else:
         dist.log0(f"answers are in {output_dir}")
     return evaluation.metrics
+
+
+def require_settings_of_export(resolved: ResolvedConfig) -> None:
+    """Raises UserError if an evaluation of an ONNX export has settings that only a model of Transformers can follow."""
+    name = resolved.options.model_name_or_path
+    if resolved.precision != "fp32":
+        raise UserError(
+            f"{name} is an ONNX export, which computes in its own precision: leave {resolved.precision} out"
+        )
+    if resolved.options.eval_all_checkpoints:
+        raise UserError(f"{name} is an ONNX export, which has no checkpoints: leave eval_all_checkpoints out")
+
+
+def _load_exported(options: RunOptions, facts: ModelFacts) -> tuple[torch.nn.Module, frozenset[str]]:
+    """The ONNX export that `model_name_or_path` names, and the columns that it takes."""
+    model = load_onnx_model(str(options.model_name_or_path), facts.config)
+    dist.log0(f"{options.model_name_or_path} is an ONNX export: onnxruntime runs it, on the CPU")
+    return model, model.columns
+
+
+def _load_trained(
+    options: RunOptions, facts: ModelFacts, config: dict[str, Any]
+) -> tuple[torch.nn.Module, frozenset[str]]:
+    """The model that `model_name_or_path` names, and the columns that it takes. Collective under ZeRO-3."""
+    model, fresh = zero3_loading.load(options, facts.config, config)
+    require_trained_weights(options.model_name_or_path, model, fresh)
+    return model, model_columns(model, facts.config)
 
 
 def log_features(store: FeatureStore, purpose: str, output_dir: Path, keep: bool = True) -> None:

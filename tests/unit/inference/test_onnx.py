@@ -24,6 +24,7 @@ from qa_deepspeed.models.lora import LoraSettings, add_adapters, save_weights
 from qa_deepspeed.models.trained_settings import store_settings
 from qa_deepspeed.utils.errors import UserError
 from tests.beam_models import make_model, write_questions
+from tests.distributed.launching import environment
 from tests.paths import DATA, MINILM, REPOSITORY, needs_real_data, needs_real_model
 from tests.unit import small_tokenizers
 from tests.unit.inference.test_answerer import CONTEXT, QUESTION
@@ -353,7 +354,45 @@ def test_an_export_is_used_on_the_cpu_in_its_own_precision(exported: Path, tmp_p
         QuestionAnswerer.from_pretrained(str(damaged))
 
 
-def test_an_export_is_not_trained_or_evaluated(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+EVALUATE = """
+import sys
+from qa_deepspeed import evaluate
+for name in ("model", "exported"):
+    evaluate(
+        model_name_or_path=sys.argv[1 + (name == "exported")], predict_file=sys.argv[3], output_dir=name,
+        version_2_with_negative=True, gather="full", n_best_size=5, report_to="none", deepspeed_config="zero0",
+    )
+for wrong in ({"bf16": True}, {"eval_all_checkpoints": True}):
+    try:
+        evaluate(model_name_or_path=sys.argv[2], predict_file=sys.argv[3], output_dir="wrong", **wrong)
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+def test_an_export_is_evaluated_as_the_model_is(model: Path, exported: Path, tmp_path: Path) -> None:
+    """Answers, n-best lists, null odds and scores of `evaluate`, and what it refuses."""
+    file = squad(tmp_path / "dev.json", ["Weimar", "", "one", "Rhine"])
+    ran = subprocess.run(
+        [sys.executable, "-c", EVALUATE, model, exported, file],
+        env=environment(HOME=str(tmp_path)),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{exported} is an ONNX export: onnxruntime runs it, on the CPU" in ran.stdout
+    for name in ("predictions.json", "nbest_predictions.json", "null_odds.json", "metrics.json"):
+        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("exported", "model"))
+        assert_equal_answers(ours, theirs)
+    assert (tmp_path / "exported/report.html").exists() and (tmp_path / "exported/logits.npz").exists()
+    refused = [line for line in ran.stdout.splitlines() if line.startswith("refused:")]
+    assert len(refused) == 2
+    assert "computes in its own precision: leave bf16 out" in refused[0] and "has no checkpoints" in refused[1]
+
+
+def test_an_export_is_not_trained(exported: Path) -> None:
     from qa_deepspeed.models.loading import load_config, load_model
 
     options = RunOptions(model_name_or_path=str(exported))
