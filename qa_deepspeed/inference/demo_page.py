@@ -55,7 +55,9 @@ def answer_as_html(answerer: QuestionAnswerer, question: str | None, context: st
     problem = _problem(texts)
     if problem is None:
         try:
-            found = answerer(**texts, n_best_size=N_BEST_SIZE, progress=False)
+            found = answerer(
+                question=texts["question"], context=texts["context"], n_best_size=N_BEST_SIZE, progress=False
+            )
         except UserError as error:
             problem = str(error)
     if problem is not None:
