@@ -18,6 +18,21 @@ PATIENCE_SECONDS = 10.0
 """Seconds that a killed run may take to release its lock."""
 
 
+def user_of(output_dir: Path) -> str | None:
+    """Who runs in `output_dir` now, as `process N on HOST`; None if no other process does."""
+    try:
+        handle = os.open(output_dir / LOCK_FILE, os.O_RDWR)
+    except OSError:  # none has run there, or the run itself says what is wrong
+        return None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released below: a run that starts now tries again
+    except OSError as error:
+        return Holder(output_dir / LOCK_FILE).read() if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    finally:
+        os.close(handle)
+    return None
+
+
 class RunLock:
     """Locks `output_dir` for this process until `release`; the operating system releases it when the process ends.
 

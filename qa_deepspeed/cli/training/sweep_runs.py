@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qa_deepspeed.config import options
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.runs.lock import user_of
 from qa_deepspeed.runs.requeue import REQUEUE_STATUS
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.files import write_bytes
@@ -26,6 +28,9 @@ POLL_SECONDS = 0.2
 
 RECORD = {"status": str, "options": {str: ANYTHING}, "metrics": {str: ANYTHING}}
 """What is read of a finished run's run.json, by `json_files.fault_of`."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when the one that started it ends."""
 
 ERROR = "qa-deepspeed: error: "
 """Begins the line that says why a run failed."""
@@ -124,12 +129,30 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")[: len(numbers)] if named else numbers)
 
 
+def _ended_with_sweep() -> Callable[[], None] | None:
+    """What a run does before it starts: ask for SIGTERM in case the sweep is killed, which nobody would tell it.
+
+    None where there is no such call (on Linux alone): then the next sweep waits until the run ends.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, sweep = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != sweep:  # killed already
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
+
+
 class _Started:
-    """A run that was started, in a session of its own: signals reach it through the sweep alone."""
+    """A run that was started, in a session of its own: signals reach it through the sweep, or when that is killed."""
 
     def __init__(self, run: SweepRun, launch: Launch, slot: int) -> None:
         self.run, self.slot, self.began = run, slot, time.monotonic()
         self._terminated = False
+        self._signal_group = launch.launcher is not None
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "ab") as log:
             try:
@@ -140,6 +163,7 @@ class _Started:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=_ended_with_sweep(),
                 )
             except OSError as error:
                 raise UserError(f"--launcher '{launch.launcher}' cannot be started: {error.strerror}") from None
@@ -148,7 +172,11 @@ class _Started:
         """SIGTERM, once: a run takes another one, more than ten seconds later, as a call to end at once."""
         if not self._terminated:
             self._terminated = True
-            self.process.terminate()
+            if self._signal_group:  # the deepspeed command passes no signal on; --launcher may be it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGTERM)
+            else:
+                self.process.terminate()
 
     def outcome(self, status: int) -> str:
         """How the run ended, in words."""
@@ -163,21 +191,46 @@ class _Started:
         return f"{self.run.name}: failed with status {status} after {took}: {said.removeprefix(ERROR)}"
 
 
+class _Queue:
+    """The runs that are to be started, in their order."""
+
+    def __init__(self, runs: list[SweepRun]) -> None:
+        self.waiting = runs
+        self._said: set[str] = set()
+
+    def take(self) -> SweepRun | None:
+        """The next run; None while another process uses its folder, which is said once, or where none is left."""
+        if not self.waiting:
+            return None
+        run = self.waiting[0]
+        user = user_of(run.folder)
+        if user is None:
+            return self.waiting.pop(0)
+        if run.name not in self._said:
+            self._said.add(run.name)
+            print(f"{run.name}: {user} still uses {run.folder}: waiting until it ends", flush=True)
+        return None
+
+
 def run_all(runs: Sequence[SweepRun], launch: Launch) -> dict[str, int]:
     """Run those that are not finished; the exit status of each by name, of those only that were reached.
 
+    While another process uses the folder of the next run (that of a killed sweep, which saves), none is started.
     After a signal nothing more is started: the running ones get SIGTERM, on which they save and end.
     """
     statuses = {run.name: 0 for run in runs if finished_record(run) is not None}
     if statuses:
         print(f"{len(statuses)} of {len(runs)} runs are finished and kept", flush=True)
-    waiting = [run for run in runs if run.name not in statuses]
+    queue = _Queue([run for run in runs if run.name not in statuses])
     running: list[_Started] = []
     with _stopping() as stop:
-        while running or (waiting and not stop):
-            while waiting and not stop and len(running) < launch.at_once:
+        while running or (queue.waiting and not stop):
+            while not stop and len(running) < launch.at_once and (run := queue.take()) is not None:
+                if finished_record(run) is not None:
+                    statuses[run.name] = 0
+                    print(f"{run.name}: finished meanwhile, and kept", flush=True)
+                    continue
                 slot = min(set(range(launch.at_once)) - {one.slot for one in running})
-                run = waiting.pop(0)
                 print(f"run {runs.index(run) + 1} of {len(runs)}: {run.name} (log: {run.log})", flush=True)
                 running.append(_Started(run, launch, slot))
             for one in running if stop else ():

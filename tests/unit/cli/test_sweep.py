@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +22,9 @@ from qa_deepspeed.cli.training.sweep_runs import Launch, SweepRun, finished_reco
 from qa_deepspeed.config import options
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.runs.folder import write_run
+from qa_deepspeed.runs.lock import user_of
 from qa_deepspeed.utils.errors import UserError
+from tests.paths import REPOSITORY
 
 BASE = ["--model_name_or_path", "m", "--train_file", "t.json", "--predict_file", "d.json", "--output_dir", "out"]
 
@@ -220,7 +224,9 @@ def test_runs_at_once_overlap(tmp_path: Path) -> None:
 WAITS = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+def end(*_):
+    (folder / "terminated").touch(); sys.exit(75)
+signal.signal(signal.SIGTERM, end)
 (folder / "began").touch(); time.sleep(60)
 """
 
@@ -238,6 +244,82 @@ def test_a_signal_ends_the_running_ones_and_starts_no_more(tmp_path: Path, capsy
     assert run_all(runs, FakeLaunch(1, WAITS, 2, ())) == {"a": 75, "b": 75}
     assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().out.count("preempted after") == 2 and not (tmp_path / "c").exists()
+
+
+PASSES_NO_SIGNAL_ON = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.exit(subprocess.call([sys.executable, "-c", {WAITS!r}, sys.argv[1]]))
+"""
+
+
+def test_a_signal_reaches_runs_whose_launcher_passes_none_on(tmp_path: Path) -> None:
+    """Such as those of the deepspeed command."""
+
+    def interrupt() -> None:
+        wait_for(tmp_path / "a" / "began")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    assert run_all([run_in(tmp_path, "a")], FakeLaunch(1, PASSES_NO_SIGNAL_ON, 1, ())) == {"a": 75}
+    assert (tmp_path / "a" / "terminated").exists()
+
+
+SWEEPS = """
+import sys
+from pathlib import Path
+from qa_deepspeed.cli.training.sweep_runs import run_all
+from tests.unit.cli.test_sweep import FakeLaunch, WAITS, run_in
+run_all([run_in(Path(sys.argv[1]), "a")], FakeLaunch(1, WAITS, 1, ()))
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that the one which started it has ended"
+)
+def test_a_run_ends_when_its_sweep_is_killed(tmp_path: Path) -> None:
+    """By SIGKILL, which the sweep cannot answer: the run gets SIGTERM, on which it saves."""
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEPS, tmp_path], cwd=REPOSITORY)
+    try:
+        wait_for(tmp_path / "a" / "began")
+    finally:
+        sweep.kill()
+        sweep.wait()
+    wait_for(tmp_path / "a" / "terminated")
+
+
+USES = """
+import sys, time
+from pathlib import Path
+from qa_deepspeed.runs.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+Path(sys.argv[1], "began").touch()
+time.sleep(3)
+lock.release()
+"""
+
+
+def test_a_folder_that_is_still_in_use_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the run of a killed sweep, which saves; then the run is started, and those after it."""
+    runs = [run_in(tmp_path, name) for name in "ac"]
+    runs[0].folder.mkdir()
+    assert user_of(runs[0].folder) is None
+    with subprocess.Popen([sys.executable, "-c", USES, runs[0].folder], cwd=REPOSITORY) as other:
+        wait_for(runs[0].folder / "began")
+        assert user_of(runs[0].folder) == f"process {other.pid} on {socket.gethostname()}"
+        run_all(runs, FakeLaunch(1, FINISHES, 1, ()))
+        assert other.wait() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"a: process {other.pid} on ") and lines[0].endswith("waiting until it ends")
+    assert [line.split(":")[0] for line in lines[1:]] == ["run 1 of 2", "a", "run 2 of 2", "c"]
+    assert user_of(runs[0].folder) is None
 
 
 def test_a_launcher_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
