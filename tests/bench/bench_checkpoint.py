@@ -1,6 +1,7 @@
 """Time and size of a checkpoint: what training waits for, and torch.save and torch.load of the same state beside it.
 
     torchrun --nproc_per_node 2 tests/bench/bench_checkpoint.py --model MODEL --folder FOLDER [--repeats 3]
+        [--stages zero3]
 
 At each ZeRO stage a model takes a step, so that its optimizer has a state, and is saved and loaded by turns: by the
 trainer at once ("save": shards, checksums, everything on the disk, the rename) and in the background ("stall": until
@@ -141,10 +142,12 @@ def measure(model: str, stage: str, folder: Path, repeats: int) -> dict[str, Any
     numbers |= {"stall/save": round(numbers["stall"] / numbers["save"], 3), "copies": round(max(copies))}
     numbers |= {"bytes": round(total_bytes(ours) / engine.parameters, 2)}
     numbers |= {"torch.save bytes": round(total_bytes(plain) / engine.parameters, 2)}
+    parameters = engine.parameters
+    engine.close()
     dist.barrier()
     if dist.is_rank_zero():
         shutil.rmtree(folder)
-    return {"stage": stage, "parameters": engine.parameters, **numbers}
+    return {"stage": stage, "parameters": parameters, **numbers}
 
 
 def main() -> None:
@@ -153,10 +156,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="configs to measure (default: all)")
     arguments = parser.parse_args()
     dist.ensure_rank_env()
     dist.init(torch.device("cpu"), 600)
-    for stage in STAGES:
+    for stage in arguments.stages:
         folder = arguments.folder / stage
         folder.mkdir(parents=True, exist_ok=True)
         dist.log0(json.dumps(measure(arguments.model, stage, folder, arguments.repeats)))
