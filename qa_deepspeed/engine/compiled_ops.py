@@ -37,7 +37,10 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 BUILT_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lion": "lion", "lamb": "lamb", "adagrad": "adagrad"}
 
-WITHOUT = {"async_io": "take --deepspeed_config zero3_offload", "quantizer": "take --deepspeed_config zero3"}
+WITHOUT = {
+    "async_io": "take --deepspeed_config zero3_offload",
+    "quantizer": "take the lines zero_quantized_... out of the config, or --deepspeed_config zero3",
+}
 """Advice instead of compiling, for operators that do not belong to an optimizer."""
 
 
@@ -53,9 +56,15 @@ def needed_operators(config: dict[str, Any]) -> list[str]:
             found.append(f"cpu_{kind}" if offload != "none" or kind == "adagrad" else f"fused_{kind}")
     if "nvme" in (offload, (zero.get("offload_param") or {}).get("device")):
         found.append("async_io")
-    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+    if quantizes_messages(config):
         found.append("quantizer")
     return found
+
+
+def quantizes_messages(config: dict[str, Any]) -> bool:
+    """Whether the config sends 8-bit messages (ZeRO++), by an operator for GPUs that nvcc compiles."""
+    zero = config.get("zero_optimization", {})
+    return any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients", "nontrainable_weights"))
 
 
 def require(config: dict[str, Any]) -> list[str]:

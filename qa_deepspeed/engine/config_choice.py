@@ -103,7 +103,8 @@ def estimate_configs(
             kind = torch.bfloat16 if element == 2 else torch.float32
             rows_at_once = longest_rows_at_once(run_options, resolved.plan)
             model = footprint(model_config, rows_at_once, run_options.max_seq_length, kind, lora, run_options.freeze)
-        zero = ZeroSettings.of(ds_config.finish(resolved, 1, ds_config.hidden_size(model_config)))
+        width = ds_config.hidden_size(model_config)
+        zero = ZeroSettings.of(ds_config.finish(resolved, 1, width, machines.ranks_per_node))
         arguments = (model, zero, machines.ranks, element, resolved.plan.gradient_accumulation_steps)
         if on_cpu:
             needed = estimate_cpu_memory(*arguments)

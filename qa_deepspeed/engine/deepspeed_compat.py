@@ -38,6 +38,7 @@ NAMES = {
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": """
         single_partition_of_fp32_groups bit16_groups update_lp_params _hp_mapping clip_grad
     """,
+    "deepspeed.utils.groups": "_ZERO_PARAM_INTRA_PARALLEL_GROUP",
     "deepspeed.utils.tensor_fragment": "fragment_address",
     "deepspeed.utils.tensor_fragment:tensor_fragment": "get_hp_fragment_address lp_fragment_address",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": """
@@ -237,6 +238,11 @@ def restart_schedule(schedule: Any, base_rates: list[float], updates: int) -> li
 
 
 # Partitioned parameters (ZeRO-3)
+
+
+def forget_secondary_group(deepspeed: Any) -> None:
+    """Let the next model have a group of ranks for its secondary partition (ZeRO++): DeepSpeed makes it but once."""
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def full_shape(parameter: Any) -> torch.Size:

@@ -20,6 +20,7 @@ from typing import Any
 from qa_deepspeed.config.batch_plan import BatchPlan, plan_batches
 from qa_deepspeed.config.options import nearest
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine.compiled_ops import quantizes_messages
 from qa_deepspeed.engine.config_check import AUTO, check_config
 from qa_deepspeed.engine.monitors import fill_monitors
 from qa_deepspeed.utils import dist
@@ -167,9 +168,11 @@ def resolve(
         raise UserError(
             f"{attention} computes in half precision on GPUs: leave --attn_implementation out, or use --bf16 on a GPU"
         )
-    zero = config.get("zero_optimization", {})
-    if device_type == "cpu" and any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
-        raise UserError(f"{name}: the quantized messages of ZeRO++ need GPUs: use zero3")
+    if device_type == "cpu" and quantizes_messages(config):
+        raise UserError(
+            f"{name}: the quantized messages of ZeRO++ need GPUs: use zero3, or a copy of the config without the lines "
+            "zero_quantized_..., whose secondary partition works on CPUs"
+        )
     return resolved
 
 
@@ -203,6 +206,12 @@ def check_trainable(resolved: ResolvedConfig) -> None:
             "scale, but the loss is not multiplied by it): use --deepspeed_config zero1 or zero2, or --bf16"
         )
     zero = resolved.config.get("zero_optimization", {})
+    secondary, ranks = zero.get("zero_hpz_partition_size", 1), resolved.plan.world_size
+    if secondary != AUTO and secondary < ranks and ranks % max(1, secondary):
+        raise UserError(
+            f"{resolved.name}: zero_hpz_partition_size {secondary} does not divide {ranks} ranks: put the number of "
+            'ranks of a host there, or "auto"'
+        )
     for key in ("offload_optimizer", "offload_param"):
         section = zero.get(key) or {}
         if section.get("device") == "nvme" and not os.access(section.get("nvme_path") or "", os.W_OK):
@@ -212,16 +221,23 @@ def check_trainable(resolved: ResolvedConfig) -> None:
             )
 
 
-def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict[str, Any]:
+def finish(
+    resolved: ResolvedConfig, total_steps: int, hidden_size: int, ranks_of_host: int | None = None
+) -> dict[str, Any]:
     """The config for DeepSpeed: every remaining `"auto"` filled from the run and the model.
 
     Bucket sizes follow the model's hidden size by the rules of transformers' DeepSpeed integration
-    (`trainer_config_finalize` in transformers/integrations/deepspeed.py).
+    (`trainer_config_finalize` in transformers/integrations/deepspeed.py). The ranks of a host keep a secondary
+    partition (ZeRO++) between them; on a single host it would be a copy of the first.
+
+    Args:
+        ranks_of_host: those of this process's host unless given.
 
     Raises:
         UserError: an `"auto"` that nobody owns.
     """
     config, options, plan = copy.deepcopy(resolved.config), resolved.options, resolved.plan
+    on_host = dist.local_world_size() if ranks_of_host is None else ranks_of_host
     config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
     config["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
     config["train_batch_size"] = plan.global_batch_size
@@ -240,7 +256,7 @@ def finish(resolved: ResolvedConfig, total_steps: int, hidden_size: int) -> dict
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-        "zero_optimization.zero_hpz_partition_size": dist.local_world_size(),
+        "zero_optimization.zero_hpz_partition_size": on_host if on_host < plan.world_size else 1,
     }
     for key, parent, leaf in list(_leaves(config)):
         if parent[leaf] == AUTO and key in filled:

@@ -20,7 +20,11 @@ Traffic is that of ring algorithms, sent by one rank: an all-reduce of S bytes 2
 reduce-scatter S(N-1)/N. DeepSpeed's stages 1 and 2 all-reduce their gradients by default
 (`use_multi_rank_bucket_allreduce`), so that they move half as much again as stage 0; Rajbhandari et al. 2020, section
 7, count a reduce-scatter there. Stage 3 gathers all parameters, frozen ones too, twice, or once if all may stay
-(`max_live`).
+(`max_live`, `max_reuse`).
+
+With ZeRO++'s secondary partition (hpZ; Wang et al. 2023) the K ranks of a host also keep eP/K, from the
+first forward pass of a step to its update. Until then they gather from each other: only the first gather of a step and
+the gradients leave the host. Frozen parameters never change and are gathered from all ranks in the first step only.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qa_deepspeed.engine.compiled_ops import quantizes_messages
 from qa_deepspeed.models.footprint import Footprint
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB, plural
@@ -56,6 +61,9 @@ class ZeroSettings:
     prefetch_bucket: int
     max_live: int
     reduce_scatter: bool = True
+    max_reuse: int = 1_000_000_000
+    secondary: int = 1
+    """Ranks that keep a secondary partition of the parameters between them (ZeRO++); 1: there is none."""
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> ZeroSettings:
@@ -71,15 +79,17 @@ class ZeroSettings:
             prefetch_bucket=int(float(section.get("stage3_prefetch_bucket_size", 50_000_000))),
             max_live=int(float(section.get("stage3_max_live_parameters", 1_000_000_000))),
             reduce_scatter=bool(section.get("reduce_scatter", True)),
+            max_reuse=int(float(section.get("stage3_max_reuse_distance", 1_000_000_000))),
+            secondary=int(section.get("zero_hpz_partition_size", 1)) if stage == 3 else 1,
         )
 
 
 def countable(config: dict[str, Any]) -> bool:
-    """Whether this module covers a config: it does not count NVMe, ZeRO++ and torch_autocast's copies."""
+    """Whether this module covers a config: it does not count NVMe, ZeRO++'s quantized messages and torch_autocast's
+    copies."""
     zero = config.get("zero_optimization", {})
     devices = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
-    plusplus = any(zero.get(key) for key in ("zero_hpz_partition_size", "zero_quantized_weights"))
-    return not ("nvme" in devices or plusplus or config.get("torch_autocast", {}).get("enabled"))
+    return not ("nvme" in devices or quantizes_messages(config) or config.get("torch_autocast", {}).get("enabled"))
 
 
 def _offloads(section: dict[str, Any] | None) -> bool:
@@ -94,7 +104,8 @@ class MemoryEstimate:
     activations: with all tensors kept; checkpointed: with gradient checkpointing; both are on the device.
     host: in host memory while training; loading: while the weights are read, in float32. At stage 3 every rank copies
     its partitions from the mapped files (safetensors), with one full parameter at a time.
-    sent: over the network in one optimizer step; bus: between host and device in one optimizer step.
+    sent: to other ranks in one optimizer step; spanning: of these, in messages of all ranks, which leave the host where
+    there are several; bus: between host and device in one optimizer step.
     """
 
     parameters: int
@@ -107,6 +118,7 @@ class MemoryEstimate:
     host: int
     loading: int
     sent: int
+    spanning: int
     bus: int
 
     def host_of(self, ranks: int) -> int:
@@ -146,6 +158,10 @@ def estimate_memory(
     if zero.stage == 3:
         gathered = min(full, max(zero.max_live, model.largest_layer))
         parameters = element * (gathered + partition) - in_host
+    if zero.secondary > 1:
+        second = element * -(-full // min(zero.secondary, ranks))
+        host += second * zero.offload_parameters
+        parameters += second * (not zero.offload_parameters)
     if zero.offload_optimizer:
         host += (12 + element + 4) * trained_partition
         bus += (element * accumulation + element) * trained_partition
@@ -153,6 +169,7 @@ def estimate_memory(
     if graphs:
         held += element * trained
         gradients += element * trained
+    spanning, within = _sent(model, zero, element, ranks, accumulation)
     return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,
@@ -163,7 +180,8 @@ def estimate_memory(
         checkpointed=model.checkpointed - model.checkpointed_attention,
         host=host,
         loading=PROCESS_HOST_BYTES + (4 * model.largest_tensor + in_host if zero.stage == 3 else 4 * full),
-        sent=_sent(model, zero, element, ranks, accumulation),
+        sent=spanning + within,
+        spanning=spanning,
         bus=bus,
     )
 
@@ -227,14 +245,22 @@ def _buffers(model: Footprint, zero: ZeroSettings) -> int:
     return bucket * (1 + second + flattened) + model.largest_trained * zero.offload_optimizer
 
 
-def _sent(model: Footprint, zero: ZeroSettings, element: int, ranks: int, accumulation: int) -> int:
-    parameters, gradients = (element * count * (ranks - 1) // ranks for count in (model.parameters, model.trained))
+def _sent(model: Footprint, zero: ZeroSettings, element: int, ranks: int, accumulation: int) -> tuple[int, int]:
+    """Bytes that a rank sends in an optimizer step: in messages of all ranks, and of those of a secondary partition."""
+
+    def once(count: int, of: int) -> int:
+        return element * count * (of - 1) // of
+
+    gradients = once(model.trained, ranks)
     if zero.stage == 0:
-        return 2 * gradients
+        return 2 * gradients, 0
     if zero.stage < 3:
-        return 2 * gradients * (accumulation if zero.stage == 2 else 1) + gradients
-    gathers = 1 if model.parameters <= zero.max_live else 2
-    return (gathers * parameters + gradients) * accumulation
+        return 2 * gradients * (accumulation if zero.stage == 2 else 1) + gradients, 0
+    gathers = (1 if model.parameters <= min(zero.max_live, zero.max_reuse) else 2) * accumulation
+    if zero.secondary == 1:
+        return gathers * once(model.parameters, ranks) + gradients * accumulation, 0
+    within = gathers * model.parameters - model.trained
+    return once(model.trained, ranks) + gradients * accumulation, once(within, min(zero.secondary, ranks))
 
 
 _LESS_MEMORY = "a smaller per_gpu_train_batch_size or another config (qa-deepspeed plan compares them)"

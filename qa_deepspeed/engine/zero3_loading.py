@@ -17,7 +17,13 @@ from transformers import PretrainedConfig
 
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.compiled_ops import builds_reported
-from qa_deepspeed.engine.deepspeed_compat import full_shape, is_plain_partition, partition_of, place_of_partition
+from qa_deepspeed.engine.deepspeed_compat import (
+    forget_secondary_group,
+    full_shape,
+    is_plain_partition,
+    partition_of,
+    place_of_partition,
+)
 from qa_deepspeed.engine.engine import import_deepspeed
 from qa_deepspeed.models import transformers_compat
 from qa_deepspeed.models.loading import load_model, model_from_config
@@ -49,7 +55,7 @@ def load(
 @contextlib.contextmanager
 def _partitioned(options: RunOptions, config: dict[str, Any]) -> Iterator[None]:
     """Inside, Transformers makes models with partitioned parameters."""
-    import_deepspeed(options.verbose_logging)
+    forget_secondary_group(import_deepspeed(options.verbose_logging))
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     partitioning = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]  # Transformers looks for it, by a weak reference

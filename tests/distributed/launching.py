@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,21 @@ def by_deepspeed(ranks: int, *arguments: str) -> list[str]:
 def by_torchrun(ranks: int, *arguments: str) -> list[str]:
     """Under torchrun."""
     return ["torchrun", "--nproc_per_node", str(ranks), "--master_port", free_port(), "-m", "qa_deepspeed", *arguments]
+
+
+def run_as_hosts(
+    hosts: int, ranks: int, module: Sequence[str], folder: Path, **extra: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """`python -m` this module and its arguments on `ranks` ranks of each of several hosts, all of them this machine."""
+    port = free_port()
+
+    def host(number: int) -> subprocess.CompletedProcess[str]:
+        meeting = ["--nnodes", str(hosts), "--node_rank", str(number), "--master_addr", "127.0.0.1"]
+        command = ["torchrun", *meeting, "--master_port", port, "--nproc_per_node", str(ranks), "-m", *module]
+        return run(command, folder, **extra)
+
+    with ThreadPoolExecutor(hosts) as pool:
+        return list(pool.map(host, range(hosts)))
 
 
 def flags(**options: object) -> list[str]:

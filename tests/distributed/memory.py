@@ -3,7 +3,9 @@
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +29,46 @@ def anonymous() -> int:
 
 
 def collectives() -> dict:
-    """What DeepSpeed's communication logger has counted: operation -> bytes of a message -> [times, ...]."""
+    """What DeepSpeed's communication logger has counted: "operation ranks" -> bytes of a message -> [times, ...]."""
     import deepspeed
 
     return deepspeed.comm.comm.comms_logger.comms_dict
+
+
+def name_ranks() -> None:
+    """Let DeepSpeed's logger count the collectives of each group of ranks by themselves, under a name of their own."""
+    import deepspeed
+
+    comm = deepspeed.comm.comm
+
+    def named(operation: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            ranks = torch.distributed.get_process_group_ranks(settings.get("group") or torch.distributed.group.WORLD)
+            return call(*arguments, log_name=f"{operation} {min(ranks)}-{max(ranks)}", **settings)
+
+        return counted
+
+    for operation in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        function = named(operation, getattr(comm, operation))
+        setattr(comm, operation, function)
+        setattr(deepspeed.comm, operation, function)
+
+
+def sent(moved: dict[str, dict[str, int]]) -> dict[str, float]:
+    """Bytes that one rank sends by ring algorithms for the messages of each group of ranks, "first-last".
+
+    The logger has the input's bytes: for an all-gather that is one rank's part, for a reduce-scatter the whole.
+    """
+    found: dict[str, float] = {}
+    for name, sizes in moved.items():
+        operation, group = name.split()
+        first, last = map(int, group.split("-"))
+        ranks = last - first + 1
+        part = (ranks - 1) / ranks
+        of = {"all_reduce": 2 * part, "all_gather_into_tensor": ranks * part, "reduce_scatter_tensor": part}
+        found.setdefault(group, 0)
+        found[group] += of[operation] * sum(int(size) * count for size, count in sizes.items())
+    return found
 
 
 def main() -> None:
@@ -59,13 +97,14 @@ def main() -> None:
     if adapters is not None:
         add_adapters(model, adapters, sys.argv[1], options.seed)
     loaded = anonymous()
+    name_ranks()
     config["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
     engine = training_engine(model, config, resolved, STEPS, device)
     made, born = anonymous(), most["all"]
     most["all"] = 0
     engine.module.train()
     rows, length = resolved.plan.micro_batch_size, options.max_seq_length
-    steps = []
+    steps, losses = [], []
     for step in range(STEPS):
         torch.manual_seed(step)
         collectives().clear()
@@ -74,8 +113,12 @@ def main() -> None:
         logits = engine.train_forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         possible = torch.ones(rows, length, dtype=torch.bool, device=device)
         place = torch.zeros(rows, dtype=torch.long, device=device)
-        engine.backward(span_loss(logits["start_logits"], logits["end_logits"], place, place, possible).mean())
-        del logits
+        loss = span_loss(logits["start_logits"], logits["end_logits"], place, place, possible).mean()
+        engine.backward(loss)
+        losses.append(loss.item())
+        seconds = [getattr(parameter, "ds_secondary_tensor", None) for parameter in engine.module.parameters()]
+        secondary = sum(second.nbytes for second in seconds if second is not None)
+        del logits, loss
         engine.step(want_norm=True)
         steps.append(anonymous())
     stop.set()
@@ -86,6 +129,8 @@ def main() -> None:
         "engine": made,
         "loading": born,
         "steps": steps,
+        "losses": losses,
+        "secondary": secondary,
         "most": most["all"],
         "moved": {name: {size: seen[0] for size, seen in sizes.items()} for name, sizes in collectives().items()},
         "gpu": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,

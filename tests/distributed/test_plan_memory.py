@@ -1,4 +1,4 @@
-"""The plan's host memory of CPU ranks, and its traffic, against two ranks that train.
+"""The plan's host memory of CPU ranks, and its traffic, against ranks that train.
 
 Half a minute and more for each: `launch/test.sh -m slow -k within_15_percent`.
 """
@@ -17,6 +17,7 @@ from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory
 from qa_deepspeed.models.footprint import footprint
 from qa_deepspeed.models.lora import LoraSettings
 from tests.distributed.launching import free_port, run
+from tests.distributed.memory import sent
 from tests.paths import REPOSITORY
 
 RANKS, ROWS, LENGTH = 2, 4, 192
@@ -52,15 +53,23 @@ def test_that_of_adapters_is_within_15_percent(models: dict[str, Path], tmp_path
     compare(models, tmp_path, "66M", {"deepspeed_config": name, "lora_rank": 8})
 
 
-def compare(models: dict[str, Path], folder: Path, size: str, options: dict[str, Any]) -> None:
-    """Train on two ranks; their memory and messages are those of the plan."""
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_that_of_other_numbers_of_ranks_is_within_15_percent(
+    models: dict[str, Path], tmp_path: Path, ranks: int, name: str
+) -> None:
+    compare(models, tmp_path, "109M", {"deepspeed_config": name}, ranks)
+
+
+def compare(models: dict[str, Path], folder: Path, size: str, options: dict[str, Any], ranks: int = RANKS) -> None:
+    """Train; the ranks' memory and messages are those of the plan."""
     if not models[size].exists():
         AutoModelForQuestionAnswering.from_config(model_config(size)).save_pretrained(models[size])
     options = {**options, "per_gpu_train_batch_size": ROWS, "max_seq_length": LENGTH}
     command = [
         "torchrun",
         "--nproc_per_node",
-        str(RANKS),
+        str(ranks),
         "--master_port",
         free_port(),
         "-m",
@@ -68,26 +77,16 @@ def compare(models: dict[str, Path], folder: Path, size: str, options: dict[str,
     ]
     done = run([*command, str(models[size]), json.dumps(options), str(folder / "rank")], REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(RANKS)]
+    found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
     run_options = RunOptions(**options)
-    zero = ZeroSettings.of(ds_config.finish(ds_config.resolve(run_options, RANKS, "cpu"), 1, SIZES[size][0]))
+    zero = ZeroSettings.of(ds_config.finish(ds_config.resolve(run_options, ranks, "cpu"), 1, SIZES[size][0]))
     lora = LoraSettings.of(run_options.to_dict())
     model = footprint(model_config(size), ROWS, LENGTH, torch.float32, lora)
-    wanted = estimate_cpu_memory(model, zero, RANKS, 4, 1)
+    wanted = estimate_cpu_memory(model, zero, ranks, 4, 1)
     measured = max(one["most"] for one in found)
     print(
-        f"{size}{' LoRA' if lora else ''} {options['deepspeed_config']}: measured {measured >> 20} MiB, "
+        f"{size}{' LoRA' if lora else ''} {ranks} x {options['deepspeed_config']}: measured {measured >> 20} MiB, "
         f"predicted {wanted.host >> 20} MiB ({wanted.host / measured - 1:+.1%})"
     )
     assert wanted.host == pytest.approx(measured, rel=0.15)
-    assert sent(found[0]["moved"]) == pytest.approx(wanted.sent, rel=0.02)
-
-
-def sent(moved: dict[str, dict[str, int]]) -> float:
-    """Bytes that one of RANKS ranks sends by ring algorithms for the messages that DeepSpeed's logger counted.
-
-    The logger has the input's bytes: for an all-gather that is one rank's part, for a reduce-scatter the whole.
-    """
-    share = (RANKS - 1) / RANKS
-    of = {"all_reduce": 2 * share, "all_gather_into_tensor": RANKS * share, "reduce_scatter_tensor": share}
-    return sum(of[name] * int(size) * count for name, sizes in moved.items() for size, count in sizes.items())
+    assert sum(sent(found[0]["moved"]).values()) == pytest.approx(wanted.sent, rel=0.02)

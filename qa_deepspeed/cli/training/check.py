@@ -272,7 +272,8 @@ def _memory(checked: PreflightState) -> list[str]:
     resolved, facts = _known(checked.resolved), _known(checked.facts)
     run_options = checked.options
     on_cpu = run_options.no_cuda or not torch.cuda.is_available()
-    checked.config = config = ds_config.finish(resolved, checked.steps or 1, ds_config.hidden_size(facts.config))
+    width = ds_config.hidden_size(facts.config)
+    checked.config = config = ds_config.finish(resolved, checked.steps or 1, width, checked.ranks_here)
     accumulation = resolved.plan.gradient_accumulation_steps
     zero = ZeroSettings.of(config)
     arguments = (_known(checked.footprint), zero, checked.ranks, _element(resolved), accumulation)

@@ -143,6 +143,7 @@ def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: l
         "checkpointed",
         *(("host", "loading") if on_cpu else ("device", "host")),
         "sent/step",
+        *(("between nodes",) if machines.nodes > 1 else ()),
         "bus/step",
         "fits",
     ]
@@ -161,6 +162,7 @@ def table(run_options: RunOptions, model: Footprint, machines: Machines, rows: l
             first,
             second,
             n.sent,
+            *((n.spanning,) if machines.nodes > 1 else ()),
             n.bus,
         )
         fits = "yes" if row.fits else "checkpointed" if row.fits_checkpointed else f"no, lacks {row.lacks}"

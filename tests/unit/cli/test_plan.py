@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig
 
-from qa_deepspeed.cli.training.plan import parse_size, peak_lines, step_work
+from qa_deepspeed.cli.training.plan import parse_size, peak_lines, step_work, table
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine.config_choice import Machines, estimate_configs, recommend
 from qa_deepspeed.engine.memory import ZeroSettings, estimate_cpu_memory, estimate_memory
@@ -76,7 +76,26 @@ def test_traffic_of_the_stages() -> None:
     once = size * 7 // 8
     sent = {stage: estimate_memory(BILLION, zero(stage), ranks, 2, micro).sent for stage in range(4)}
     assert sent == {0: 2 * once, 1: 3 * once, 2: 2 * once * micro + once, 3: 3 * once * micro}
-    assert estimate_memory(BILLION, zero(3, max_live=8 * 10**9), ranks, 2, micro).sent == 2 * once * micro
+    assert (
+        estimate_memory(BILLION, zero(3, max_live=8 * 10**9, max_reuse=8 * 10**9), ranks, 2, micro).sent
+        == 2 * once * micro
+    )
+
+
+def test_traffic_and_memory_of_a_secondary_partition() -> None:
+    """Wang et al. 2023 (ZeRO++): a step of one micro-batch sends 2 instead of 3 parts between the hosts."""
+    size, on_host = 2 * BILLION.parameters, 8
+    plain, secondary = (estimate_memory(BILLION, zero(3, secondary=ranks), 16, 2, 1) for ranks in (1, on_host))
+    assert plain.spanning == plain.sent == 3 * (size * 15 // 16)
+    assert secondary.spanning == 2 * (size * 15 // 16)
+    assert secondary.sent - secondary.spanning == size * 7 // 8
+    assert secondary.parameters - plain.parameters == size // on_host
+    assert estimate_memory(BILLION, zero(3, secondary=on_host), 16, 2, 3).spanning == 4 * (size * 15 // 16)
+    offloaded = [estimate_memory(BILLION, zero(3, secondary=n, offload_parameters=True), 16, 2, 1) for n in (1, 8)]
+    assert offloaded[1].host - offloaded[0].host == size // on_host
+    assert offloaded[1].parameters == offloaded[0].parameters
+    frozen = dataclasses.replace(BILLION, trained=0)
+    assert estimate_memory(frozen, zero(3, secondary=on_host), 16, 2, 1).spanning == 0
 
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
@@ -202,3 +221,14 @@ def test_a_step_takes_as_long_as_its_matrix_products_at_the_peak() -> None:
     (line, _) = peak_lines({"float32": 2e9}, 1e9)
     assert line.startswith("measured matrix throughput of this device in float32: 2 GFLOP/s")
     assert line.endswith("a micro-batch of 1 GFLOP takes at least 0.5 s")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_table_of_several_nodes_has_what_leaves_one(nodes: int) -> None:
+    machines = Machines(nodes, 4, 80 * 2**30, 2**40)
+    model, rows = estimate_configs(RunOptions(), CONFIG, machines)
+    lines = table(RunOptions(), model, machines, rows, "why")
+    (head,) = (line for line in lines if line.startswith("config"))
+    assert ("between nodes" in head) == (nodes > 1)
+    assert [row.need.spanning for row in rows] == [row.need.sent for row in rows]
+    assert len({len(line.split()) for line in lines if line.startswith("zero")}) == 1

@@ -151,7 +151,7 @@ def test_flags_choose_the_precision(given: dict[str, Any], device: str, bf16_wor
         ({"bf16": True, "fp16": True}, "exclude each other"),
         ({"deepspeed_config": "zero22"}, "did you mean 'zero2'"),
         ({"fp16_opt_level": "O1"}, "ZeRO stage 0 only"),
-        ({"deepspeed_config": "zero3_zeropp"}, "need GPUs: use zero3"),
+        ({"deepspeed_config": "zero3_zeropp"}, "need GPUs: use zero3, or a copy of the config without"),
         ({"deepspeed_config": "zero2_autocast", "bf16": True}, "torch_autocast.enabled is true in zero2_autocast"),
     ],
 )
@@ -184,6 +184,7 @@ ZERO2 = {"stage": 2}
             {"zero_optimization": {**ZERO2, "offload_optimizer": {"devise": "cpu"}}},
             "offload_optimizer.devise'",
         ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "MiCS ZeRO-3 sharding has been removed"),
         ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage is 9: input should be 0, 1, 2"),
         ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage is "3", a number in quotes'),
         ({"zero_optimization": {**ZERO2, "reduce_bucket_size": -1}}, "reduce_bucket_size is -1: input"),
@@ -356,4 +357,22 @@ def test_missing_tools_for_an_operator_are_reported_with_advice(
     (tmp_path / "libaio.h").touch()
     monkeypatch.setenv("CXX", "sh")
     assert compiled_ops.require(config) == ["async_io"]
-    assert compiled_ops.needed_operators(ds_config.load("zero3_zeropp")) == ["quantizer"]
+    quantized = ds_config.resolve(options(deepspeed_config="zero3_zeropp"), 2, "cuda").config
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="quantizer compiled, and there is no nvcc; install it, or take the lines"):
+        compiled_ops.require(quantized)
+
+
+def test_the_secondary_partition_is_that_of_a_host(tmp_path: Path) -> None:
+    """Of ZeRO++; on a single host there is none."""
+    zeropp = ds_config.load("zero3_zeropp")["zero_optimization"]
+    secondary = {name: value for name, value in zeropp.items() if "quantized" not in name}
+    name = write(tmp_path, {"zero_optimization": secondary})
+    resolved = ds_config.resolve(options(deepspeed_config=name), 8, "cpu")
+    ds_config.check_trainable(resolved)
+    for ranks_of_host, size in ((4, 4), (8, 1), (1, 1)):
+        zero = ds_config.finish(resolved, 1, 8, ranks_of_host)["zero_optimization"]
+        assert zero["zero_hpz_partition_size"] == size
+    name = write(tmp_path, {"zero_optimization": {**secondary, "zero_hpz_partition_size": 3}})
+    with pytest.raises(UserError, match="zero_hpz_partition_size 3 does not divide 8 ranks"):
+        ds_config.check_trainable(ds_config.resolve(options(deepspeed_config=name), 8, "cpu"))
