@@ -37,10 +37,7 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 BUILT_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "lion": "lion", "lamb": "lamb", "adagrad": "adagrad"}
 
-WITHOUT = {
-    "async_io": "take --deepspeed_config zero3_offload",
-    "quantizer": "take the lines zero_quantized_... out of the config, or --deepspeed_config zero3",
-}
+WITHOUT = {"quantizer": "take the lines zero_quantized_... out of the config, or --deepspeed_config zero3"}
 """Advice instead of compiling, for operators that do not belong to an optimizer."""
 
 
@@ -54,8 +51,6 @@ def needed_operators(config: dict[str, Any]) -> list[str]:
         kind = BUILT_OPTIMIZERS.get(str(section.get("type", "")).lower())
         if kind:
             found.append(f"cpu_{kind}" if offload != "none" or kind == "adagrad" else f"fused_{kind}")
-    if "nvme" in (offload, (zero.get("offload_param") or {}).get("device")):
-        found.append("async_io")
     if quantizes_messages(config):
         found.append("quantizer")
     return found
@@ -96,11 +91,6 @@ def faults(operators: list[str]) -> list[str]:
             found.append(
                 f"the config needs the operator {name} compiled, and there is no {compiler}; install it, or "
                 f"{WITHOUT.get(name, 'leave the optimizer section out of the config')}"
-            )
-        if name == "async_io" and not any((Path(folder) / "libaio.h").exists() for folder in _header_folders()):
-            found.append(
-                "the operator async_io is built with libaio, whose headers are not installed; apt install "
-                f"libaio-dev, or {WITHOUT[name]}"
             )
         if not _has_ninja():
             found.append(f"the operator {name} is built by ninja, which is not installed; pip install ninja")
@@ -224,10 +214,6 @@ def _came_with_deepspeed(name: str) -> bool:
     found = importlib.util.find_spec("deepspeed")
     places = found.submodule_search_locations if found is not None else None
     return any(any(Path(place).glob(f"ops/**/{name}_op*.so")) for place in places or ())
-
-
-def _header_folders() -> list[str]:
-    return ["/usr/include", "/usr/local/include", *os.environ.get("CPATH", "").split(os.pathsep)]
 
 
 def _has_ninja() -> bool:

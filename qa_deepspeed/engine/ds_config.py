@@ -205,6 +205,11 @@ def check_trainable(resolved: ResolvedConfig) -> None:
             "fp16 at ZeRO stage 0 trains wrongly in this version of DeepSpeed (gradients are divided by the loss "
             "scale, but the loss is not multiplied by it): use --deepspeed_config zero1 or zero2, or --bf16"
         )
+    require_nvme_path(resolved)
+
+
+def require_nvme_path(resolved: ResolvedConfig) -> None:
+    """Raises UserError if the config keeps state on NVMe in a folder that is missing or cannot be written."""
     zero = resolved.config.get("zero_optimization", {})
     secondary, ranks = zero.get("zero_hpz_partition_size", 1), resolved.plan.world_size
     if secondary != AUTO and secondary < ranks and ranks % max(1, secondary):
@@ -214,10 +219,10 @@ def check_trainable(resolved: ResolvedConfig) -> None:
         )
     for key in ("offload_optimizer", "offload_param"):
         section = zero.get(key) or {}
-        if section.get("device") == "nvme" and not os.access(section.get("nvme_path") or "", os.W_OK):
+        path = section.get("nvme_path")
+        if section.get("device") == "nvme" and not (path and os.path.isdir(path) and os.access(path, os.W_OK)):
             raise UserError(
-                f"{resolved.name} keeps state on NVMe: pass --nvme_path, a folder there that can be "
-                f"written, not {section.get('nvme_path')}"
+                f"{resolved.name} keeps state on NVMe: pass --nvme_path, a folder there that can be written, not {path}"
             )
 
 

@@ -18,11 +18,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from qa_deepspeed.config.run_options import RunOptions
 from qa_deepspeed.engine import deepspeed_compat as compat
 from qa_deepspeed.engine.checkpoints.shard_writer import ShardWriter
-from qa_deepspeed.engine.checkpoints.shards import Shards, fill_engine
+from qa_deepspeed.engine.checkpoints.shards import Shards, fill_engine, load_own_shard
 from qa_deepspeed.engine.compiled_ops import builds_reported
 from qa_deepspeed.engine.config_check import without_secrets
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
+from qa_deepspeed.engine.nvme import nvme_compat
 from qa_deepspeed.engine.optim import decays, default_optimizer, default_schedule, groups_of_run, works_elementwise
 from qa_deepspeed.models.attention.row_attention import set_row_attention, speed_up_on_cpu
 from qa_deepspeed.models.compiled_layers import compile_layers
@@ -111,6 +112,7 @@ class Engine(EvalModel):
         if compat.checkpoint_writer(deepspeed_engine) is not None:  # as it is where there is no optimizer
             compat.set_checkpoint_writer(deepspeed_engine, self._writer)
         compat.skip_recovery_scripts(deepspeed_engine)  # `qa-deepspeed export` does their work
+        nvme_compat.save_state_in_shards(deepspeed_engine)
         self.grad_norm: float | None = None
         self._initial_groups = [
             {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
@@ -212,13 +214,14 @@ class Engine(EvalModel):
         A scalar on the device, read without a synchronization.
         """
         parts = []
-        for parameter in self.module.parameters():
-            partition = compat.partition_of(parameter)
-            if partition is not None:
-                partition = partition.narrow(0, 0, compat.place_of_partition(parameter, dist.rank())[1])
-            if parameter.requires_grad:
-                parts.append((parameter if partition is None else partition).detach())
-        return torch.nn.utils.get_total_norm(parts)
+        with nvme_compat.partitions_readable(self.module.parameters()):
+            for parameter in self.module.parameters():
+                partition = compat.partition_of(parameter)
+                if partition is not None:
+                    partition = partition.narrow(0, 0, compat.place_of_partition(parameter, dist.rank())[1])
+                if parameter.requires_grad:
+                    parts.append((parameter if partition is None else partition).detach())
+            return torch.nn.utils.get_total_norm(parts)
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The full state dict of the model on the CPU of rank 0, None elsewhere. Collective."""
@@ -238,14 +241,15 @@ class Engine(EvalModel):
             OSError: this rank could not write its files.
         """
         self._writer.problem = None
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        with nvme_compat.state_readable(self._engine):
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if self._writer.problem is not None:
             raise self._writer.problem
 
     def copy_shards(self, folder: Path, tag: str) -> Callable[[], None]:
         """Copy what `save_shards` writes to host memory; returns what writes it, which no other rank takes part in, and
         which raises an OSError as it does. Collective."""
-        with self._writer.copying() as write:
+        with self._writer.copying() as write, nvme_compat.state_readable(self._engine):
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         return write
 
@@ -253,11 +257,20 @@ class Engine(EvalModel):
         """Make this rank also write the non-partitioned state (node-local disks)."""
         compat.write_common_states(self._engine)
 
-    def load_shards(self, folder: Path, tag: str) -> None:
-        """Load the files of `save_shards`, written at the same world size. Collective."""
+    def load_shards(self, folder: Path, tag: str) -> bool:
+        """Load the files of `save_shards`, written at the same world size. Collective.
+
+        Returns whether it did: state on NVMe has the sub-groups of the config's sub_group_size.
+        """
+        if nvme_compat.swaps(self._engine.optimizer):
+            common = load_own_shard(self._engine, folder / tag)
+            if common is not None:
+                self.apply_options(common.steps - common.skipped)
+            return common is not None
         with compat.without_glob_characters(folder) as plain:
             loaded, _ = self._engine.load_checkpoint(str(plain), tag=tag)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder / tag}"
+        return True
 
     @property
     def config(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import Engine, EvalModel, training_engine
 from qa_deepspeed.engine.monitors import Monitors, enabled_monitors, without_monitors
+from qa_deepspeed.engine.nvme.swap_files import own_swap_folder
 from qa_deepspeed.engine.optim import described_groups
 from qa_deepspeed.engine.out_of_memory import explain_out_of_memory
 from qa_deepspeed.models.facts import ModelFacts, model_facts
@@ -108,13 +109,19 @@ def train(options: RunOptions, callbacks: Callbacks = NO_CALLBACKS, process_ends
     try:
         if dist.is_rank_zero() and lock is not None and recover(output_dir):
             dist.log0(f"{output_dir}: put back the run that an interrupted start had moved aside")
-        with StopController(options, output_dir, process_ends) as stops:
-            return _train(options, output_dir, stops, callbacks)
+        with StopController(options, output_dir, process_ends) as stops, contextlib.ExitStack() as at_end:
+            return _train(options, output_dir, stops, callbacks, at_end)
     finally:
         leave_run_dir(output_dir, lock, existed)
 
 
-def _train(options: RunOptions, output_dir: Path, stops: StopController, callbacks: Callbacks) -> dict[str, Any]:
+def _train(
+    options: RunOptions,
+    output_dir: Path,
+    stops: StopController,
+    callbacks: Callbacks,
+    at_end: contextlib.ExitStack,
+) -> dict[str, Any]:
     began, best = time.perf_counter(), BestCheckpoint(options)
     device = choose_device(options.no_cuda)
     resolved = validate_options(options, dist.world_size(), device.type, bf16_supported(device))
@@ -148,6 +155,7 @@ def _train(options: RunOptions, output_dir: Path, stops: StopController, callbac
     previous = _enter_folder(output_dir, options, fingerprint, decision)
     try:
         stops.begin()
+        resolved = at_end.enter_context(own_swap_folder(resolved, output_dir))
         resume_from = _checkpoint_to_resume(output_dir, decision, fingerprint)
         began = time.perf_counter()
         targets = soft_targets(teachers, store, resolved, device)

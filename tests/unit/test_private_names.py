@@ -9,6 +9,7 @@ import pytest
 
 from qa_deepspeed.engine import config_check, deepspeed_compat, monitors
 from qa_deepspeed.engine.checkpoints import loss_scale
+from qa_deepspeed.engine.nvme import nvme_compat
 from qa_deepspeed.models import torch_compat, transformers_compat
 from qa_deepspeed.utils import dist, supported
 from qa_deepspeed.utils.errors import UserError
@@ -18,6 +19,7 @@ PACKAGE = REPOSITORY / "qa_deepspeed"
 COMPAT = {
     PACKAGE / "engine/deepspeed_compat.py": {**deepspeed_compat.NAMES, **deepspeed_compat.TORCH_NAMES},
     PACKAGE / "engine/checkpoints/loss_scale.py": loss_scale.NAMES,
+    PACKAGE / "engine/nvme/nvme_compat.py": nvme_compat.NAMES,
     PACKAGE / "engine/config_check.py": config_check.NAMES,
     PACKAGE / "engine/monitors.py": monitors.NAMES,
     PACKAGE / "models/transformers_compat.py": {
@@ -94,6 +96,7 @@ def test_the_tables_list_what_the_compat_files_use(path: Path) -> None:
 CHECKS: list[tuple[str, Callable[[], None], dict[str, str]]] = [
     ("deepspeed", deepspeed_compat.check_supported, deepspeed_compat.NAMES),
     ("deepspeed", loss_scale.check_supported, loss_scale.NAMES),
+    ("deepspeed", nvme_compat.check_supported, nvme_compat.NAMES),
     ("torch", deepspeed_compat.check_supported, deepspeed_compat.TORCH_NAMES),
     (
         "transformers",

@@ -247,8 +247,8 @@ def load(engine: Engine, checkpoint: Path, state: LoopState) -> None:
     _require_shards_everywhere(checkpoint, state, [dist.rank()] if same_layout else range(state.world_size))
     if same_layout:
         with plain_values_only():
-            engine.load_shards(checkpoint.parent, checkpoint.name)
-        return
+            if engine.load_shards(checkpoint.parent, checkpoint.name):
+                return
     if ours != theirs:
         words = "{} ranks at ZeRO stage {} in {}"
         dist.log0(f"converting {checkpoint} from {words.format(*theirs)} to {words.format(*ours)}")

@@ -7,6 +7,7 @@ converted on the disk and nothing is sent between ranks: each rank copies its pa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ import torch
 
 from qa_deepspeed.engine import deepspeed_compat as compat
 from qa_deepspeed.engine.checkpoints.loss_scale import carry_loss_scale, saved_loss_scaler
+from qa_deepspeed.engine.nvme import nvme_compat
 from qa_deepspeed.models.flat_parameters import FlatNames, flat_names
 from qa_deepspeed.utils import dist
 from qa_deepspeed.utils.errors import UserError
@@ -141,7 +143,8 @@ class Shards:
 
     def _index_partitions(self, saved: dict[str, Any]) -> None:
         """Stage 3: each parameter is split evenly over the ranks, the last parts padded."""
-        for shapes, (flat, state) in zip(self.common.trained_shapes, compat.saved_partitions(saved), strict=True):
+        partitions = _saved_partitions(self._checkpoint, saved)
+        for shapes, (flat, state) in zip(self.common.trained_shapes, partitions, strict=True):
             tensors = self._tensors(flat, state)
             start = 0
             for name, shape in shapes.items():
@@ -187,6 +190,16 @@ def require_shards(checkpoint: Path, stage: int, ranks: Iterable[int]) -> None:
         )
 
 
+def _saved_partitions(checkpoint: Path, shard: dict[str, Any]) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    found = compat.saved_partitions(shard)
+    if not all(flat.numel() for flat, _ in found):
+        raise UserError(
+            f"{checkpoint} has optimizer state in copies of swap files (offloaded_tensors), as zero3_nvme saved it in "
+            "version 0.1: resume it with that version, or train again"
+        )
+    return found
+
+
 def _like(value: Any, weight: torch.Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == weight.shape
 
@@ -212,8 +225,36 @@ def fill_engine(engine: Any, shards: Shards) -> None:
         )
     stage = engine.zero_optimization_stage()
     {0: _fill_full, 1: _fill_slices, 2: _fill_slices, 3: _fill_partitions}[stage](engine, shards)
-    common = shards.common
-    carry_loss_scale(engine.optimizer, shards.scaler)
+    _set_progress(engine, shards.common, shards.scaler)
+
+
+def load_own_shard(engine: Any, checkpoint: Path) -> compat.CommonState | None:
+    """Fill a new engine whose state is on NVMe from this rank's shard of a checkpoint of as many ranks; returns the
+    non-partitioned state, or None if its sub-groups are others. Collective.
+
+    DeepSpeed's own way expects copies of the swap files in the checkpoint, see `nvme_compat.save_state_in_shards`.
+    """
+    optimizer, names = engine.optimizer, compat.parameter_names(engine)
+    common = compat.read_common_state(checkpoint, 3, dist.rank())
+    flats = compat.partitions(optimizer, dist.rank())
+    groups = [[names[part.parameter] for part in parts] for _, parts in flats]
+    if groups != [list(shapes) for shapes in common.trained_shapes]:
+        return None
+    (path,) = checkpoint.glob(compat.optimizer_files(dist.rank()))
+    saved = compat.read_checkpoint_file(path)
+    partitions = _saved_partitions(checkpoint, saved)
+    with compat.all_partitioned(optimizer):
+        for number, (weights, state) in enumerate(partitions):
+            flat, _ = flats[number]
+            with nvme_compat.sub_group_in_memory(optimizer, number):
+                flat.data.copy_(weights)
+                optimizer.optimizer.state[flat] = copy.deepcopy(state)  # mapped from the file
+    _set_progress(engine, common, saved_loss_scaler(saved))
+    return common
+
+
+def _set_progress(engine: Any, common: compat.CommonState, scaler: Any) -> None:
+    carry_loss_scale(engine.optimizer, scaler)
     compat.set_counters(engine, common.steps, common.samples, common.skipped)
     if engine.lr_scheduler is not None and common.schedule is not None:
         engine.lr_scheduler.load_state_dict(common.schedule)
@@ -251,13 +292,14 @@ def _fill_slices(engine: Any, shards: Shards) -> None:
 def _fill_partitions(engine: Any, shards: Shards) -> None:
     """Stage 3: this rank's partition of each parameter, one after another in the flat tensor of each sub-group."""
     optimizer = engine.optimizer
-    if compat.keeps_state_on_nvme(optimizer):
-        raise UserError(
-            "a checkpoint of another kind cannot be loaded into optimizer state on NVMe: resume with "
-            "--deepspeed_config zero3_offload"
-        )
     with compat.all_partitioned(optimizer):
-        _fill_flats(engine, shards, compat.partitions(optimizer, dist.rank()))
+        flats = compat.partitions(optimizer, dist.rank())
+        if nvme_compat.swaps(optimizer):
+            for number, one in enumerate(flats):
+                with nvme_compat.sub_group_in_memory(optimizer, number):
+                    _fill_flats(engine, shards, [one])
+            return
+        _fill_flats(engine, shards, flats)
         compat.publish_partitions(optimizer)
 
 

@@ -21,6 +21,7 @@ from qa_deepspeed.engine.device import bf16_supported, choose_device
 from qa_deepspeed.engine.ds_config import ResolvedConfig
 from qa_deepspeed.engine.engine import EvalModel, evaluation_model
 from qa_deepspeed.engine.monitors import without_monitors
+from qa_deepspeed.engine.nvme.swap_files import own_swap_folder
 from qa_deepspeed.inference.onnx_model import holds_onnx_model, load_onnx_model
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.heads import Head, head_of
@@ -264,20 +265,21 @@ def _evaluate_into(options: RunOptions, output_dir: Path) -> dict[str, Any]:
     log_features(store, "evaluate", output_dir, keep=bool(options.output_dir))
     require_gold(store, options)
     dist.init(device, options.timeout)
-    config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
-    model, columns = _load_exported(options, facts) if exported else _load_trained(options, facts, config)
-    layout = facts.layout(columns, options.lang_id)
-    data = EvaluationData(store, layout, facts.tokenizer)
-    dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
-    if options.eval_all_checkpoints:
-        evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
-    reader = (
-        EvalModel(model, resolved, device)
-        if exported
-        else evaluation_model(model, without_monitors(config), resolved, device)
-    )
-    with contextlib.closing(reader):
-        evaluation = evaluate(reader, data, options, output_dir)
+    with own_swap_folder(resolved, output_dir, "evaluate") as resolved:
+        config = ds_config.finish(resolved, total_steps=1, hidden_size=ds_config.hidden_size(facts.config))
+        model, columns = _load_exported(options, facts) if exported else _load_trained(options, facts, config)
+        layout = facts.layout(columns, options.lang_id)
+        data = EvaluationData(store, layout, facts.tokenizer)
+        dist.run_on_rank_zero(lambda: write_evaluation_record(output_dir, options))
+        if options.eval_all_checkpoints:
+            evaluate_checkpoints(options, resolved, facts, data, output_dir, device)
+        reader = (
+            EvalModel(model, resolved, device)
+            if exported
+            else evaluation_model(model, without_monitors(config), resolved, device)
+        )
+        with contextlib.closing(reader):
+            evaluation = evaluate(reader, data, options, output_dir)
     _log_metrics(evaluation.metrics)
     if not options.output_dir:
         dist.log0("nothing is written; --output_dir keeps answers, scores and the report")
