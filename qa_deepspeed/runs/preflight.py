@@ -91,6 +91,22 @@ def require_room(folder: Path, checkpoints: int, checkpoint_bytes: int, other_by
     return line
 
 
+def require_swap_room(folder: Path, swap_bytes: int, output_dir: Path, other_bytes: int) -> str:
+    """The line about the NVMe disk of a folder that gets these swap files. other_bytes: those of the output folder,
+    which may be on the same disk.
+
+    Raises:
+        UserError: it has too little room.
+    """
+    free = shutil.disk_usage(folder).free
+    if os.stat(_nearest(output_dir)).st_dev == os.stat(folder).st_dev:
+        free -= other_bytes
+    line = f"swap files of at most {swap_bytes / GIB:.2f} GiB in {folder} until the run ends, {free / GIB:.1f} GiB free"
+    if swap_bytes > free:
+        raise UserError(f"{line}: make room, or pass another --nvme_path")
+    return line
+
+
 def _nearest(path: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     path = path.absolute()

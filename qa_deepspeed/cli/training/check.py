@@ -31,6 +31,7 @@ from qa_deepspeed.engine.memory import (
     require_gpu_memory,
     require_host_memory,
 )
+from qa_deepspeed.engine.nvme.swap_files import swap_bytes
 from qa_deepspeed.engine.optim import rates_in_words
 from qa_deepspeed.models.facts import ModelFacts, model_facts
 from qa_deepspeed.models.footprint import Footprint, describe_parameters, footprint
@@ -42,7 +43,14 @@ from qa_deepspeed.qa.data.reading import resolve_files
 from qa_deepspeed.runs.evaluation_folder import refuse_foreign_answers
 from qa_deepspeed.runs.folder import OUTPUT_DIR_MISSING, leave_run_dir, lock_run_dir
 from qa_deepspeed.runs.identity import run_fingerprint
-from qa_deepspeed.runs.preflight import IN_WORDS, features_bytes, require_room, require_writable, settings_with_origins
+from qa_deepspeed.runs.preflight import (
+    IN_WORDS,
+    features_bytes,
+    require_room,
+    require_swap_room,
+    require_writable,
+    settings_with_origins,
+)
 from qa_deepspeed.runs.resume import refuse_overwriting, require_named_checkpoint, resume_decision
 from qa_deepspeed.training.distillation import Teacher, find_teachers
 from qa_deepspeed.training.evaluation.evaluate import require_folder_for_files
@@ -298,8 +306,13 @@ def _disk(checked: PreflightState) -> list[str]:
         kept = min(kept, run_options.save_total_limit) + 1
     unbuilt = [purpose for purpose, (_, counts) in checked.features.items() if counts is None]
     inputs = [file for purpose in unbuilt for file in resolve_files(run_options.data_patterns(purpose))]
-    one = checkpoint_bytes(model.parameters, model.trained)
-    return [require_room(Path(run_options.output_dir), kept, one, 4 * model.trained + features_bytes(inputs))]
+    one, other = checkpoint_bytes(model.parameters, model.trained), 4 * model.trained + features_bytes(inputs)
+    folder, resolved = Path(run_options.output_dir), _known(checked.resolved)
+    lines = [require_room(folder, kept, one, other)]
+    for nvme, size in swap_bytes(resolved.config, model, _element(resolved)).items():
+        here = size * checked.ranks_here // checked.ranks
+        lines.append(require_swap_room(Path(nvme), here, folder, kept * one + other))
+    return lines
 
 
 def _output(checked: PreflightState) -> list[str]:

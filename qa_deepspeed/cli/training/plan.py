@@ -14,14 +14,19 @@ import torch
 
 from qa_deepspeed.config.run_arguments import add_run_arguments, read_run_options
 from qa_deepspeed.config.run_options import RunOptions
+from qa_deepspeed.engine import ds_config
+from qa_deepspeed.engine.config_check import AUTO
 from qa_deepspeed.engine.config_choice import Machines, Row, estimate_configs, recommend
 from qa_deepspeed.engine.device import choose_device
 from qa_deepspeed.engine.flops import measured_peak_flops, training_flops
+from qa_deepspeed.engine.nvme.swap_files import nvme_folders, swap_bytes
 from qa_deepspeed.models.footprint import Footprint, describe_parameters
 from qa_deepspeed.models.loading import load_config, model_from_config, quiet_transformers
-from qa_deepspeed.utils.dtypes import LONG_NAMES
+from qa_deepspeed.utils.dtypes import LONG_NAMES, weight_dtype
 from qa_deepspeed.utils.errors import UserError
 from qa_deepspeed.utils.units import GIB, gib
+
+SHIPPED_NVME = "zero3_nvme"
 
 UNITS = {
     "": 1,
@@ -73,11 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     model_config = load_config(run_options)
     model, rows = estimate_configs(run_options, model_config, machines)
     chosen, why = recommend(rows)
+    swap_config, swap = swap_bytes_of_node(run_options, model, machines)
     if arguments.json:
-        print(json.dumps(_plain(model, rows, chosen, why) | {"peak_flops": peaks}))
+        print(json.dumps(_plain(model, rows, chosen, why) | {"peak_flops": peaks, "swap_bytes": swap}))
     else:
         work = step_work(run_options, model_config) if peaks else None
         print("\n".join([*peak_lines(peaks, work), *table(run_options, model, machines, rows, why)]))
+        print(f"{swap_config}: swap files of at most {gib(swap)} GiB on the NVMe disks of a node (--nvme_path)")
     return 0 if chosen else 1
 
 
@@ -94,6 +101,18 @@ def step_work(run_options: RunOptions, model_config: Any) -> float:
     by_token, by_pair = training_flops(model, model_config)
     length = run_options.max_seq_length
     return run_options.per_gpu_train_batch_size * (by_token * length + by_pair * length**2)
+
+
+def swap_bytes_of_node(run_options: RunOptions, model: Footprint, machines: Machines) -> tuple[str, int]:
+    """The run's own config if it keeps state on NVMe, else the shipped one that does, and the most bytes of the swap
+    files on one node."""
+    name = run_options.deepspeed_config or AUTO
+    if name == AUTO or not nvme_folders(ds_config.load(name)):
+        name = SHIPPED_NVME
+    options = dataclasses.replace(run_options, deepspeed_config=name)
+    resolved = ds_config.resolve(options, machines.ranks, "cpu" if machines.gpu_memory is None else "cuda")
+    sizes = swap_bytes(resolved.config, model, weight_dtype(resolved.precision).itemsize)
+    return name, sum(sizes.values()) * machines.ranks_per_node // machines.ranks
 
 
 def peak_lines(peaks: Mapping[str, float], work: float | None) -> list[str]:

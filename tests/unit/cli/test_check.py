@@ -340,6 +340,21 @@ def test_a_bad_line_of_the_environment_file(run: RunOptions, tmp_path: Path, cap
     assert ".deepspeed_env, line 2: 'export' is not NAME=VALUE" in fault
 
 
+def test_swap_files_count_on_their_disk(run: RunOptions, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """That is here the disk of the output folder too; values, two moments, gradients and parameters in float32."""
+    (tmp_path / "nvme").mkdir()
+    run = dataclasses.replace(run, deepspeed_config="zero3_nvme", nvme_path=str(tmp_path / "nvme"), save_steps=0)
+    swaps = preflight.swap_bytes
+    monkeypatch.setattr(preflight, "swap_bytes", lambda *given: {name: 2**30 for name in swaps(*given)})
+    check(run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk")]
+    assert len(lines) == 2 and f"swap files of at most 1.00 GiB in {tmp_path / 'nvme'} until the run ends" in lines[1]
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
+    assert check(run) == 1
+    assert "free: make room, or pass another --nvme_path" in capsys.readouterr().out
+
+
 def test_a_disk_that_is_too_small(run: RunOptions, capsys: Any, monkeypatch: Any) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -211,6 +211,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert [row["config"] for row in found["configs"]] == [name for name in shipped if name not in uncounted]
     assert min(found["peak_flops"].values()) > 1e8
     assert found["recommended"] in found["why"]
+    size = found["model"]["parameters"]
+    assert found["swap_bytes"] == (16 + 2) * size // 2  # of one node of two, parameters in bfloat16
 
 
 def test_a_step_takes_as_long_as_its_matrix_products_at_the_peak() -> None:
