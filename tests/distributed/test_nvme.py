@@ -1,4 +1,4 @@
-"""State on NVMe: trained, saved and resumed as at zero3, with adapters too, and no swap files left.
+"""State on NVMe: trained, saved, resumed and exported as at zero3, with adapters too, and no swap files left.
 
 DeepSpeed keeps groups below 1 MiB in memory: the model here is wide enough that every kind of its files is written.
 `launch/test.sh -m "slow or not slow" tests/distributed/test_nvme.py`.
@@ -20,7 +20,8 @@ from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
 from qa_deepspeed.engine.checkpoints.shards import Shards
 from qa_deepspeed.engine.ds_config import load
-from tests.distributed.launching import losses, run_many
+from tests.distributed.launching import alone, flags, losses, run, run_many
+from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
 
@@ -144,3 +145,28 @@ def test_adapters_train_beside_frozen_parameters_on_the_disk(options: dict[str, 
     expected = full_weights(tmp_path / f"zero3/checkpoint-{STEPS}")
     for name, value in full_weights(tmp_path / f"nvme/checkpoint-{STEPS}").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_shipped_config_trains_and_exports(options: dict[str, object], tmp_path: Path) -> None:
+    """By the commands, one rank."""
+    given = {**options, "deepspeed_config": "zero3_nvme"}
+    done = run(alone("train", *flags(**given, output_dir=str(tmp_path / "run"))), tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run(alone("export", str(tmp_path / f"run/checkpoint-{STEPS}"), str(tmp_path / "exported")), tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("exported", "run"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert list(Path(str(options["nvme_path"])).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(options: dict[str, object], tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: checkpoints are off, the feature files are there already."""
+    given = {**options, "deepspeed_config": config_of(tmp_path), "save_steps": 0}
+    command = alone("train", *flags(**given, output_dir=str(tmp_path / "full")))
+    done = run(["bash", "-c", 'ulimit -f 4000; exec "$0" "$@"', *command], REPOSITORY)
+    assert done.returncode != 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "error: cannot write" in done.stdout + done.stderr and "File too large" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(Path(str(options["nvme_path"])).iterdir()) == []
