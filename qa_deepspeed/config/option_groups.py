@@ -327,7 +327,7 @@ class EngineOptions:
         "shipped config (zero0 to zero3, zero3_offload, ...; see ds_configs/README.md) or a JSON file; default: auto, "
         "the fastest shipped one that fits into memory",
     )
-    nvme_path: str | None = option(None, SIZE, "folder on a local NVMe disk of each node, for zero3_nvme")
+    nvme_path: str | None = option(None, DEVICE, "folder on a local NVMe disk of each node, for zero3_nvme")
     gradient_checkpointing: bool = option(
         False, SIZE, "recompute activations in the backward pass: less memory, a third more work"
     )

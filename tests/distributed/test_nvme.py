@@ -1,4 +1,4 @@
-"""State on NVMe: trained, saved, resumed and exported as at zero3, with adapters too, and no swap files left.
+"""State on NVMe: trained, saved, resumed, exported and evaluated as at zero3, and no swap files left.
 
 DeepSpeed keeps groups below 1 MiB in memory: the model here is wide enough that every kind of its files is written.
 `launch/test.sh -m "slow or not slow" tests/distributed/test_nvme.py`.
@@ -7,8 +7,14 @@ DeepSpeed keeps groups below 1 MiB in memory: the model here is wide enough that
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +26,8 @@ from qa_deepspeed.engine.checkpoints.checkpoint import full_weights
 from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
 from qa_deepspeed.engine.checkpoints.shards import Shards
 from qa_deepspeed.engine.ds_config import load
-from tests.distributed.launching import alone, flags, losses, run, run_many
+from qa_deepspeed.engine.nvme.swap_files import swap_bytes
+from tests.distributed.launching import alone, by_torchrun, environment, flags, losses, run, run_many
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
@@ -148,7 +155,58 @@ def test_adapters_train_beside_frozen_parameters_on_the_disk(options: dict[str, 
 
 
 @pytest.mark.slow
-def test_the_shipped_config_trains_and_exports(options: dict[str, object], tmp_path: Path) -> None:
+def test_other_ranks_and_stages_resume(runs: Path, options: dict[str, object], tmp_path: Path) -> None:
+    """2 -> 1 and 3 ranks on NVMe, NVMe -> zero2 -> NVMe. The global batch stays, so losses do."""
+    on_nvme = {**options, "deepspeed_config": config_of(tmp_path)}
+    at_zero2 = {**options, "deepspeed_config": "zero2", "save_steps": 1}
+    run_many(1, {"one": on_nvme | after(runs / "nvme"), "zero2": at_zero2 | after(runs / "nvme")}, tmp_path)
+    run_many(3, {"three": on_nvme | after(runs / "nvme")}, tmp_path)
+    run_many(2, {"back": on_nvme | after(tmp_path / "zero2", SAVED + 1)}, tmp_path)
+    for name, step in (("one", SAVED), ("zero2", SAVED), ("three", SAVED), ("back", SAVED + 1)):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(runs / "nvme")[step:], rtol=1e-4)
+
+
+def killed_when(path: Path, command: list[str], folder: Path) -> None:
+    """Start a run and kill all of it when a file appears."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None and path.exists(), "it ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_leaves_nothing(runs: Path, options: dict[str, object], tmp_path: Path) -> None:
+    """Its swap files are there after the kill, are removed at the next start, and so are the new ones at the end."""
+    nvme = tmp_path / "disk"
+    nvme.mkdir()
+    given: dict[str, Any] = {**options, "deepspeed_config": config_of(tmp_path), "nvme_path": str(nvme)}
+    arguments = flags(**given, output_dir=str(tmp_path / "killed"))
+    killed_when(tmp_path / f"killed/checkpoint-{SAVED}", by_torchrun(2, "train", *arguments), tmp_path)
+    time.sleep(3)  # ranks in sessions of their own see that the launcher is gone
+    (left,) = nvme.iterdir()
+    size = sum(tensor.numel() for tensor in load_file(runs / "nvme/model.safetensors").values())
+    model: Any = SimpleNamespace(parameters=size, trained=size)
+    (planned,) = swap_bytes(load(str(given["deepspeed_config"])), model, 4).values()
+    assert 0.8 * planned < sum(path.stat().st_size for path in left.rglob("*.swp")) <= planned
+    done = run(by_torchrun(2, "train", *arguments), tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"removed swap files of an interrupted run: {left}" in done.stdout
+    assert list(nvme.iterdir()) == []
+    assert losses(tmp_path / "killed")[-SAVED:].tolist() == losses(runs / "nvme")[SAVED:].tolist()
+
+
+@pytest.mark.slow
+def test_the_shipped_config_exports_and_evaluates(options: dict[str, object], tmp_path: Path) -> None:
     """By the commands, one rank."""
     given = {**options, "deepspeed_config": "zero3_nvme"}
     done = run(alone("train", *flags(**given, output_dir=str(tmp_path / "run"))), tmp_path)
@@ -157,6 +215,14 @@ def test_the_shipped_config_trains_and_exports(options: dict[str, object], tmp_p
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("exported", "run"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    given = {name: given[name] for name in ("predict_file", "cache_dir", "version_2_with_negative", "nvme_path")}
+    scores = []
+    for config in ("zero0", "zero3_nvme"):
+        given |= {"deepspeed_config": config, "model_name_or_path": str(tmp_path / "exported")}
+        done = run(alone("evaluate", *flags(**given, output_dir=str(tmp_path / config))), tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        scores.append(json.loads((tmp_path / config / "metrics.json").read_text()))
+    assert scores[0] == scores[1]
     assert list(Path(str(options["nvme_path"])).iterdir()) == []
 
 

@@ -42,15 +42,14 @@ OPTIONS = {
     "evaluate": (
         "answer_start_column answer_text_column answers_column attn_implementation best_window_only bf16 cache_dir "
         "config config_name context_column data_dir dataset_config dataset_config_name dataset_name ddp_timeout "
-        "decode_mode deepspeed deepspeed_config do_lower_case doc_stride doc_stride_is encoding "
-        "eval_all_checkpoints fp16 fp16_opt_level gather id_column is_impossible_column lang_id local_rank "
-        "max_answer_len max_answer_length max_eval_examples max_query_length max_question_len max_seq_len "
-        "max_seq_length merge_duplicate_texts metric_language model_name_or_path model_type n_best_size no_cuda "
-        "null_score_diff_threshold output_dir overwrite_cache overwrite_output_dir per_device_eval_batch_size "
-        "per_gpu_eval_batch_size predict_file predict_split print_config print_schema "
-        "qa_head question_column report_to seed "
-        "server_ip server_port threads timeout tokenizer_name use_cpu validation_file verbose_logging "
-        "version_2_with_negative"
+        "decode_mode deepspeed deepspeed_config do_lower_case doc_stride doc_stride_is encoding eval_all_checkpoints "
+        "fp16 fp16_opt_level gather id_column is_impossible_column lang_id local_rank max_answer_len "
+        "max_answer_length max_eval_examples max_query_length max_question_len max_seq_len max_seq_length "
+        "merge_duplicate_texts metric_language model_name_or_path model_type n_best_size no_cuda "
+        "null_score_diff_threshold nvme_path output_dir overwrite_cache overwrite_output_dir "
+        "per_device_eval_batch_size per_gpu_eval_batch_size predict_file predict_split print_config print_schema "
+        "qa_head question_column report_to seed server_ip server_port threads timeout tokenizer_name use_cpu "
+        "validation_file verbose_logging version_2_with_negative"
     ),
     "predict": (
         "align_to_words batch_size context context_column device doc_stride doc_stride_is documents dtype encoding "
