@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -100,6 +101,14 @@ def run_as_hosts(
 
     with ThreadPoolExecutor(hosts) as pool:
         return list(pool.map(host, range(hosts)))
+
+
+def kill_all(argument: str) -> None:
+    """SIGKILL for the launcher and its ranks, which have this argument."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument in path.read_bytes().decode(errors="replace").split("\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def flags(**options: object) -> list[str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,7 +14,7 @@ from safetensors.torch import load_file
 
 from qa_deepspeed.engine.checkpoints.checkpoint_files import checkpoints, verify_checkpoint
 from qa_deepspeed.engine.deepspeed_compat import plain_values_only
-from tests.distributed.launching import environment, free_port, run_many
+from tests.distributed.launching import environment, free_port, kill_all, run_many
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
@@ -61,14 +58,6 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     """What DeepSpeed's files hold."""
     with plain_values_only():
         return {path.name: torch.load(path, weights_only=True) for path in sorted(checkpoint.glob("*.pt"))}
-
-
-def kill_all(argument: str) -> None:
-    """SIGKILL for the launcher and its ranks, which have this argument."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if argument in path.read_bytes().decode(errors="replace").split("\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -7,9 +7,7 @@ DeepSpeed keeps groups below 1 MiB in memory: the model here is wide enough that
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from qa_deepspeed.engine.checkpoints.checkpoint_files import read_loop_state
 from qa_deepspeed.engine.checkpoints.shards import Shards
 from qa_deepspeed.engine.ds_config import load
 from qa_deepspeed.engine.nvme.swap_files import swap_bytes
-from tests.distributed.launching import alone, by_torchrun, environment, flags, losses, run, run_many
+from tests.distributed.launching import alone, by_torchrun, environment, flags, kill_all, losses, run, run_many
 from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.distributed
@@ -167,7 +165,7 @@ def test_other_ranks_and_stages_resume(runs: Path, options: dict[str, object], t
 
 
 def killed_when(path: Path, command: list[str], folder: Path) -> None:
-    """Start a run and kill all of it when a file appears."""
+    """Start a run and kill all of it when a file appears; the last word of the command is in no other."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -180,7 +178,7 @@ def killed_when(path: Path, command: list[str], folder: Path) -> None:
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None and path.exists(), "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(command[-1])
     process.wait()
 
 
@@ -192,7 +190,6 @@ def test_a_killed_run_resumes_and_leaves_nothing(runs: Path, options: dict[str, 
     given: dict[str, Any] = {**options, "deepspeed_config": config_of(tmp_path), "nvme_path": str(nvme)}
     arguments = flags(**given, output_dir=str(tmp_path / "killed"))
     killed_when(tmp_path / f"killed/checkpoint-{SAVED}", by_torchrun(2, "train", *arguments), tmp_path)
-    time.sleep(3)  # ranks in sessions of their own see that the launcher is gone
     (left,) = nvme.iterdir()
     size = sum(tensor.numel() for tensor in load_file(runs / "nvme/model.safetensors").values())
     model: Any = SimpleNamespace(parameters=size, trained=size)
