@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     address = serve(gradio, page, arguments.host, arguments.port)
     print(f"{arguments.model} answers questions at {address} (Ctrl-C ends this)", flush=True)
     if arguments.host != HOST:
-        print("note: whoever reaches this address can ask, without a password", flush=True)
+        print("note: no password protects this page: everyone who can reach this address can use it", flush=True)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

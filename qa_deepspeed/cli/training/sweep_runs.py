@@ -130,7 +130,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _ended_with_sweep() -> Callable[[], None] | None:
-    """What a run does before it starts: ask for SIGTERM in case the sweep is killed, which nobody would tell it.
+    """What a run does before it starts: ask for SIGTERM when the sweep ends, since a killed sweep sends none.
 
     None where there is no such call (on Linux alone): then the next sweep waits until the run ends.
     """

@@ -281,9 +281,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process that the one which started it has ended"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sends a process a signal when its parent ends")
 def test_a_run_ends_when_its_sweep_is_killed(tmp_path: Path) -> None:
     """By SIGKILL, which the sweep cannot answer: the run gets SIGTERM, on which it saves."""
     sweep = subprocess.Popen([sys.executable, "-c", SWEEPS, tmp_path], cwd=REPOSITORY)
